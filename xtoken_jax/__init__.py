@@ -1,0 +1,1 @@
+"""Cross-tokenizer knowledge distillation for JAX."""
