@@ -1,0 +1,1 @@
+"""Chunks of a text that two tokenizers agree on."""

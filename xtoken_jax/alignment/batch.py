@@ -1,0 +1,38 @@
+"""The alignment of a batch, as arrays of static shape (jax only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Alignment:
+    """Which chunk every token of a batch belongs to.
+
+    Attributes:
+        student_chunks: int32 [B, T_s], chunk ids of *tokens*, -1 for none. The losses make
+            the next-token shift themselves.
+        teacher_chunks: int32 [B, T_t].
+        valid: bool [B, C], chunks that take part; C is at least the highest id + 1.
+    """
+
+    student_chunks: jax.Array | np.ndarray
+    teacher_chunks: jax.Array | np.ndarray
+    valid: jax.Array | np.ndarray
+
+
+def next_token_chunks(chunks: jax.Array) -> jax.Array:
+    """Chunk ids by position: the logits at position p belong to the chunk of token p + 1.
+
+    Args:
+        chunks: int32 [B, T], by token.
+
+    Returns:
+        int32 [B, T]; the last position predicts nothing and gets -1.
+    """
+    return jnp.concatenate([chunks[:, 1:], jnp.full_like(chunks[:, :1], -1)], axis=1)

@@ -1,0 +1,1 @@
+"""Tokenizers as sequences of bytes."""

@@ -1,0 +1,114 @@
+"""What each token id stands for: a byte string, or a role, or nothing.
+
+Everything that compares two vocabularies compares these bytes. Space and newline
+markers, byte-fallback tokens and leading blanks then need no special case.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xtoken_jax.errors import UserError
+
+_SENTENCEPIECE_SPACE = "▁"
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that byte-level BPE writes for each of the 256 bytes -> that byte.
+
+    GPT-2's rule: bytes that print as themselves in Latin-1 keep their character, the other
+    68 take the code points from 256 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    alphabet = {chr(b): b for b in printable}
+    others = (b for b in range(256) if b not in printable)
+    alphabet.update({chr(256 + i): b for i, b in enumerate(others)})
+    return alphabet
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """The vocabulary of one tokenizer, as bytes.
+
+    Attributes:
+        kind: "byte_level" or "sentencepiece".
+        table: one entry an id; None for special tokens and ids without a token.
+        lengths: int32 [V], bytes of each token; 0 where `table` has None.
+        special: ids of special tokens.
+    """
+
+    kind: str
+    table: tuple[bytes | None, ...]
+    lengths: np.ndarray
+    special: frozenset[int]
+
+    def join(self, ids: np.ndarray) -> bytes:
+        """The bytes that a run of ids stands for; special tokens contribute nothing."""
+        return b"".join(self.table[i] or b"" for i in ids.tolist())
+
+
+def _node_types(node: Any) -> set[str]:
+    """The `type` of a pre-tokenizer or decoder and of all that it is made of."""
+    if isinstance(node, dict):
+        return {node.get("type", "")} | {t for child in node.values() for t in _node_types(child)}
+    if isinstance(node, list):
+        return {t for child in node for t in _node_types(child)}
+    return set()
+
+
+def _kind(tokenizer_json: dict[str, Any], where: str) -> str:
+    model = tokenizer_json.get("model", {})
+    types = _node_types(tokenizer_json.get("pre_tokenizer")) | _node_types(tokenizer_json.get("decoder"))
+    if "ByteLevel" in types:
+        return "byte_level"
+    if model.get("byte_fallback") or "Metaspace" in types or model.get("type") == "Unigram":
+        return "sentencepiece"
+    raise UserError(
+        f"{where}: a {model.get('type', 'unknown')} tokenizer without a byte alphabet or byte fallback "
+        "cannot reproduce its text byte by byte; supported are byte-level BPE (Llama 3, Qwen, GPT, SmolLM2) "
+        "and SentencePiece (Gemma, Llama 2, Mistral)"
+    )
+
+
+def token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.json") -> TokenBytes:
+    """Read the byte string of every id from the content of a `tokenizer.json`.
+
+    Args:
+        tokenizer_json: the parsed file.
+        where: its name, for errors.
+
+    Returns:
+        TokenBytes over ids 0 .. the highest id.
+
+    Raises:
+        UserError: a kind of tokenizer whose tokens are not bytes (WordPiece, word level).
+    """
+    kind = _kind(tokenizer_json, where)
+    vocab = tokenizer_json["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram: [piece, score] by id
+        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
+    added = tokenizer_json.get("added_tokens") or []
+    size = 1 + max([*vocab.values(), *(t["id"] for t in added)], default=-1)
+    table: list[bytes | None] = [None] * size
+
+    alphabet = byte_alphabet()
+    for text, i in vocab.items():
+        if kind == "byte_level":
+            try:
+                table[i] = bytes(map(alphabet.__getitem__, text))
+            except KeyError:  # a word added to the vocabulary as it reads
+                table[i] = text.encode()
+        elif fallback := _BYTE_FALLBACK.fullmatch(text):
+            table[i] = bytes([int(fallback[1], 16)])
+        else:
+            table[i] = text.replace(_SENTENCEPIECE_SPACE, " ").encode()
+    for token in added:
+        table[token["id"]] = None if token["special"] else token["content"].encode()
+
+    lengths = np.array([len(b) if b is not None else 0 for b in table], np.int32)
+    return TokenBytes(kind, tuple(table), lengths, frozenset(t["id"] for t in added if t["special"]))
