@@ -1,0 +1,125 @@
+"""Meshes, and how an array is laid out on one: a PartitionSpec for each shape-letter name.
+
+Three axes. `data` holds copies of the parameters, `fsdp` splits both the batch and the parameters,
+`tensor` splits heads, feed-forward columns and the vocabulary. On one device the mesh is 1x1x1, so
+there is a single code path.
+
+Shape letters: B batch, T position, C chunk, V vocabulary, D width, L layer, N query head, G key/value
+head, H head width, F feed-forward width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xtoken_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+PARTITION_SPECS: dict[str, PartitionSpec] = {
+    # activations and batches
+    "B": PartitionSpec(BATCH),
+    "B T": PartitionSpec(BATCH, None),
+    "B C": PartitionSpec(BATCH, None),
+    "B T D": PartitionSpec(BATCH, None, None),
+    "B T V": PartitionSpec(BATCH, None, "tensor"),
+    # parameters; the widths that `tensor` does not split are split over `fsdp`
+    "D": PartitionSpec(None),
+    "V D": PartitionSpec("tensor", "fsdp"),
+    "L D": PartitionSpec(None, None),
+    "L D N H": PartitionSpec(None, "fsdp", "tensor", None),
+    "L D G H": PartitionSpec(None, "fsdp", "tensor", None),
+    "L N H D": PartitionSpec(None, "tensor", None, "fsdp"),
+    "L D F": PartitionSpec(None, "fsdp", "tensor"),
+    "L F D": PartitionSpec(None, "tensor", "fsdp"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the three mesh axes; -1 (at most once) means the remaining devices."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with Auto axes ("data", "fsdp", "tensor").
+
+    Args:
+        config: axis sizes; by default all devices on `data`.
+        devices: the devices to use, by default every device of every process.
+
+    Raises:
+        UserError: an axis size is not -1 or positive, two are -1, or they do not multiply to the
+            number of devices.
+    """
+    config = config or MeshConfig()
+    count = len(devices) if devices is not None else jax.device_count()
+    sizes = [config.data, config.fsdp, config.tensor]
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if any(size != -1 and size < 1 for size in sizes):
+        raise UserError(f"mesh sizes must be positive, or -1 for the remaining devices: {named}")
+    if sizes.count(-1) > 1:
+        raise UserError(f"at most one mesh size may be -1: {named}")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count:
+        raise UserError(f"mesh sizes {named} do not multiply to the device count {count}")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def single_device_mesh() -> Mesh:
+    """The 1x1x1 mesh on this process's first device."""
+    return make_mesh(MeshConfig(data=1), devices=jax.local_devices()[:1])
+
+
+def partition_spec(letters: str) -> PartitionSpec:
+    """The PartitionSpec of an array with these shape letters, such as "B T" or "L D N H"."""
+    return PARTITION_SPECS[letters]
+
+
+def named_sharding(mesh: Mesh, letters: str, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array by its shape letters.
+
+    An axis is dropped where it does not divide the dimension: 3 key/value heads over tensor=2 stay whole.
+    """
+    return NamedSharding(mesh, _fitted(letters, shape, dict(mesh.shape)))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a [B, ...] batch: rows over data and fsdp, any further dimension whole."""
+    return NamedSharding(mesh, PARTITION_SPECS["B"])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Pin an intermediate value to its layout under `jax.set_mesh`; without a mesh, `x` itself.
+
+    Propagation alone may carry a parameter's split width into the activations, where the batch
+    already uses that axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(AXES) <= set(mesh.auto_axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, _fitted(letters, x.shape, dict(mesh.shape)))
+
+
+def _fitted(letters: str, shape: Sequence[int], sizes: dict[str, int]) -> PartitionSpec:
+    """The spec of `letters`, less the axes that do not divide their dimension."""
+    fitted = []
+    for entry, dimension in zip(PARTITION_SPECS[letters], shape, strict=True):
+        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        parts = math.prod(sizes[axis] for axis in axes)
+        fitted.append(entry if dimension % parts == 0 else None)
+    return PartitionSpec(*fitted)
