@@ -1,0 +1,90 @@
+"""A trained student as a Hugging Face folder that `transformers` and every other runtime loads."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from xtoken_jax.errors import UserError
+from xtoken_jax.models.decoder import Model, Params
+from xtoken_jax.models.hf_weights import WEIGHTS, save_weights
+
+CONFIG = "config.json"
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+def export_hf(
+    out_dir: str | Path,
+    model: Model,
+    params: Params,
+    tokenizer_folder: str | Path,
+    *,
+    dtype: str = "float32",
+) -> Path:
+    """Writes config.json, model.safetensors and the student's tokenizer files; returns `out_dir`.
+
+    Everything is written to a hidden folder beside `out_dir` and renamed, so a killed export never
+    leaves half a folder. An earlier export at `out_dir` is replaced.
+
+    Args:
+        out_dir: a new or empty folder, or an earlier export.
+        params: the model's parameters, fully addressable from this process.
+        tokenizer_folder: the student's folder; tokenizer.json, tokenizer_config.json,
+            special_tokens_map.json, generation_config.json and chat_template.jinja are copied where present.
+        dtype: of the stored weights: "float32", "bfloat16" or "float16".
+
+    Raises:
+        UserError: a folder in the way that is not an export, no tokenizer folder, or what
+            `save_weights` refuses.
+    """
+    out, source = Path(out_dir).absolute(), Path(tokenizer_folder)
+    if not source.is_dir():
+        raise UserError(f"no such tokenizer folder: {source}")
+    _check_replaceable(out, source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        save_weights(partial, model, params, dtype=dtype)
+        config = {**model.config.to_hf(), "torch_dtype": dtype}
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in COPIED:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        _swap_in(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Path(out_dir)
+
+
+def _check_replaceable(out: Path, source: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"cannot export to {out}: it is a file")
+    if out.samefile(source):
+        raise UserError(f"cannot export to {out}: it is the student's own folder")
+    names = {path.name for path in out.iterdir()}
+    others = sorted(names - {CONFIG, WEIGHTS, *COPIED})
+    if others:
+        raise UserError(f"cannot export to {out}: it holds {others[0]}, which is not part of an export")
+    if names and not {CONFIG, WEIGHTS} <= names:
+        raise UserError(f"cannot export to {out}: it is not empty and not an earlier export")
+
+
+def _swap_in(partial: Path, out: Path) -> None:
+    """Two renames where an earlier export stands; a kill between them leaves it whole, beside its place."""
+    if not out.exists():
+        os.rename(partial, out)
+        return
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(out, old)
+    os.rename(partial, out)
+    shutil.rmtree(old)
