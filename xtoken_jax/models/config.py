@@ -102,10 +102,10 @@ class DecoderConfig:
             raise UserError(f"config.json lacks {', '.join(missing)}")
         heads = hf["num_attention_heads"]
         _positive("num_attention_heads", heads)
-        if hf.get("head_dim") is None and _positive("hidden_size", hf["hidden_size"]) % heads:
+        # transformers refuses such a Llama even where head_dim is given, so an export would not load
+        if _positive("hidden_size", hf["hidden_size"]) % heads:
             raise UserError(
-                f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={heads},"
-                " and head_dim is not given"
+                f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={heads}"
             )
         theta, scaling = _rope(hf)
         eos = hf.get("eos_token_id")

@@ -291,7 +291,9 @@ def _equal(a: Any, b: Any, rows: int = 8192) -> bool:
     """Whether two tensors hold the same values, a few rows at a time."""
     if a.get_shape() != b.get_shape():
         return False
-    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, a.get_shape()[0], rows))
+    size = a.get_shape()[0]
+    blocks = [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
+    return all(np.array_equal(a[block], b[block]) for block in blocks)
 
 
 def _narrowed(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

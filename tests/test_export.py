@@ -1,0 +1,129 @@
+"""An exported folder: whole or not there, readable again, and never in place of something else."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from models import tiny
+
+from xtoken_jax import export
+from xtoken_jax.errors import UserError
+from xtoken_jax.export import export_hf
+from xtoken_jax.models import load_model
+
+
+@pytest.fixture
+def student(tmp_path):
+    """A student's folder with tokenizer files, and one that must not be copied."""
+    folder = tiny.copy("llama3", tmp_path / "student")
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    return folder
+
+
+def test_the_folder_is_read_back_as_the_same_model(student, tmp_path):
+    model, params = load_model(student)
+    out = tmp_path / "runs" / "export"
+    assert export_hf(out, model, params, student, dtype="float16") == out
+    assert sorted(os.listdir(out)) == [
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (student / name).read_bytes()
+    again, same = load_model(out)
+    assert again.config == model.config
+    for a, b in zip(np.asarray(same["embedding"]), np.asarray(params["embedding"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert os.listdir(out.parent) == ["export"]
+
+
+def test_the_config_names_the_dtype_of_the_stored_weights(student, tmp_path):
+    model, params = load_model(student)
+    out = export_hf(tmp_path / "out", model, params, student, dtype="bfloat16")
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_an_earlier_export_is_replaced_whole(student, tmp_path):
+    model, params = load_model(student)
+    out = export_hf(tmp_path / "out", model, params, student)
+    (student / "chat_template.jinja").unlink()
+    other, other_params = load_model(tiny.DATA / "tied")
+    export_hf(out, other, other_params, student)
+    assert load_model(out)[0].config.tie_embeddings
+    assert not (out / "chat_template.jinja").exists()
+    assert sorted(os.listdir(tmp_path)) == ["out", "student"]
+
+
+def test_an_empty_folder_is_filled(student, tmp_path):
+    model, params = load_model(student)
+    (tmp_path / "out").mkdir()
+    export_hf(tmp_path / "out", model, params, student)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["out", "student"]
+
+
+def test_nothing_else_is_overwritten(student, tmp_path):
+    model, params = load_model(student)
+
+    def refused(out, words):
+        before = sorted(os.listdir(out)) if out.is_dir() else out.read_bytes()
+        with pytest.raises(UserError, match=words):
+            export_hf(out, model, params, student)
+        assert (sorted(os.listdir(out)) if out.is_dir() else out.read_bytes()) == before
+
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "thesis.tex").write_text("x")
+    refused(work, "holds thesis.tex")
+    out = export_hf(tmp_path / "out", model, params, student)
+    (out / "notes.md").write_text("x")
+    refused(out, "holds notes.md")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{}")
+    refused(tmp_path / "half", "not an earlier export")
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file", "it is a file")
+    (student / "training_args.bin").unlink()
+    (student / "expected.npz").unlink()
+    refused(student, "student's own folder")
+
+
+@pytest.mark.parametrize("step", ["save_weights", "_swap_in"])
+def test_a_failure_leaves_what_was_there(step, student, tmp_path, monkeypatch):
+    model, params = load_model(student)
+    out = export_hf(tmp_path / "out", model, params, student)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(export, step, fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        export_hf(out, model, params, student)
+    with pytest.raises(RuntimeError, match="disk full"):
+        export_hf(tmp_path / "new", model, params, student)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["out", "student"]
+
+
+def test_what_a_killed_export_left_behind_is_not_mixed_in(student, tmp_path):
+    model, params = load_model(student)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "generation_config.json").write_text("stale")
+    out = export_hf(tmp_path / "out", model, params, student)
+    assert not (out / "generation_config.json").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_missing_tokenizer_folder_is_refused_before_anything_is_written(tmp_path):
+    model, params = load_model(tiny.DATA / "tied")
+    with pytest.raises(UserError, match="no such tokenizer folder"):
+        export_hf(tmp_path / "out", model, params, tmp_path / "nowhere")
+    assert os.listdir(tmp_path) == []

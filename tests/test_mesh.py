@@ -1,0 +1,82 @@
+"""Meshes: sizes that fit the devices, and layouts that fit the shapes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xtoken_jax.errors import UserError
+from xtoken_jax.mesh import (
+    MeshConfig,
+    batch_sharding,
+    constrain,
+    make_mesh,
+    named_sharding,
+    partition_spec,
+    replicated,
+    single_device_mesh,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 2)),
+        (MeshConfig(data=2, fsdp=2, tensor=-1), (2, 2, 2)),
+        (MeshConfig(data=2, fsdp=4, tensor=1), (2, 4, 1)),
+    ],
+)
+def test_the_remaining_devices_fill_the_open_axis(config, shape):
+    mesh = make_mesh(config)
+    assert tuple(mesh.shape.values()) == shape
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (MeshConfig(data=3), "data=3, fsdp=1, tensor=1 do not multiply to the device count 8"),
+        (MeshConfig(data=-1, fsdp=3), "data=-1, fsdp=3, tensor=1 do not multiply to the device count 8"),
+        (MeshConfig(data=16), "device count 8"),
+        (MeshConfig(data=-1, fsdp=16), "device count 8"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one"),
+        (MeshConfig(data=0), "must be positive"),
+        (MeshConfig(data=-2), "must be positive"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(config, words):
+    with pytest.raises(UserError, match=words):
+        make_mesh(config)
+
+
+def test_one_device_has_a_mesh_too():
+    assert tuple(single_device_mesh().shape.values()) == (1, 1, 1)
+
+
+def test_a_batch_is_split_over_data_and_fsdp():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert partition_spec("B T") == P(("data", "fsdp"), None)
+    batch = jax.device_put(jnp.zeros((8, 3)), batch_sharding(mesh))
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+    whole = jax.device_put(jnp.zeros((8, 3)), replicated(mesh))
+    assert {shard.data.shape for shard in whole.addressable_shards} == {(8, 3)}
+
+
+def test_an_axis_that_does_not_divide_is_dropped():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    assert named_sharding(mesh, "V D", (64, 32)).spec == P("tensor", "fsdp")
+    assert named_sharding(mesh, "V D", (63, 32)).spec == P(None, "fsdp")
+    assert named_sharding(mesh, "L D G H", (2, 32, 2, 8)).spec == P(None, "fsdp", None, None)
+    assert named_sharding(mesh, "B T", (3, 4)).spec == P(None, None)
+
+
+def test_constrain_pins_under_a_mesh_and_is_nothing_without_one():
+    x = jnp.zeros((4, 2, 6))
+    assert constrain(x, "B T D") is x
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        pinned = jax.jit(lambda x: constrain(x, "B T D"))(x)
+    assert pinned.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 3)
