@@ -73,9 +73,7 @@ def _filled(chunks: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(chunks) if len(chunks) else chunks
 
 
-def _window(
-    spans: Spans, starts: list[np.ndarray], first: int, last: int, lengths: tuple[int, int]
-) -> Spans:
+def _window(spans: Spans, starts: list[np.ndarray], first: int, last: int, lengths: tuple[int, int]) -> Spans:
     ids, chunks, complete = [], [], np.ones(last - first, bool)
     sides = [(spans.student_ids, spans.student_chunks), (spans.teacher_ids, spans.teacher_chunks)]
     for (side_ids, side_chunks), start, length in zip(sides, starts, lengths, strict=True):
@@ -106,8 +104,8 @@ def collate(rows: Sequence[Spans], student_length: int, teacher_length: int) -> 
     valid = np.zeros((len(rows), capacity), bool)
     for row, spans in enumerate(rows):
         kept = spans.exact.copy()
-        for chunks, length in ((spans.student_chunks, student_length), (spans.teacher_chunks, teacher_length)):
-            lost = chunks[length:]
+        overflows = (spans.student_chunks[student_length:], spans.teacher_chunks[teacher_length:])
+        for lost in overflows:
             kept[lost[lost >= 0]] = False
         valid[row, : len(kept)] = kept[:capacity]
     sides = [
@@ -140,8 +138,7 @@ def align(
         tokenizer's `pad_id`, and the Alignment.
 
     Example:
-        >>> pair = TokenizerPair.load(student_dir, teacher_dir)      # doctest: +SKIP
-        >>> ids_s, ids_t, alignment = align(pair, ["1 + 201"], student_length=8, teacher_length=8)  # doctest: +SKIP
+        ids_s, ids_t, alignment = align(pair, ["1 + 201"], student_length=8, teacher_length=8)
     """
     rows = list(align_texts(pair, texts))
     if document_marks:

@@ -2,16 +2,27 @@
 
 from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.hybrid_kl import HybridTerms, hybrid_kl, hybrid_terms
-from xtoken_jax.losses.objective import dynamic_scale, total_loss
+from xtoken_jax.losses.objective import (
+    LossConfig,
+    LossKind,
+    distillation_loss,
+    dynamic_scale,
+    loss_tables,
+    total_loss,
+)
 from xtoken_jax.losses.projection_kl import projection_kl
 from xtoken_jax.losses.reduce import masked_mean
 from xtoken_jax.losses.same_vocabulary import next_token_cross_entropy
 
 __all__ = [
     "HybridTerms",
+    "LossConfig",
+    "LossKind",
+    "distillation_loss",
     "dynamic_scale",
     "hybrid_kl",
     "hybrid_terms",
+    "loss_tables",
     "masked_mean",
     "next_token_cross_entropy",
     "projection_kl",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -90,7 +91,11 @@ class _Merges:
         alphabet = byte_alphabet()
 
         def content_of(piece: str) -> bytes:
-            return bytes(map(alphabet.__getitem__, piece)) if self.byte_level else piece.replace("▁", " ").encode()
+            return (
+                bytes(map(alphabet.__getitem__, piece))
+                if self.byte_level
+                else piece.replace("▁", " ").encode()
+            )
 
         self.ranks: dict[tuple[bytes, bytes], int] = {}
         for rank, merge in enumerate(tokenizer.definition["model"].get("merges") or []):
@@ -101,7 +106,7 @@ class _Merges:
         parts = self._units(content)
         none = len(self.ranks)
         while len(parts) > 1:
-            ranks = [self.ranks.get(both, none) for both in zip(parts, parts[1:], strict=False)]
+            ranks = [self.ranks.get(both, none) for both in itertools.pairwise(parts)]
             best = min(range(len(ranks)), key=ranks.__getitem__)
             if ranks[best] == none:
                 break

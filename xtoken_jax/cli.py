@@ -1,0 +1,333 @@
+"""The `xtoken` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from xtoken_jax.errors import UserError
+
+_DISTILL_HELP = """\
+arguments are key=value pairs:
+
+  experiment=quickstart       an embedded run of minutes, on the CPU, without any download
+  experiment=smollm2          SmolLM2-135M into a Llama 3.1 student (see experiments/smollm2)
+  loss=p_kl | h_kl | gold | none       instead of the audit's choice
+  student.path=DIR teacher.path=DIR    your own Hugging Face folders
+  data.train.text.path=FILE.jsonl      your own text
+  train.steps=1000 optimizer.learning_rate=1e-4 data.batch_size=16 run_dir=runs/mine
+
+The run's folder gets metrics.jsonl, curves.png, checkpoints/ and student/, an ordinary Hugging
+Face folder. The same command again goes on where a run was interrupted.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 2 for a mistake in the input, 130 on Ctrl-C."""
+    parser = _parser()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(words)
+    if rest and options.command != "distill":
+        parser.error(f"{options.command}: unknown argument {rest[0]!r}; see xtoken {options.command} --help")
+    if options.command is None:
+        parser.print_help()
+        return 0
+    console = Console(stderr=options.command != "distill", highlight=False, soft_wrap=True)
+    try:
+        if options.command == "distill":
+            options.overrides += [word for word in rest if not word.startswith("-")]
+            unknown = [word for word in rest if word.startswith("-")]
+            if unknown:
+                raise UserError(
+                    f"unknown option {unknown[0]}; settings are key=value, see xtoken distill --help"
+                )
+        options.run(options, console)
+    except UserError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"xtoken: {error}", markup=False, style="red"
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("xtoken: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xtoken",
+        description="Distil a language model into a student with another tokenizer.",
+        epilog="first: xtoken distill experiment=quickstart",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, epilog: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    def takes_pair(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--student", required=True, metavar="DIR", help="Hugging Face folder or hub id")
+        sub.add_argument("--teacher", required=True, metavar="DIR", help="Hugging Face folder or hub id")
+
+    sub = command("distill", _distill, "train a student with a teacher, from a config", _DISTILL_HELP)
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    sub.add_argument("--json", action="store_true", help="print the final figures as JSON on stdout")
+
+    sub = command(
+        "audit",
+        _audit,
+        "which tokens the two vocabularies share, and the loss that follows",
+        "next: xtoken distill student.path=DIR teacher.path=DIR data.train.text.path=FILE.jsonl",
+    )
+    takes_pair(sub)
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command(
+        "project",
+        _project,
+        "build W, the projection of the student's vocabulary into the teacher's",
+        "next: xtoken distill ... projection=W.safetensors",
+    )
+    takes_pair(sub)
+    sub.add_argument("--out", required=True, type=Path, metavar="FILE", help="W.safetensors to write")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command(
+        "align",
+        _align,
+        "show which tokens of a text pair with which",
+        'example: xtoken align --student DIR --teacher DIR --text "12 + 189 = 201"',
+    )
+    takes_pair(sub)
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="the text itself")
+    source.add_argument("--file", type=Path, help="a UTF-8 file")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "bits per byte of a model on your text, or on Python's documentation",
+        "example: xtoken evaluate runs/quickstart/student --data held_out.jsonl",
+    )
+    sub.add_argument("model", metavar="DIR", help="Hugging Face folder or hub id")
+    sub.add_argument(
+        "--data", metavar="FILE", help="jsonl or txt; default: the held-out topics of Python's help()"
+    )
+    sub.add_argument("--length", type=int, default=1024, help="tokens a row (default: 1024)")
+    sub.add_argument("--batch-size", type=int, default=8, help="rows at once (default: 8)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command(
+        "export",
+        _export,
+        "write a checkpoint of a run as a Hugging Face folder",
+        "example: xtoken export runs/quickstart --step 400 --out student-400",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
+    sub.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+
+    sub = command(
+        "report",
+        _report,
+        "draw a run's curves from its metrics.jsonl",
+        "example: xtoken report runs/quickstart",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
+    return parser
+
+
+def _distill(options: argparse.Namespace, console: Console) -> None:
+    from xtoken_jax.config import load_experiment
+    from xtoken_jax.distill import distill
+
+    experiment = load_experiment(options.overrides)
+    result = distill(experiment, Console(stderr=options.json, highlight=False, soft_wrap=True))
+    if options.json:
+        _print_json({"loss": result.loss, "figures": result.figures, "student": str(result.student)})
+        return
+    names = list(result.figures["teacher"])
+    table = Table(title=f"{experiment.name}: held-out figures after {experiment.train.steps} steps")
+    table.add_column("model")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row, figures in result.figures.items():
+        cells = [f"{figures[n]:.1%}" if n.endswith("accuracy") else f"{figures[n]:.3f}" for n in names]
+        table.add_row(row, *cells, style="bold" if row == "distilled" else None)
+    console.print(table)
+    console.print(f"student  {result.student}   (an ordinary Hugging Face folder)")
+    console.print(f"metrics  {result.metrics}")
+    console.print(f"curves   {result.picture}")
+    console.print(f"took     {result.seconds:.0f} s")
+
+
+def _audit(options: argparse.Namespace, console: Console) -> None:
+    from xtoken_jax.audit import audit
+    from xtoken_jax.tokens.tokenizer import TokenizerPair
+
+    found = audit(TokenizerPair.load(options.student, options.teacher))
+    if options.json:
+        _print_json(found.to_dict())
+        return
+    out = Console(highlight=False, soft_wrap=True)
+    table = Table(title="student tokens that are teacher tokens too")
+    for name, side in (("class", "left"), ("common", "right"), ("of", "right"), ("share", "right")):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    table.add_column("critical")
+    table.add_column("not common, for example")
+    for c in found.classes:
+        share = f"{c.coverage:.1%}" if c.size else ""
+        examples = "  ".join(c.missing_examples)
+        table.add_row(c.name, f"{c.common:,}", f"{c.size:,}", share, "yes" if c.critical else "", examples)
+    out.print(table)
+    out.print(f"tokens that W sends nowhere: {found.empty_rows:,}")
+    out.print(f"recommended loss: [bold]{found.recommended_loss}[/bold]; {found.reason}")
+
+
+def _project(options: argparse.Namespace, console: Console) -> None:
+    import numpy as np
+
+    from xtoken_jax.projection.build import build_projection
+    from xtoken_jax.projection.files import save_projection
+    from xtoken_jax.tokens.tokenizer import TokenizerPair
+
+    pair = TokenizerPair.load(options.student, options.teacher)
+    projection = build_projection(pair)
+    try:
+        save_projection(options.out, projection, pair)
+    except OSError as error:
+        raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
+    entries = (np.asarray(projection.indices) >= 0).sum(1)
+    counts = {
+        "rows": len(entries),
+        "exact": int((np.asarray(projection.weights)[:, 0] == 1).sum()),
+        "several": int((entries > 1).sum()),
+        "empty": int((entries == 0).sum()),
+        "teacher_size": pair.teacher.size,
+        "file": str(options.out),
+    }
+    if options.json:
+        _print_json(counts)
+        return
+    console.print(
+        f"W [{counts['rows']:,} x {counts['teacher_size']:,}]: {counts['exact']:,} rows of one entry, "
+        f"{counts['several']:,} of several, {counts['empty']:,} empty -> {options.out}"
+    )
+
+
+def _align(options: argparse.Namespace, console: Console) -> None:
+    from xtoken_jax.alignment.align import align_texts
+    from xtoken_jax.tokens.tokenizer import TokenizerPair
+
+    text = options.text
+    if text is None:
+        try:
+            text = options.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{options.file}: cannot be read as UTF-8 text ({error})") from error
+    pair = TokenizerPair.load(options.student, options.teacher)
+    (spans,) = align_texts(pair, [text])
+    sides = (
+        (pair.student, spans.student_ids, spans.student_chunks),
+        (pair.teacher, spans.teacher_ids, spans.teacher_chunks),
+    )
+    shown: list[list[list[str]]] = []
+    for tokenizer, ids, chunks in sides:
+        pieces: list[list[str]] = [[] for _ in range(spans.chunk_count)]
+        for i, chunk in zip(ids.tolist(), chunks.tolist(), strict=True):
+            if chunk >= 0:
+                pieces[chunk].append(_visible(tokenizer.bytes_of(i) or b""))
+        shown.append(pieces)
+    rows = list(zip(*shown, spans.exact.tolist(), strict=True))
+    if options.json:
+        _print_json([{"student": s, "teacher": t, "exact": e} for s, t, e in rows])
+        return
+    out = Console(highlight=False)
+    for student, teacher, exact in rows:
+        style = "red" if not exact else "yellow" if len(student) != 1 or len(teacher) != 1 else None
+        out.print("|".join(student).ljust(28) + "|".join(teacher), style=style, markup=False)
+    gaps = sum(int((chunks < 0).sum()) for _, _, chunks in sides)
+    out.print(
+        f"{len(spans.student_ids)} student tokens, {len(spans.teacher_ids)} teacher tokens, "
+        f"{spans.chunk_count} chunks, {gaps} tokens in none"
+    )
+
+
+def _visible(content: bytes) -> str:
+    text = content.decode("utf-8", errors="backslashreplace")
+    return "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _evaluate(options: argparse.Namespace, console: Console) -> None:
+    import jax
+
+    from xtoken_jax.data.batches import DataConfig, read_windows
+    from xtoken_jax.data.sources import SourceConfig, SourceKind
+    from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
+    from xtoken_jax.mesh import single_device_mesh
+    from xtoken_jax.models.load import ModelConfig, open_model
+    from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
+
+    tokenizer = Tokenizer.load(options.model)
+    if options.data is None:
+        source = SourceConfig(kind=SourceKind.python_docs, split="validation")
+    else:
+        kind = SourceKind.text if options.data.endswith((".txt", ".txt.gz")) else SourceKind.jsonl
+        source = SourceConfig(kind=kind, path=options.data)
+    data = DataConfig({}, {"text": source}, options.length, options.length, options.batch_size)
+    if options.length < 2 or options.batch_size < 1:
+        raise UserError("--length must be at least 2 and --batch-size at least 1")
+    mesh = single_device_mesh()
+    with jax.set_mesh(mesh):
+        model, params = open_model(
+            ModelConfig(path=options.model), tokenizer, mesh=mesh, key=jax.random.key(0)
+        )
+        rows = [
+            w.student_ids
+            for w in read_windows(TokenizerPair(tokenizer, tokenizer), data.validation, data)["text"]
+        ]
+        with console.status(f"running the model over {len(rows)} rows"):
+            value = bits_per_byte(
+                model, params, tokenizer, rows, batch_size=options.batch_size, length=options.length
+            )
+    if options.json:
+        _print_json({"bits_per_byte": value, "rows": len(rows)})
+    else:
+        print(f"{value:.4f} bits per byte over {len(rows)} rows of {options.data or 'Python documentation'}")
+
+
+def _export(options: argparse.Namespace, console: Console) -> None:
+    from xtoken_jax.distill import export_checkpoint
+
+    step = export_checkpoint(options.run_folder, options.step, options.out)
+    console.print(f"step {step} of {options.run_folder} -> {options.out}")
+
+
+def _report(options: argparse.Namespace, console: Console) -> None:
+    from xtoken_jax.report import draw_curves
+
+    console.print(f"curves   {draw_curves(options.run_folder)}")
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""An experiment: what `xtoken distill` reads, typed, composed from `configs/` by Hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from xtoken_jax.data.batches import DataConfig
+from xtoken_jax.errors import UserError
+from xtoken_jax.losses import LossConfig
+from xtoken_jax.mesh import MeshConfig
+from xtoken_jax.models.load import Dtype, ModelConfig
+from xtoken_jax.train.loop import TrainConfig
+from xtoken_jax.train.optimizer import OptimizerConfig
+
+PACKAGE = Path(__file__).parent
+# A wheel carries the configs inside the package; a checkout has them beside it.
+CONFIG_FOLDER = next(f for f in (PACKAGE / "configs", PACKAGE.parent / "configs") if f.is_dir())
+
+
+@dataclass
+class Experiment:
+    """One run of `xtoken distill`.
+
+    Attributes:
+        name: of the experiment; also of its folder under runs/.
+        run_dir: where the run is written.
+        student, teacher: the two models.
+        projection: a W file made by `xtoken project`; null builds it.
+        baseline: also train the same student for as long without a teacher, to compare with.
+        loss, data, optimizer, train, mesh: see the group of that name.
+    """
+
+    name: str = "distill"
+    run_dir: str = "runs/${name}"
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: ModelConfig = field(default_factory=ModelConfig)
+    projection: str | None = None
+    baseline: bool = False
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def validate(self) -> None:
+        """Raise UserError for the first value that makes no sense."""
+        for side in ("student", "teacher"):
+            if not getattr(self, side).path:
+                raise UserError(
+                    f"{side}.path: not given; name a Hugging Face folder or hub id, or start from an "
+                    f"experiment ({', '.join(options_of('experiment'))})"
+                )
+        if self.student.dtype is not Dtype.float32:
+            raise UserError(
+                f"student.dtype={self.student.dtype.value}: a student's parameters train in float32; "
+                "student.compute_dtype=bfloat16 is the way to compute in half precision"
+            )
+        for part in (self.loss, self.data, self.optimizer, self.train):
+            part.validate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return OmegaConf.to_container(OmegaConf.structured(self), resolve=True, enum_to_str=True)
+
+
+def load_experiment(overrides: Sequence[str]) -> Experiment:
+    """Compose and check an experiment.
+
+    Args:
+        overrides: as on the command line, "experiment=quickstart", "train.steps=100", ...
+
+    Raises:
+        UserError: an unknown group, option or key (with the nearest one), a value of the wrong
+            type, or values that make no sense together.
+    """
+    for override in overrides:
+        _check_override(override)
+    if not OmegaConf.has_resolver("embedded"):
+        OmegaConf.register_new_resolver("embedded", lambda path: str(PACKAGE / "assets" / path))
+    ConfigStore.instance().store(name="schema", node=Experiment)
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
+            composed = compose("distill", overrides=list(overrides))
+        experiment = typing.cast(Experiment, OmegaConf.to_object(composed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
+    experiment.validate()
+    return experiment
+
+
+def options_of(group: str) -> list[str]:
+    """The names that a config group offers."""
+    return sorted(f.stem for f in (CONFIG_FOLDER / group).glob("*.yaml"))
+
+
+def _groups() -> list[str]:
+    return sorted(f.name for f in CONFIG_FOLDER.iterdir() if f.is_dir())
+
+
+def _check_override(override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip("+~"):
+        raise UserError(f"{override!r} is not of the form key=value, such as experiment=quickstart")
+    key = key.lstrip("+~")
+    if key.startswith("hydra"):
+        return
+    if key in _groups() and "." not in key:
+        options = options_of(key)
+        if value not in options:
+            nearest = _nearest(value, options)
+            raise UserError(f"{key}={value}: no such {key}{nearest}; there is {', '.join(options)}")
+        return
+    _check_key(key, key.split("."), Experiment)
+
+
+def _check_key(key: str, path: list[str], kind: Any) -> None:
+    """Follow a dotted key through the dataclasses; the message names the nearest that exists."""
+    if typing.get_origin(kind) is dict:  # a name of the user's own, then the entry's keys
+        return _check_key(key, path[1:], typing.get_args(kind)[1]) if len(path) > 1 else None
+    if not path:
+        return None
+    if not dataclasses.is_dataclass(kind):
+        raise UserError(f"{key}: {key.removesuffix('.' + '.'.join(path))} is a single value and has no keys")
+    hints = typing.get_type_hints(kind)
+    if path[0] not in hints:
+        known = list(hints) + (_groups() if kind is Experiment else [])
+        parent = key[: -len(".".join(path))]
+        nearest = _nearest(path[0], known, parent)
+        raise UserError(f"{key}: no such key{nearest}; there is {', '.join(sorted(set(known)))}")
+    return _check_key(key, path[1:], hints[path[0]])
+
+
+def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _one_line(error: BaseException) -> str:
+    """The innermost cause, which names the key and value, without Hydra's advice around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    key = next(
+        (f"{line.removeprefix('full_key: ')}: " for line in lines if line.startswith("full_key: ")), ""
+    )
+    return key + (lines[0] if lines else type(error).__name__)

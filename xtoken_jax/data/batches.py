@@ -1,0 +1,130 @@
+"""Documents -> aligned windows -> Batch, the one type that goes to the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grain
+import jax
+import numpy as np
+
+from xtoken_jax.alignment.align import align_texts, collate, cut, pad, row_mask, with_document_marks
+from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.alignment.spans import Spans
+from xtoken_jax.data.sources import SourceConfig, read_documents
+from xtoken_jax.errors import UserError
+from xtoken_jax.tokens.tokenizer import TokenizerPair
+
+_TEXTS_AT_ONCE = 256  # texts tokenized in one call: enough to keep all cores busy
+
+
+@dataclass
+class DataConfig:
+    """What is trained on and measured on, and the shape of a batch.
+
+    Attributes:
+        train, validation: sources of text; each a list or, so that single values can be
+            overridden, a mapping of name -> source.
+        student_length, teacher_length: T_s and T_t, tokens a row.
+        batch_size: B, rows of the global batch.
+        seed: of the order of the rows.
+    """
+
+    train: dict[str, SourceConfig] = field(default_factory=dict)
+    validation: dict[str, SourceConfig] = field(default_factory=dict)
+    student_length: int = 1024
+    teacher_length: int = 1024
+    batch_size: int = 8
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise UserError for values that make no sense."""
+        for name in ("student_length", "teacher_length"):
+            if getattr(self, name) < 2:
+                raise UserError(f"data.{name}={getattr(self, name)}: must be at least 2")
+        if self.batch_size < 1:
+            raise UserError(f"data.batch_size={self.batch_size}: must be at least 1")
+        for part in ("train", "validation"):
+            sources = getattr(self, part)
+            if not sources:
+                raise UserError(f"data.{part}: name at least one source of text")
+            for name, source in sources.items():
+                source.validate(f"data.{part}.{name}")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One batch on both sides.
+
+    Attributes:
+        student_ids, teacher_ids: int32 [B, T_s], [B, T_t].
+        student_mask, teacher_mask: bool, True where there is a token and not padding.
+        alignment: chunk ids of the tokens and which chunks count.
+    """
+
+    student_ids: jax.Array | np.ndarray
+    student_mask: jax.Array | np.ndarray
+    teacher_ids: jax.Array | np.ndarray
+    teacher_mask: jax.Array | np.ndarray
+    alignment: Alignment
+
+
+def read_windows(
+    pair: TokenizerPair, sources: dict[str, SourceConfig], config: DataConfig
+) -> dict[str, list[Spans]]:
+    """Read, tokenize and align the documents of each source, cut to the batch's row lengths.
+
+    Raises:
+        UserError: a source without text, or without a window of two tokens.
+    """
+    windows: dict[str, list[Spans]] = {}
+    for name, source in sources.items():
+        documents = read_documents(source)
+        windows[name] = [
+            window
+            for first in range(0, len(documents), _TEXTS_AT_ONCE)
+            for spans in align_texts(pair, documents[first : first + _TEXTS_AT_ONCE])
+            for window in cut(with_document_marks(pair, spans), config.student_length, config.teacher_length)
+            if len(window.student_ids) > 1
+        ]
+        if not windows[name]:
+            raise UserError(f"source {name!r}: its text is too short, no row has two tokens")
+    return windows
+
+
+def make_batch(pair: TokenizerPair, rows: Sequence[Spans], config: DataConfig) -> Batch:
+    """Pad and stack aligned windows."""
+    student, teacher = [r.student_ids for r in rows], [r.teacher_ids for r in rows]
+    return Batch(
+        pad(student, config.student_length, pair.student.pad_id),
+        row_mask(student, config.student_length),
+        pad(teacher, config.teacher_length, pair.teacher.pad_id),
+        row_mask(teacher, config.teacher_length),
+        collate(rows, config.student_length, config.teacher_length),
+    )
+
+
+def training_batches(
+    pair: TokenizerPair, windows: dict[str, list[Spans]], config: DataConfig
+) -> grain.DatasetIterator:
+    """An endless iterator of Batch, shuffled anew in every epoch, whose position can be saved.
+
+    Raises:
+        UserError: fewer windows than rows in a batch.
+    """
+    rows = [window for part in windows.values() for window in part]
+    if len(rows) < config.batch_size:
+        raise UserError(
+            f"the training text fills {len(rows)} rows of {config.student_length} student tokens, fewer than "
+            f"data.batch_size={config.batch_size}; give more text, shorter rows or a smaller batch"
+        )
+    dataset = (
+        grain.MapDataset.source(rows)
+        .seed(config.seed)
+        .shuffle()
+        .repeat()
+        .batch(config.batch_size, batch_fn=lambda batch: make_batch(pair, batch, config))
+    )
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,0 +1,132 @@
+"""Where text comes from: files, the documentation that Python carries, generated sums."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from xtoken_jax.data import arithmetic
+from xtoken_jax.errors import UserError
+
+
+class SourceKind(Enum):
+    """What a source reads."""
+
+    jsonl = "jsonl"
+    text = "text"
+    python_docs = "python_docs"
+    arithmetic = "arithmetic"
+
+
+@dataclass
+class SourceConfig:
+    """One source of documents.
+
+    Attributes:
+        kind: jsonl (one JSON object a line, .gz too), text (a file is a document),
+            python_docs (the topics of `help()`), arithmetic (generated sums).
+        path: the file, or a folder of files with the kind's ending; for jsonl and text.
+        field: the key that holds the text; for jsonl.
+        split: "train" or "validation"; for python_docs and arithmetic.
+        operation: sums or differences; for arithmetic.
+        documents: how many to generate, each of 20 lines; for arithmetic.
+        largest: largest operand; for arithmetic.
+        wrong_share: share of wrong results in [0, 1]; for arithmetic.
+        seed: for arithmetic.
+    """
+
+    kind: SourceKind = SourceKind.jsonl
+    path: str | None = None
+    field: str = "text"
+    split: str = "train"
+    operation: arithmetic.Operation = arithmetic.Operation.sums
+    documents: int = 1000
+    largest: int = 99
+    wrong_share: float = 0.0
+    seed: int = 0
+
+    def validate(self, where: str) -> None:
+        """Raise UserError for values that make no sense; `where` names the config key."""
+        if self.kind in (SourceKind.jsonl, SourceKind.text) and not self.path:
+            raise UserError(f"{where}.path: a source of kind {self.kind.value} needs a file or folder")
+        if self.split not in ("train", "validation"):
+            raise UserError(f"{where}.split={self.split!r}: choose train or validation")
+        if not 0 <= self.wrong_share <= 1:
+            raise UserError(f"{where}.wrong_share={self.wrong_share}: must be between 0 and 1")
+        if self.documents < 1 or self.largest < 1:
+            raise UserError(f"{where}: documents and largest must be at least 1")
+
+
+def read_documents(config: SourceConfig) -> list[str]:
+    """All documents of a source that hold more than blanks, in a fixed order.
+
+    Raises:
+        UserError: a missing or unreadable file, a line without the field, no text at all.
+    """
+    if config.kind is SourceKind.arithmetic:
+        return arithmetic.documents(
+            config.operation,
+            config.documents,
+            largest=config.largest,
+            split=config.split,
+            seed=config.seed,
+            wrong_share=config.wrong_share,
+        )
+    if config.kind is SourceKind.python_docs:
+        return python_docs(config.split)
+    read = _read_jsonl if config.kind is SourceKind.jsonl else _read_text
+    documents = [d for path in _files(config) for d in read(path, config.field) if d.strip()]
+    if not documents:
+        raise UserError(f"{config.path}: holds no text")
+    return documents
+
+
+def python_docs(split: str) -> list[str]:
+    """The topics of Python's own `help()`, about 460 kB of English; every tenth is held out."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return [topics[n] for i, n in enumerate(names) if (i % 10 == 0) == (split == "validation")]
+
+
+def _files(config: SourceConfig) -> list[Path]:
+    path = Path(config.path or "").expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder of {config.kind.value} data")
+    endings = (".jsonl", ".jsonl.gz") if config.kind is SourceKind.jsonl else (".txt", ".txt.gz")
+    files = sorted(f for f in path.rglob("*") if f.name.endswith(endings))
+    if not files:
+        raise UserError(f"{path}: holds no file that ends in {' or '.join(endings)}")
+    return files
+
+
+def _open(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _read_text(path: Path, field: str) -> Iterator[str]:
+    yield _open(path)
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_open(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[field]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: no JSON object with a {field!r} ({error!r})") from error
+        if not isinstance(text, str):
+            raise UserError(f"{path}:{number}: {field!r} holds {type(text).__name__}, not text")
+        yield text

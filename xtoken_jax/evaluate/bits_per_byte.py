@@ -1,0 +1,51 @@
+"""Bits per byte: the cost of a text under a model, comparable across tokenizers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xtoken_jax.alignment.align import pad, row_mask
+from xtoken_jax.evaluate.rows import in_batches
+from xtoken_jax.losses import next_token_cross_entropy
+from xtoken_jax.models.decoder import Model, Params, logits
+from xtoken_jax.tokens.tokenizer import Tokenizer
+
+
+def bits_per_byte(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    rows: Sequence[np.ndarray],
+    *,
+    batch_size: int,
+    length: int,
+) -> float:
+    """Total -log2 p of the tokens after each row's first, over the bytes that these tokens spell.
+
+    Args:
+        model, params: what to measure.
+        tokenizer: the model's; special tokens cost bits but spell no bytes.
+        rows: ids of each row, int32 [<= length].
+        batch_size, length: the shape of what the model is run on.
+
+    Returns:
+        Bits per byte of text.
+    """
+    nats, count = 0.0, 0
+    for batch in in_batches(rows, batch_size):
+        ids, mask = pad(batch, length, tokenizer.pad_id), row_mask(batch, length)
+        nats += float(_nats(model, params, ids, mask, tokenizer.size))
+        count += int((tokenizer.bytes.lengths[ids] * mask)[:, 1:].sum())
+    return nats / math.log(2) / max(count, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "size"))
+def _nats(model: Model, params: Params, ids: jax.Array, mask: jax.Array, size: int) -> jax.Array:
+    values, counted = next_token_cross_entropy(logits(*model(params, ids))[..., :size], ids, mask)
+    return jnp.sum(jnp.where(counted, values, 0.0))

@@ -1,0 +1,81 @@
+"""A model as an experiment names it: a folder or hub id, and how to hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import jax
+from jax.sharding import Mesh
+
+from xtoken_jax.errors import UserError
+from xtoken_jax.hub import resolve_folder
+from xtoken_jax.models.decoder import Model, Params
+from xtoken_jax.models.hf_weights import init_model, load_model
+from xtoken_jax.tokens.tokenizer import Tokenizer
+
+
+class Start(Enum):
+    """Where parameters come from: the folder's weights, or a random draw by its config.json."""
+
+    weights = "weights"
+    random = "random"
+
+
+class Dtype(Enum):
+    """Number formats of parameters and of computation."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class ModelConfig:
+    """A student or teacher.
+
+    Attributes:
+        path: a Hugging Face folder (config.json, safetensors, tokenizer.json) or hub id.
+        init: weights, or random for a student that starts from its config.json alone.
+        dtype: of the parameters; a student trains in float32.
+        compute_dtype: of activations and matrix products.
+        remat: recompute activations in the backward pass, for memory.
+    """
+
+    path: str | None = None
+    init: Start = Start.weights
+    dtype: Dtype = Dtype.float32
+    compute_dtype: Dtype = Dtype.float32
+    remat: bool = False
+
+
+def open_model(
+    config: ModelConfig, tokenizer: Tokenizer, *, mesh: Mesh, key: jax.Array
+) -> tuple[Model, Params]:
+    """The model and its parameters on the mesh.
+
+    Args:
+        config: what to load; `path` is set.
+        tokenizer: the one it is used with.
+        mesh: where the parameters go.
+        key: of a random start.
+
+    Raises:
+        UserError: what loading refuses, and a tokenizer with more ids than the model has rows.
+    """
+    folder = resolve_folder(str(config.path))
+    options = {
+        "mesh": mesh,
+        "dtype": config.dtype.value,
+        "compute_dtype": config.compute_dtype.value,
+        "remat": config.remat,
+    }
+    if config.init is Start.random:
+        model, params = init_model(folder, key, **options)
+    else:
+        model, params = load_model(folder, **options)
+    if tokenizer.size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.size} tokens but the model only "
+            f"{model.config.vocab_size} (vocab_size in config.json); they do not belong together"
+        )
+    return model, params

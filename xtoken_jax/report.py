@@ -1,0 +1,61 @@
+"""The curves of a run, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from xtoken_jax.errors import UserError
+from xtoken_jax.train.loop import METRICS_FILE, read_metrics
+
+PICTURE = "curves.png"
+BASELINE_FOLDER = "no_teacher"
+_RUNS = {"": ("distilled", "tab:blue"), BASELINE_FOLDER: ("without a teacher", "tab:orange")}
+_TRAINING = {"ce": "cross-entropy (nats per token)", "kd": "distillation term (nats per chunk)"}
+
+
+def draw_curves(run: Path, levels: Mapping[str, Mapping[str, float]] | None = None) -> Path:
+    """Draw training and validation figures of a run, and of its baseline, over the steps.
+
+    Args:
+        run: the run's folder.
+        levels: figure name -> label -> value, drawn as horizontal lines (such as the teacher's).
+
+    Returns:
+        The path of the PNG.
+
+    Raises:
+        UserError: a folder without metrics.
+    """
+    rows = {sub: read_metrics(path) for sub in _RUNS if (path := run / sub / METRICS_FILE).is_file()}
+    if not rows.get(""):
+        raise UserError(f"{run}: not a run, it has no {METRICS_FILE}")
+    validation = sorted(
+        {name for part in rows.values() for row in part for name in row.get("validation", {})}
+    )
+    panels = [name for name in _TRAINING if any(name in row for row in rows[""])] + validation
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained", dpi=110)
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for sub, (label, color) in _RUNS.items():
+            points = [
+                (row["step"], value) for row in rows.get(sub, []) if (value := _value(row, name)) is not None
+            ]
+            if points:
+                marker = "o" if name in validation else ""
+                axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3)
+        for label, value in (levels or {}).get(name, {}).items():
+            axes.axhline(value, color="gray", linestyle=":", label=label)
+        axes.set(title=_TRAINING.get(name, f"held-out {name}"), xlabel="step")
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path = run / PICTURE
+    figure.savefig(path)
+    return path
+
+
+def _value(row: dict[str, Any], name: str) -> float | None:
+    return row.get(name) if name in _TRAINING else row.get("validation", {}).get(name)

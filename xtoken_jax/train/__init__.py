@@ -1,0 +1,1 @@
+"""The training step, its optimizer, the loop around it and its checkpoints."""

@@ -1,0 +1,180 @@
+"""Iterate, log, evaluate, save; stop on a loss that is not finite."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from xtoken_jax.data.batches import Batch
+from xtoken_jax.errors import UserError
+from xtoken_jax.losses.objective import LossTables
+from xtoken_jax.mesh import batch_sharding
+from xtoken_jax.models.decoder import Params
+from xtoken_jax.train.checkpoint import Checkpoints
+from xtoken_jax.train.step import Metrics, Step, TrainState
+
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+class NonFiniteLossError(UserError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, and how often what happens.
+
+    Attributes:
+        steps: optimizer steps.
+        log_every: steps between two lines of metrics.jsonl.
+        evaluate_every: steps between two evaluations on the validation text; 0 for start and end alone.
+        save_every: steps between two checkpoints; 0 for the end alone.
+        keep: checkpoints kept.
+        seed: of the student's random start.
+    """
+
+    steps: int = 5000
+    log_every: int = 10
+    evaluate_every: int = 250
+    save_every: int = 500
+    keep: int = 2
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise UserError for values that make no sense."""
+        for name, least in (
+            ("steps", 1), ("log_every", 1), ("evaluate_every", 0), ("save_every", 0), ("keep", 1)
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}")
+
+
+def train(
+    state: TrainState,
+    abstract: TrainState,
+    step: Step,
+    batches: grain.DatasetIterator,
+    *,
+    teacher_params: Params | None,
+    tables: LossTables | None,
+    evaluate: Callable[[Params], dict[str, float]],
+    config: TrainConfig,
+    folder: Path,
+    mesh: Mesh,
+    title: str,
+    console: Console,
+) -> TrainState:
+    """Train to `config.steps`, from the newest checkpoint in `folder` if it holds one.
+
+    Args:
+        state: the state at step 0.
+        abstract: its shapes and shardings, to restore into.
+        step: the jitted step.
+        batches: endless; its position is saved and restored.
+        evaluate: student parameters -> named figures on the validation text.
+        folder: gets metrics.jsonl and checkpoints/.
+        title: of the progress bar.
+
+    Returns:
+        The last state.
+
+    Raises:
+        NonFiniteLossError: names the step and the last good checkpoint.
+    """
+    checkpoints = Checkpoints(folder / CHECKPOINT_FOLDER, keep=config.keep)
+    if checkpoints.latest is not None:
+        state, position = checkpoints.restore(checkpoints.latest, abstract)
+        batches.set_state(position)
+        console.print(f"[dim]{title}: goes on from step {checkpoints.latest}[/dim]")
+    first = int(state.step)
+    log = _MetricsLog(folder / METRICS_FILE, first)
+    sharding = batch_sharding(mesh)
+    if first == 0:
+        log.write(0, {"validation": evaluate(state.params)})
+
+    def due(number: int, every: int) -> bool:
+        return number == config.steps or (every > 0 and number % every == 0)
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )  # fmt: skip
+    started, tokens = time.perf_counter(), 0
+    with Progress(*columns, console=console, disable=first >= config.steps) as progress:
+        bar = progress.add_task(title, total=config.steps, completed=first, shown="")
+        pending: Metrics | None = None
+        for number in range(first + 1, config.steps + 1):
+            batch: Batch = next(batches)
+            tokens += int(batch.student_mask.sum())
+            batch = jax.device_put(batch, sharding)
+            state, metrics = step(state, teacher_params, tables, batch)
+            # The step before has ended by now: reading its metrics does not hold up this one.
+            _check_finite(pending, number - 1, checkpoints)
+            pending = metrics
+            if due(number, config.log_every):
+                values = {name: float(value) for name, value in metrics.items() if name != "finite"}
+                _check_finite(metrics, number, checkpoints)
+                rate = tokens / (time.perf_counter() - started)
+                log.write(number, {**values, "tokens_per_second": round(rate)})
+                parts = [f"{k} {values[k]:.3f}" for k in ("ce", "kd") if k in values]
+                progress.update(bar, completed=number, shown="  ".join([*parts, f"{rate:,.0f} tokens/s"]))
+            if due(number, config.evaluate_every):
+                log.write(number, {"validation": evaluate(state.params)})
+            if due(number, config.save_every):
+                _check_finite(metrics, number, checkpoints)
+                checkpoints.save(number, state, batches.get_state())
+    checkpoints.close()
+    return state
+
+
+def _check_finite(metrics: Metrics | None, number: int, checkpoints: Checkpoints) -> None:
+    if metrics is None or bool(metrics["finite"]):
+        return
+    good = checkpoints.latest
+    checkpoints.close()
+    kept = (
+        "there is no checkpoint yet"
+        if good is None
+        else f"the last good checkpoint is {checkpoints.path(good)}"
+    )
+    raise NonFiniteLossError(
+        f"step {number}: the loss is {float(metrics['loss'])} with a gradient of norm "
+        f"{float(metrics['gradient_norm'])}; {kept}. Try a lower optimizer.learning_rate"
+    )
+
+
+class _MetricsLog:
+    """metrics.jsonl, one JSON object a line; lines past the step that a run goes on from are dropped."""
+
+    def __init__(self, path: Path, first: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = read_metrics(path) if path.is_file() else []
+        kept = [row for row in rows if first and row["step"] <= first]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._path = path
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

@@ -1,0 +1,134 @@
+"""One training step: (state, teacher, tables, batch) -> (state, metrics), pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from xtoken_jax.data.batches import Batch
+from xtoken_jax.losses import (
+    LossConfig,
+    LossKind,
+    distillation_loss,
+    masked_mean,
+    next_token_cross_entropy,
+    total_loss,
+    valid_chunks,
+)
+from xtoken_jax.losses.objective import LossTables
+from xtoken_jax.mesh import replicated
+from xtoken_jax.models.decoder import Model, Params, logits
+
+Metrics = dict[str, jax.Array]
+Step = Callable[["TrainState", Params | None, LossTables | None, Batch], tuple["TrainState", Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes and a checkpoint holds.
+
+    Attributes:
+        step: int32 scalar, steps taken.
+        params: the student's parameters.
+        opt_state: the optimizer's state, laid out as the parameters are.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+def abstract_state(student: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state's shapes and shardings, for `jax.jit` and for restoring a checkpoint."""
+    params = student.abstract(mesh)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    # Moments mirror the parameters, so they take the parameters' layout; counters are everywhere.
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
+        opt_state,
+        params,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(step, params, opt_state)
+
+
+def init_state(
+    student: Model, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first step; `params` are taken over, not copied."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(student, optimizer, mesh))
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
+
+
+def make_step(
+    student: Model,
+    teacher: Model | None,
+    loss: LossConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    student_size: int,
+) -> Step:
+    """The step of one objective; jit it with the state donated.
+
+    Args:
+        student, teacher: models; no teacher means next-token cross-entropy alone.
+        loss: the objective, with its kind settled (not "auto").
+        optimizer: what `make_optimizer` returned.
+        student_size: V_s of the tokenizer; logits past it do not enter the loss.
+
+    Returns:
+        step(state, teacher_params, tables, batch) -> (state, metrics). A step whose loss or
+        gradient is not finite leaves parameters and moments as they were; `finite` says so.
+    """
+    distil = None if teacher is None or loss.kind is LossKind.none else distillation_loss(loss)
+
+    def objective(
+        params: Params, teacher_params: Params | None, tables: LossTables | None, batch: Batch
+    ) -> tuple[jax.Array, Metrics]:
+        # Rows are padded on the right, so causality alone keeps padding out of sight.
+        student_logits = logits(*student(params, batch.student_ids))[..., :student_size]
+        ce_values, ce_mask = next_token_cross_entropy(student_logits, batch.student_ids, batch.student_mask)
+        ce = masked_mean(ce_values, ce_mask)
+        metrics = {"ce": ce}
+        if distil is None or teacher is None or tables is None:
+            return ce, {"loss": ce, **metrics}
+        teacher_logits = jax.lax.stop_gradient(logits(*teacher(teacher_params, batch.teacher_ids)))
+        values = distil(student_logits, teacher_logits, batch.alignment, tables, batch.teacher_mask)
+        chunks = valid_chunks(batch.alignment)
+        kd = masked_mean(values, chunks)
+        total, scale = total_loss(
+            ce,
+            kd,
+            dynamic_scaling=loss.dynamic_scaling,
+            max_scale=loss.max_scale,
+            kd_weight=loss.kd_weight,
+            ce_weight=loss.ce_weight,
+        )
+        return total, {"loss": total, "kd": kd, "kd_scale": scale, "chunks": chunks.sum(), **metrics}
+
+    def step(
+        state: TrainState, teacher_params: Params | None, tables: LossTables | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        gradient_of = jax.value_and_grad(objective, has_aux=True)
+        (value, metrics), gradient = gradient_of(state.params, teacher_params, tables, batch)
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics = {**metrics, "gradient_norm": norm, "finite": finite}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
