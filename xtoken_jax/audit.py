@@ -84,15 +84,15 @@ def audit(
     projection = build_projection(pair) if projection is None else projection
     common = set(np.asarray(Partition.strict(projection).common_student).tolist())
     members: dict[str, list[int]] = {name: [] for name in (*CLASSES, "special")}
-    for token_id, content in enumerate(pair.student.bytes.table):
+    for token_id, content in enumerate(pair.student.token_bytes.table):
         if content is not None:
             members[next(name for name, test in CLASSES.items() if test(content))].append(token_id)
-        elif token_id in pair.student.bytes.special:
+        elif token_id in pair.student.token_bytes.special:
             members["special"].append(token_id)
     classes = []
     for name, ids in members.items():
         missing = [i for i in ids if i not in common]
-        examples = tuple(pair.student.backend.id_to_token(i) for i in missing[:5])
+        examples = tuple(str(pair.student.backend.id_to_token(i)) for i in missing[:5])
         classes.append(ClassCoverage(name, name in CRITICAL, len(ids), len(ids) - len(missing), examples))
     fallen = [c for c in classes if c.critical and c.coverage < minimum_coverage]
     if fallen:

@@ -72,7 +72,8 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return OmegaConf.to_container(OmegaConf.structured(self), resolve=True, enum_to_str=True)
+        plain = OmegaConf.to_container(OmegaConf.structured(self), resolve=True, enum_to_str=True)
+        return typing.cast(dict[str, Any], plain)
 
 
 def load_experiment(overrides: Sequence[str]) -> Experiment:

@@ -39,7 +39,7 @@ PARTITION_SPECS: dict[str, PartitionSpec] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class MeshConfig:
     """Sizes of the three mesh axes; -1 (at most once) means the remaining devices."""
 

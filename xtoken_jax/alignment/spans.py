@@ -83,7 +83,7 @@ def align_encodings(
     raw = text.encode()
     sides = [(pair.student, student), (pair.teacher, teacher)]
     ids = [np.asarray(encoding.ids, np.int32) for _, encoding in sides]
-    faithful = all(tokenizer.bytes.join(i) == raw for (tokenizer, _), i in zip(sides, ids, strict=True))
+    faithful = all(tokenizer.token_bytes.join(i) == raw for (tokenizer, _), i in zip(sides, ids, strict=True))
     spans = [
         _byte_spans(tokenizer, i) if faithful else _character_spans(tokenizer, i, encoding)
         for (tokenizer, encoding), i in zip(sides, ids, strict=True)
@@ -97,12 +97,12 @@ def align_encodings(
             for (tokenizer, _), i, chunks in zip(sides, ids, (student_chunks, teacher_chunks), strict=True)
         ]
         exact = np.array([s == t for s, t in zip(*pieces, strict=True)], bool)
-    return Spans(*ids, student_chunks, teacher_chunks, count, exact)
+    return Spans(ids[0], ids[1], student_chunks, teacher_chunks, count, exact)
 
 
 def _byte_spans(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    ends = np.cumsum(tokenizer.bytes.lengths[ids], dtype=np.int64)
-    return np.stack([ends - tokenizer.bytes.lengths[ids], ends], axis=1)
+    ends = np.cumsum(tokenizer.token_bytes.lengths[ids], dtype=np.int64)
+    return np.stack([ends - tokenizer.token_bytes.lengths[ids], ends], axis=1)
 
 
 def _character_spans(tokenizer: Tokenizer, ids: np.ndarray, encoding: tokenizers.Encoding) -> np.ndarray:
@@ -119,7 +119,7 @@ def _character_spans(tokenizer: Tokenizer, ids: np.ndarray, encoding: tokenizers
         ends[i] = ends[i + 1]
     for i in shared:
         starts[i + 1] = starts[i]
-    gap = tokenizer.bytes.lengths[ids] == 0
+    gap = tokenizer.token_bytes.lengths[ids] == 0
     return np.stack([np.where(gap, ends, starts), ends], axis=1)
 
 
@@ -127,5 +127,5 @@ def _chunk_bytes(tokenizer: Tokenizer, ids: np.ndarray, chunks: np.ndarray, coun
     pieces = [b""] * count
     for i, chunk in zip(ids.tolist(), chunks.tolist(), strict=True):
         if chunk >= 0:
-            pieces[chunk] += tokenizer.bytes.table[i] or b""
+            pieces[chunk] += tokenizer.token_bytes.table[i] or b""
     return pieces

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grain
 import jax
-import numpy as np
 
 from xtoken_jax.alignment.align import align_texts, collate, cut, pad, row_mask, with_document_marks
 from xtoken_jax.alignment.batch import Alignment
@@ -64,10 +64,10 @@ class Batch:
         alignment: chunk ids of the tokens and which chunks count.
     """
 
-    student_ids: jax.Array | np.ndarray
-    student_mask: jax.Array | np.ndarray
-    teacher_ids: jax.Array | np.ndarray
-    teacher_mask: jax.Array | np.ndarray
+    student_ids: jax.Array
+    student_mask: jax.Array
+    teacher_ids: jax.Array
+    teacher_mask: jax.Array
     alignment: Alignment
 
 
@@ -95,15 +95,15 @@ def read_windows(
 
 
 def make_batch(pair: TokenizerPair, rows: Sequence[Spans], config: DataConfig) -> Batch:
-    """Pad and stack aligned windows."""
+    """Pad and stack aligned windows; numpy arrays until they are put on devices."""
     student, teacher = [r.student_ids for r in rows], [r.teacher_ids for r in rows]
-    return Batch(
-        pad(student, config.student_length, pair.student.pad_id),
-        row_mask(student, config.student_length),
-        pad(teacher, config.teacher_length, pair.teacher.pad_id),
-        row_mask(teacher, config.teacher_length),
-        collate(rows, config.student_length, config.teacher_length),
-    )
+    arrays: dict[str, Any] = {
+        "student_ids": pad(student, config.student_length, pair.student.pad_id),
+        "student_mask": row_mask(student, config.student_length),
+        "teacher_ids": pad(teacher, config.teacher_length, pair.teacher.pad_id),
+        "teacher_mask": row_mask(teacher, config.teacher_length),
+    }
+    return Batch(**arrays, alignment=collate(rows, config.student_length, config.teacher_length))
 
 
 def training_batches(

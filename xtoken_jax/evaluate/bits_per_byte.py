@@ -41,7 +41,7 @@ def bits_per_byte(
     for batch in in_batches(rows, batch_size):
         ids, mask = pad(batch, length, tokenizer.pad_id), row_mask(batch, length)
         nats += float(_nats(model, params, ids, mask, tokenizer.size))
-        count += int((tokenizer.bytes.lengths[ids] * mask)[:, 1:].sum())
+        count += int((tokenizer.token_bytes.lengths[ids] * mask)[:, 1:].sum())
     return nats / math.log(2) / max(count, 1)
 
 

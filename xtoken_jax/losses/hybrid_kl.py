@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import mean_by_chunk, valid_chunks
-from xtoken_jax.losses.divergence import Direction, kl_terms
-from xtoken_jax.projection.matrix import Partition
+from xtoken_jax.losses.divergence import kl_terms
+from xtoken_jax.projection.matrix import Array, Partition
 
 
 class HybridTerms(NamedTuple):
@@ -28,7 +28,7 @@ def hybrid_kl(
     *,
     temperature: float = 1.0,
     uncommon_top_k: int = 8192,
-    direction: Direction = "forward",
+    direction: str = "forward",
     common_weight: float = 1.0,
     uncommon_weight: float = 1.0,
 ) -> jax.Array:
@@ -59,7 +59,7 @@ def hybrid_terms(
     *,
     temperature: float = 1.0,
     uncommon_top_k: int = 8192,
-    direction: Direction = "forward",
+    direction: str = "forward",
 ) -> HybridTerms:
     """KL on common pairs and sorted L1 on the rest (GOLD; X-Token, section 4).
 
@@ -83,7 +83,7 @@ def hybrid_terms(
     count = alignment.valid.shape[1]
     common_count = partition.common_student.shape[0]
 
-    def chunk_means(logits: jax.Array, size: int, chunks: jax.Array) -> jax.Array:
+    def chunk_means(logits: jax.Array, size: int, chunks: Array) -> jax.Array:
         logits = jnp.asarray(logits[..., :size], jnp.float32) / temperature
         return mean_by_chunk(jax.nn.log_softmax(logits, axis=-1), jnp.asarray(chunks), count)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,9 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
             direction=direction,
             merge=merge,
         )
-        return lambda s, t, alignment, w, mask: term(s, t, alignment, w, teacher_mask=mask)
+        return lambda s, t, alignment, tables, mask: term(
+            s, t, alignment, cast(Projection, tables), teacher_mask=mask
+        )
     if config.kind in (LossKind.gold, LossKind.h_kl):
         hybrid = partial(
             hybrid_kl,
@@ -110,7 +113,7 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
             uncommon_top_k=config.uncommon_top_k,
             direction=direction,
         )
-        return lambda s, t, alignment, partition, mask: hybrid(s, t, alignment, partition)
+        return lambda s, t, alignment, tables, mask: hybrid(s, t, alignment, cast(Partition, tables))
     raise ValueError(f"{config.kind} is not a distillation term")
 
 

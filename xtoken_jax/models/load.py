@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -63,7 +64,7 @@ def open_model(
         UserError: what loading refuses, and a tokenizer with more ids than the model has rows.
     """
     folder = resolve_folder(str(config.path))
-    options = {
+    options: dict[str, Any] = {
         "mesh": mesh,
         "dtype": config.dtype.value,
         "compute_dtype": config.compute_dtype.value,

@@ -37,12 +37,12 @@ def build_projection(pair: TokenizerPair, *, entries: int = 4) -> Projection:
     weights = np.zeros((student.size, entries), np.float32)
 
     by_bytes: dict[bytes, int] = {}
-    for token_id, content in enumerate(teacher.bytes.table):
+    for token_id, content in enumerate(teacher.token_bytes.table):
         if content:
             by_bytes.setdefault(content, token_id)
 
     inexact: list[int] = []
-    for token_id, content in enumerate(student.bytes.table):
+    for token_id, content in enumerate(student.token_bytes.table):
         if content is None:
             continue
         if content in by_bytes:
@@ -52,10 +52,10 @@ def build_projection(pair: TokenizerPair, *, entries: int = 4) -> Projection:
 
     for role in _ROLE_ORDER:
         token_id = student.roles.get(role, -1)
-        if token_id in student.bytes.special and role in teacher.roles:
+        if token_id in student.token_bytes.special and role in teacher.roles:
             indices[token_id, 0], weights[token_id, 0] = teacher.roles[role], 1.0
 
-    contents = [student.bytes.table[i] or b"" for i in inexact]
+    contents = [student.token_bytes.table[i] or b"" for i in inexact]
     for token_id, pieces in zip(inexact, tokenize_bytes(teacher, contents), strict=True):
         row: dict[int, float] = {}
         for place, piece in enumerate(pieces[:entries]):
@@ -76,16 +76,16 @@ def tokenize_bytes(tokenizer: Tokenizer, contents: list[bytes]) -> Iterator[list
     merges = _Merges(tokenizer)
     for content, encoding in zip(contents, tokenizer.encode_batch(texts), strict=True):
         ids = np.asarray(encoding.ids, np.int32)
-        yield ids.tolist() if tokenizer.bytes.join(ids) == content else merges.tokenize(content)
+        yield ids.tolist() if tokenizer.token_bytes.join(ids) == content else merges.tokenize(content)
 
 
 class _Merges:
     """A tokenizer's byte-pair merges, applied to bytes without splitting them into words first."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.byte_level = tokenizer.bytes.kind == "byte_level"
+        self.byte_level = tokenizer.token_bytes.kind == "byte_level"
         self.ids: dict[bytes, int] = {}
-        for token_id, content in enumerate(tokenizer.bytes.table):
+        for token_id, content in enumerate(tokenizer.token_bytes.table):
             if content:
                 self.ids.setdefault(content, token_id)
         alphabet = byte_alphabet()

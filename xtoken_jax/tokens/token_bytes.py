@@ -75,7 +75,7 @@ def _kind(tokenizer_json: dict[str, Any], where: str) -> str:
     )
 
 
-def token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.json") -> TokenBytes:
+def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.json") -> TokenBytes:
     """Read the byte string of every id from the content of a `tokenizer.json`.
 
     Args:

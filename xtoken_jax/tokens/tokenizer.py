@@ -13,7 +13,7 @@ import tokenizers
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
-from xtoken_jax.tokens.token_bytes import TokenBytes, token_bytes
+from xtoken_jax.tokens.token_bytes import TokenBytes, read_token_bytes
 
 ROLES = ("bos", "eos", "pad", "unk")
 
@@ -25,7 +25,7 @@ class Tokenizer:
     Attributes:
         name: the folder or hub id it was loaded from.
         size: V, the number of ids, added tokens included.
-        bytes: the byte string of each id.
+        token_bytes: the byte string of each id.
         roles: "bos", "eos", "pad", "unk" -> id, those that it has.
         adds_bos: whether its own post-processor opens a text with BOS.
         fingerprint: SHA-256 of tokenizer.json's content and of the roles.
@@ -34,7 +34,7 @@ class Tokenizer:
 
     name: str
     size: int
-    bytes: TokenBytes
+    token_bytes: TokenBytes
     roles: dict[str, int]
     adds_bos: bool
     fingerprint: str
@@ -69,14 +69,14 @@ class Tokenizer:
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
-        table = token_bytes(definition, where=str(path))
+        table = read_token_bytes(definition, where=str(path))
         roles = _roles(folder, backend)
         opening = backend.encode("", add_special_tokens=True).ids
         content = json.dumps([definition, roles], sort_keys=True, ensure_ascii=False)
         return cls(
             name=str(path_or_id),
             size=len(table.table),
-            bytes=table,
+            token_bytes=table,
             roles=roles,
             adds_bos=bool(opening) and opening[0] == roles.get("bos"),
             fingerprint=hashlib.sha256(content.encode()).hexdigest(),
@@ -86,7 +86,7 @@ class Tokenizer:
 
     def bytes_of(self, token_id: int) -> bytes | None:
         """The bytes of one id; None for special tokens and ids without a token."""
-        return self.bytes.table[token_id]
+        return self.token_bytes.table[token_id]
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [T], without any special token."""
@@ -98,7 +98,7 @@ class Tokenizer:
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of a run of ids; bytes that are not UTF-8 show as U+FFFD."""
-        return self.bytes.join(np.asarray(ids)).decode("utf-8", errors="replace")
+        return self.token_bytes.join(np.asarray(ids)).decode("utf-8", errors="replace")
 
     @property
     def pad_id(self) -> int:

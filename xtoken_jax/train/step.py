@@ -35,12 +35,12 @@ class TrainState:
     """What a step changes and a checkpoint holds.
 
     Attributes:
-        step: int32 scalar, steps taken.
+        step: int32 scalar array, steps taken.
         params: the student's parameters.
         opt_state: the optimizer's state, laid out as the parameters are.
     """
 
-    step: jax.Array
+    step: Any
     params: Params
     opt_state: Any
 
@@ -100,7 +100,7 @@ def make_step(
         ce_values, ce_mask = next_token_cross_entropy(student_logits, batch.student_ids, batch.student_mask)
         ce = masked_mean(ce_values, ce_mask)
         metrics = {"ce": ce}
-        if distil is None or teacher is None or tables is None:
+        if distil is None or teacher is None or teacher_params is None or tables is None:
             return ce, {"loss": ce, **metrics}
         teacher_logits = jax.lax.stop_gradient(logits(*teacher(teacher_params, batch.teacher_ids)))
         values = distil(student_logits, teacher_logits, batch.alignment, tables, batch.teacher_mask)
