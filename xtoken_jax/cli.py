@@ -178,7 +178,7 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
 
 
 def _audit(options: argparse.Namespace, console: Console) -> None:
-    from xtoken_jax.audit import audit
+    from xtoken_jax.coverage import audit
     from xtoken_jax.tokens.tokenizer import TokenizerPair
 
     found = audit(TokenizerPair.load(options.student, options.teacher))

@@ -15,7 +15,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from xtoken_jax.audit import audit
+from xtoken_jax.coverage import audit
 from xtoken_jax.config import Experiment
 from xtoken_jax.data import arithmetic
 from xtoken_jax.data.batches import read_windows, training_batches
