@@ -53,6 +53,15 @@ def test_only_earlier_tokens_are_seen():
     assert (np.abs(before - after)[:, 6:].max(-1) > 1e-2).all()
 
 
+def test_padding_sees_only_itself():
+    model, params = load("untied")
+    tokens = np.arange(3, 13, dtype=np.int32)[None, :]
+    mask = np.arange(10)[None, :] >= 4
+    hidden, _ = forward(model, params, tokens, mask=mask)
+    alone, _ = forward(model, params, tokens[:, 3:4])
+    np.testing.assert_allclose(hidden[:, 3:4], alone, atol=1e-5)
+
+
 def test_positions_count_by_their_differences():
     model, params = load("llama3")
     tokens = np.arange(3, 13, dtype=np.int32)[None, :]
