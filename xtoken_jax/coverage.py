@@ -85,6 +85,8 @@ def audit(
     common = set(np.asarray(Partition.strict(projection).common_student).tolist())
     members: dict[str, list[int]] = {name: [] for name in (*CLASSES, "special")}
     for token_id, content in enumerate(pair.student.token_bytes.table):
+        if token_id in pair.student.token_bytes.shadowed:
+            continue
         if content is not None:
             members[next(name for name, test in CLASSES.items() if test(content))].append(token_id)
         elif token_id in pair.student.token_bytes.special:

@@ -25,6 +25,9 @@ def build_projection(pair: TokenizerPair, *, entries: int = 4) -> Projection:
        pieces are kept, a repeated piece adds up, the row is normalized.
     3. Special tokens map role to role with weight 1. Rows without a mapping stay empty.
 
+    Byte-fallback tokens of characters that have a token of their own take no part: neither
+    tokenizer ever gives them, and they would take the place of the character's own token.
+
     Args:
         pair: student's and teacher's tokenizer.
         entries: K, entries a row at most.
@@ -36,14 +39,11 @@ def build_projection(pair: TokenizerPair, *, entries: int = 4) -> Projection:
     indices = np.full((student.size, entries), -1, np.int32)
     weights = np.zeros((student.size, entries), np.float32)
 
-    by_bytes: dict[bytes, int] = {}
-    for token_id, content in enumerate(teacher.token_bytes.table):
-        if content:
-            by_bytes.setdefault(content, token_id)
+    by_bytes = teacher.token_bytes.ids_by_bytes()
 
     inexact: list[int] = []
     for token_id, content in enumerate(student.token_bytes.table):
-        if content is None:
+        if content is None or token_id in student.token_bytes.shadowed:
             continue
         if content in by_bytes:
             indices[token_id, 0], weights[token_id, 0] = by_bytes[content], 1.0
@@ -84,10 +84,7 @@ class _Merges:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.byte_level = tokenizer.token_bytes.kind == "byte_level"
-        self.ids: dict[bytes, int] = {}
-        for token_id, content in enumerate(tokenizer.token_bytes.table):
-            if content:
-                self.ids.setdefault(content, token_id)
+        self.ids = tokenizer.token_bytes.ids_by_bytes()
         alphabet = byte_alphabet()
 
         def content_of(piece: str) -> bytes:

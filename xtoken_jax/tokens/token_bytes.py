@@ -40,12 +40,23 @@ class TokenBytes:
         table: one entry an id; None for special tokens and ids without a token.
         lengths: int32 [V], bytes of each token; 0 where `table` has None.
         special: ids of special tokens.
+        shadowed: byte-fallback ids of characters that have a token of their own, such as
+            `<0x41>` beside `A`; the tokenizer never gives them.
     """
 
     kind: str
     table: tuple[bytes | None, ...]
     lengths: np.ndarray
     special: frozenset[int]
+    shadowed: frozenset[int] = frozenset()
+
+    def ids_by_bytes(self) -> dict[bytes, int]:
+        """Byte string -> the id that stands for it; the lowest where several do."""
+        ids: dict[bytes, int] = {}
+        for token_id, content in enumerate(self.table):
+            if content and token_id not in self.shadowed:
+                ids.setdefault(content, token_id)
+        return ids
 
     def join(self, ids: np.ndarray) -> bytes:
         """The bytes that a run of ids stands for; special tokens contribute nothing."""
@@ -97,6 +108,7 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
     table: list[bytes | None] = [None] * size
 
     alphabet = byte_alphabet()
+    fallback_ids: set[int] = set()
     for text, i in vocab.items():
         if kind == "byte_level":
             try:
@@ -105,10 +117,22 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
                 table[i] = text.encode()
         elif fallback := _BYTE_FALLBACK.fullmatch(text):
             table[i] = bytes([int(fallback[1], 16)])
+            fallback_ids.add(i)
         else:
             table[i] = text.replace(_SENTENCEPIECE_SPACE, " ").encode()
     for token in added:
-        table[token["id"]] = None if token["special"] else token["content"].encode()
+        if token["special"]:
+            table[token["id"]] = None
+        # SentencePiece's runs of blanks (Gemma's `▁▁`) are pieces too, and keep a piece's bytes.
+        elif kind == "byte_level" or token["content"] not in vocab:
+            table[token["id"]] = token["content"].encode()
 
     lengths = np.array([len(b) if b is not None else 0 for b in table], np.int32)
-    return TokenBytes(kind, tuple(table), lengths, frozenset(t["id"] for t in added if t["special"]))
+    pieces = {content for i, content in enumerate(table) if i not in fallback_ids}
+    return TokenBytes(
+        kind,
+        tuple(table),
+        lengths,
+        special=frozenset(t["id"] for t in added if t["special"]),
+        shadowed=frozenset(i for i in fallback_ids if table[i] in pieces),
+    )
