@@ -160,9 +160,9 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
     experiment = load_experiment(options.overrides)
     result = distill(experiment, Console(stderr=options.json, highlight=False, soft_wrap=True))
     if options.json:
-        _print_json({"loss": result.loss, "figures": result.figures, "student": str(result.student)})
+        _print_json({"loss": result.loss.value, "figures": result.figures, "student": str(result.student)})
         return
-    names = list(result.figures["teacher"])
+    names = list(result.figures["student, untouched"])
     table = Table(title=f"{experiment.name}: held-out figures after {experiment.train.steps} steps")
     table.add_column("model")
     for name in names:
@@ -296,7 +296,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     mesh = single_device_mesh()
     with jax.set_mesh(mesh):
         model, params = open_model(
-            ModelConfig(path=options.model), tokenizer, mesh=mesh, key=jax.random.key(0)
+            ModelConfig(path=options.model), tokenizer.size, mesh=mesh, key=jax.random.key(0)
         )
         rows = [
             w.student_ids
@@ -313,7 +313,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
-    from xtoken_jax.distill import export_checkpoint
+    from xtoken_jax.runs import export_checkpoint
 
     step = export_checkpoint(options.run_folder, options.step, options.out)
     console.print(f"step {step} of {options.run_folder} -> {options.out}")

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from xtoken_jax.data.batches import DataConfig
 from xtoken_jax.errors import UserError
-from xtoken_jax.losses import LossConfig
+from xtoken_jax.losses import LossConfig, LossKind
 from xtoken_jax.mesh import MeshConfig
 from xtoken_jax.models.load import Dtype, ModelConfig
 from xtoken_jax.train.loop import TrainConfig
@@ -38,6 +37,7 @@ class Experiment:
         run_dir: where the run is written.
         student, teacher: the two models.
         projection: a W file made by `xtoken project`; null builds it.
+        export_dtype: of the weights in the student's Hugging Face folder.
         baseline: also train the same student for as long without a teacher, to compare with.
         loss, data, optimizer, train, mesh: see the group of that name.
     """
@@ -48,6 +48,7 @@ class Experiment:
     teacher: ModelConfig = field(default_factory=ModelConfig)
     projection: str | None = None
     baseline: bool = False
+    export_dtype: Dtype = Dtype.float32
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -56,7 +57,7 @@ class Experiment:
 
     def validate(self) -> None:
         """Raise UserError for the first value that makes no sense."""
-        for side in ("student", "teacher"):
+        for side in ("student",) if self.loss.kind is LossKind.none else ("student", "teacher"):
             if not getattr(self, side).path:
                 raise UserError(
                     f"{side}.path: not given; name a Hugging Face folder or hub id, or start from an "
@@ -86,15 +87,15 @@ def load_experiment(overrides: Sequence[str]) -> Experiment:
         UserError: an unknown group, option or key (with the nearest one), a value of the wrong
             type, or values that make no sense together.
     """
-    for override in overrides:
-        _check_override(override)
+    words = [_checked(override) for override in overrides]
     if not OmegaConf.has_resolver("embedded"):
         OmegaConf.register_new_resolver("embedded", lambda path: str(PACKAGE / "assets" / path))
-    ConfigStore.instance().store(name="schema", node=Experiment)
     try:
         with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
-            composed = compose("distill", overrides=list(overrides))
-        experiment = typing.cast(Experiment, OmegaConf.to_object(composed))
+            composed = compose("distill", overrides=words)
+        # Merged into the schema only now: a named source may then be begun on the command line.
+        typed = OmegaConf.merge(OmegaConf.structured(Experiment), composed)
+        experiment = typing.cast(Experiment, OmegaConf.to_object(typed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
     experiment.validate()
@@ -110,20 +111,22 @@ def _groups() -> list[str]:
     return sorted(f.name for f in CONFIG_FOLDER.iterdir() if f.is_dir())
 
 
-def _check_override(override: str) -> None:
+def _checked(override: str) -> str:
+    """The override as Hydra takes it: a group's option as it is, a key that exists as "set or add"."""
     key, equals, value = override.partition("=")
     if not equals or not key.strip("+~"):
         raise UserError(f"{override!r} is not of the form key=value, such as experiment=quickstart")
     key = key.lstrip("+~")
     if key.startswith("hydra"):
-        return
+        return override
     if key in _groups() and "." not in key:
         options = options_of(key)
         if value not in options:
             nearest = _nearest(value, options)
             raise UserError(f"{key}={value}: no such {key}{nearest}; there is {', '.join(options)}")
-        return
+        return override
     _check_key(key, key.split("."), Experiment)
+    return f"++{key}={value}"
 
 
 def _check_key(key: str, path: list[str], kind: Any) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-import typing
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from omegaconf import OmegaConf
+from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.coverage import audit
+from xtoken_jax.alignment.spans import Spans
 from xtoken_jax.config import Experiment
+from xtoken_jax.coverage import audit
 from xtoken_jax.data import arithmetic
 from xtoken_jax.data.batches import read_windows, training_batches
 from xtoken_jax.data.sources import SourceKind
@@ -27,24 +26,24 @@ from xtoken_jax.export import export_hf
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind, loss_tables
 from xtoken_jax.losses.objective import LossTables
-from xtoken_jax.mesh import make_mesh, replicated, single_device_mesh
-from xtoken_jax.models.config import read_config
+from xtoken_jax.mesh import make_mesh, replicated
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.files import load_projection
 from xtoken_jax.report import BASELINE_FOLDER, draw_curves
+from xtoken_jax.runs import claim
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
-from xtoken_jax.train.checkpoint import Checkpoints
-from xtoken_jax.train.loop import CHECKPOINT_FOLDER, METRICS_FILE, train
+from xtoken_jax.train.loop import METRICS_FILE, train
 from xtoken_jax.train.optimizer import make_optimizer
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
-RUN_FILE = "run.json"
+RESULT_FILE = "result.json"
 STUDENT_FOLDER = "student"
 _PROMPTS_AT_ONCE = 256
 
 Figures = dict[str, float]
+Texts = dict[str, list[Spans]]
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,12 @@ class Result:
     """What a run came to.
 
     Attributes:
-        loss: the kind that was used, and `reason`, why.
-        figures: row of the final table -> held-out figures.
+        figures: row of the final table -> name -> held-out figure.
         student, metrics, picture: what was written.
         seconds: since the start.
     """
 
-    loss: str
-    reason: str
+    loss: LossKind
     figures: dict[str, Figures]
     student: Path
     metrics: Path
@@ -67,11 +64,22 @@ class Result:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Teacher:
+    model: Model
+    params: Params
+    tables: LossTables
+
+
 def distill(experiment: Experiment, console: Console) -> Result:
     """Run an experiment to its end, or go on with it where its folder holds a part of it.
 
+    Args:
+        experiment: validated.
+        console: where progress is shown.
+
     Raises:
-        UserError: whatever is wrong with what the experiment names.
+        UserError: whatever is wrong with what the experiment names, and a loss that is not finite.
     """
     started = time.perf_counter()
     run = Path(experiment.run_dir).expanduser()
@@ -83,46 +91,35 @@ def distill(experiment: Experiment, console: Console) -> Result:
             "mesh's data and fsdp axes"
         )
     with jax.set_mesh(mesh):
-        pair = TokenizerPair.load(str(experiment.student.path), str(experiment.teacher.path))
+        pair = _load_pair(experiment)
         key = jax.random.key(experiment.train.seed)
         console.print(f"student  {experiment.student.path}  ({pair.student.size:,} tokens)")
-        console.print(f"teacher  {experiment.teacher.path}  ({pair.teacher.size:,} tokens)")
-        student, student_params = open_model(experiment.student, pair.student, mesh=mesh, key=key)
-        teacher, teacher_params = open_model(experiment.teacher, pair.teacher, mesh=mesh, key=key)
-        kind, reason, tables = _choose_loss(experiment, pair)
-        console.print(f"loss     {kind.value}: {reason}")
+        student, start = open_model(experiment.student, pair.student.size, mesh=mesh, key=key)
+        kind, teacher = _load_teacher(experiment, pair, mesh, console)
         with console.status("tokenizing and aligning the text"):
             windows = read_windows(pair, experiment.data.train, experiment.data)
-            student_figures = _evaluation(experiment, pair, pair.student)
-            teacher_figures = _evaluation(experiment, pair, pair.teacher)
+            held_out = _held_out(experiment, pair)
+        batches = partial(training_batches, pair, windows, experiment.data)
+        batches()  # too little text is said before anything is written
         tokens = sum(len(w.student_ids) for part in windows.values() for w in part)
-        count = sum(map(len, windows.values()))
-        console.print(f"text     {count:,} rows, {tokens:,} student tokens")
-        _claim(run, experiment)
+        console.print(f"text     {sum(map(len, windows.values())):,} rows, {tokens:,} student tokens")
+        claim(run, experiment)
 
-        figures = {"teacher": teacher_figures(teacher, teacher_params)}
-        figures["student, untouched"] = student_figures(student, student_params)
-
-        def one_run(folder: Path, loss: LossKind, title: str) -> Params:
+        def one_run(folder: Path, teacher: _Teacher | None, title: str) -> Params:
             optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-            # The step donates its state; the other run needs the same start again.
-            start = jax.tree.map(lambda x: x.copy(), student_params)
-            with_teacher = loss is not LossKind.none
+            loss = replace(experiment.loss, kind=kind if teacher else LossKind.none)
             step = make_step(
-                student,
-                teacher if with_teacher else None,
-                replace(experiment.loss, kind=loss),
-                optimizer,
-                student_size=pair.student.size,
+                student, teacher.model if teacher else None, loss, optimizer, student_size=pair.student.size
             )
             state = train(
-                init_state(student, start, optimizer, mesh),
+                # The step donates its state, and the other run needs the same start.
+                init_state(student, jax.tree.map(lambda x: x.copy(), start), optimizer, mesh),
                 abstract_state(student, optimizer, mesh),
                 jax.jit(step, donate_argnums=0),
-                training_batches(pair, windows, experiment.data),
-                teacher_params=teacher_params if with_teacher else None,
-                tables=jax.device_put(tables, replicated(mesh)) if with_teacher else None,
-                evaluate=lambda params: student_figures(student, params),
+                batches(),
+                teacher_params=teacher.params if teacher else None,
+                tables=teacher.tables if teacher else None,
+                evaluate=lambda params: held_out.figures(student, params, pair.student),
                 config=experiment.train,
                 folder=folder,
                 mesh=mesh,
@@ -131,61 +128,43 @@ def distill(experiment: Experiment, console: Console) -> Result:
             )
             return state.params
 
-        trained = one_run(run, kind, "distilling" if kind is not LossKind.none else "training")
-        if experiment.baseline and kind is not LossKind.none:
-            plain = one_run(run / BASELINE_FOLDER, LossKind.none, "without a teacher")
-            figures["trained without a teacher"] = student_figures(student, plain)
+        figures = {}
+        if teacher is not None:
+            figures["teacher"] = held_out.figures(teacher.model, teacher.params, pair.teacher)
+        figures["student, untouched"] = held_out.figures(student, start, pair.student)
+        if teacher is not None and experiment.baseline:
+            plain = one_run(run / BASELINE_FOLDER, None, "without a teacher")
+            figures["trained without a teacher"] = held_out.figures(student, plain, pair.student)
             del plain
-        name = "distilled" if kind is not LossKind.none else "trained"
-        figures[name] = student_figures(student, trained)
-        with console.status("writing the student"):
-            out = run / STUDENT_FOLDER
-            export_hf(out, student, trained, resolve_folder(str(experiment.student.path)))
-            picture = draw_curves(run, {k: {"teacher": v} for k, v in figures["teacher"].items()})
-    seconds = time.perf_counter() - started
-    result = Result(kind.value, reason, figures, out, run / METRICS_FILE, picture, seconds)
-    _write_json(run / "result.json", {"loss": kind.value, "figures": figures})
-    return result
+        trained = one_run(run, teacher, "distilling" if teacher else "training")
+        figures["distilled" if teacher else "trained"] = held_out.figures(student, trained, pair.student)
+
+        out = run / STUDENT_FOLDER
+        dtype = experiment.export_dtype.value
+        export_hf(out, student, trained, resolve_folder(str(experiment.student.path)), dtype=dtype)
+    levels = {name: {"teacher": value} for name, value in figures.get("teacher", {}).items()}
+    picture = draw_curves(run, levels)
+    (run / RESULT_FILE).write_text(json.dumps({"loss": kind.value, "figures": figures}, indent=2) + "\n")
+    return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
 
 
-def export_checkpoint(run: Path, step: int | None, out: Path) -> int:
-    """Write the student of a run's checkpoint as a Hugging Face folder.
-
-    Args:
-        run: the run's folder.
-        step: which checkpoint; None for the newest.
-        out: the folder to write.
-
-    Returns:
-        The step that was written.
-
-    Raises:
-        UserError: no run there, no such checkpoint, or a folder that cannot be written.
-    """
-    path = run / RUN_FILE
-    if not path.is_file():
-        raise UserError(f"{run}: not a run's folder, it has no {RUN_FILE}")
-    experiment = typing.cast(
-        Experiment,
-        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), json.loads(path.read_text()))),
-    )
-    checkpoints = Checkpoints(run / CHECKPOINT_FOLDER, keep=experiment.train.keep)
-    found = checkpoints.latest if step is None else step
-    if found is None:
-        raise UserError(f"{run}: holds no checkpoint yet")
-    mesh = single_device_mesh()
-    folder = resolve_folder(str(experiment.student.path))
-    student = Model(read_config(folder))
-    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-    state, _ = checkpoints.restore(found, abstract_state(student, optimizer, mesh))
-    export_hf(out, student, state.params, folder)
-    return found
+def _load_pair(experiment: Experiment) -> TokenizerPair:
+    student = Tokenizer.load(str(experiment.student.path))
+    if experiment.loss.kind is LossKind.none:
+        return TokenizerPair(student, student)
+    return TokenizerPair(student, Tokenizer.load(str(experiment.teacher.path)))
 
 
-def _choose_loss(experiment: Experiment, pair: TokenizerPair) -> tuple[LossKind, str, LossTables | None]:
+def _load_teacher(
+    experiment: Experiment, pair: TokenizerPair, mesh: Mesh, console: Console
+) -> tuple[LossKind, _Teacher | None]:
+    """The teacher with what its loss reads, and the loss, which the audit chooses for "auto"."""
     kind = experiment.loss.kind
     if kind is LossKind.none:
-        return kind, "next-token cross-entropy alone", None
+        console.print("loss     next-token cross-entropy, no teacher")
+        return kind, None
+    console.print(f"teacher  {experiment.teacher.path}  ({pair.teacher.size:,} tokens)")
+    model, params = open_model(experiment.teacher, pair.teacher.size, mesh=mesh, key=jax.random.key(0))
     if experiment.projection is None:
         projection = build_projection(pair)
     else:
@@ -194,80 +173,45 @@ def _choose_loss(experiment: Experiment, pair: TokenizerPair) -> tuple[LossKind,
     if kind is LossKind.auto:
         found = audit(pair, projection)
         kind, reason = LossKind(found.recommended_loss), found.reason
-    return kind, reason, loss_tables(kind, projection)
+    console.print(f"loss     {kind.value}: {reason}")
+    return kind, _Teacher(model, params, jax.device_put(loss_tables(kind, projection), replicated(mesh)))
 
 
-def _evaluation(
-    experiment: Experiment, pair: TokenizerPair, tokenizer: Tokenizer
-) -> Callable[[Model, Params], Figures]:
-    """Figures of one side's models on the validation sources: accuracy on sums, else bits per byte."""
-    data = experiment.data
-    is_student = tokenizer is pair.student
-    texts = {n: s for n, s in data.validation.items() if s.kind is not SourceKind.arithmetic}
-    rows: dict[str, list[np.ndarray]] = {
-        name: [w.student_ids if is_student else w.teacher_ids for w in windows]
-        for name, windows in read_windows(pair, texts, data).items()
+@dataclass(frozen=True)
+class _HeldOut:
+    """The validation sources, ready for models of either side."""
+
+    experiment: Experiment
+    rows: dict[int, dict[str, list[np.ndarray]]]  # by the tokenizer's id()
+    problems: dict[str, list[arithmetic.Problem]]
+
+    def figures(self, model: Model, params: Params, tokenizer: Tokenizer) -> Figures:
+        """Bits per byte of each text and accuracy on each set of problems."""
+        data = self.experiment.data
+        length = max(data.student_length, data.teacher_length)
+        found = {
+            f"{name} bits/byte": bits_per_byte(
+                model, params, tokenizer, rows, batch_size=data.batch_size, length=length
+            )
+            for name, rows in self.rows[id(tokenizer)].items()
+        }
+        for name, problems in self.problems.items():
+            accuracy = exact_match(model, params, tokenizer, problems, batch_size=_PROMPTS_AT_ONCE)
+            found[f"{name} accuracy"] = accuracy
+        return found
+
+
+def _held_out(experiment: Experiment, pair: TokenizerPair) -> _HeldOut:
+    sources = experiment.data.validation
+    texts = {name: s for name, s in sources.items() if s.kind is not SourceKind.arithmetic}
+    windows = read_windows(pair, texts, experiment.data)
+    sides = {
+        id(pair.teacher): {name: [w.teacher_ids for w in part] for name, part in windows.items()},
+        id(pair.student): {name: [w.student_ids for w in part] for name, part in windows.items()},
     }
     problems = {
         name: arithmetic.problems(s.operation, s.documents, largest=s.largest, split=s.split, seed=s.seed)
-        for name, s in data.validation.items()
+        for name, s in sources.items()
         if s.kind is SourceKind.arithmetic
     }
-    length = data.student_length if is_student else data.teacher_length
-
-    def figures(model: Model, params: Params) -> Figures:
-        found = {
-            f"{name} bits/byte": bits_per_byte(
-                model, params, tokenizer, part, batch_size=data.batch_size, length=length
-            )
-            for name, part in rows.items()
-        }
-        for name, part in problems.items():
-            found[f"{name} accuracy"] = exact_match(
-                model, params, tokenizer, part, batch_size=_PROMPTS_AT_ONCE
-            )
-        return found
-
-    return figures
-
-
-def _claim(run: Path, experiment: Experiment) -> None:
-    """Make the run's folder, or accept the one there if it holds this very experiment.
-
-    Raises:
-        UserError: it holds something else; the keys that differ are named.
-    """
-    mine = experiment.to_dict()
-    mine.pop("run_dir")
-    path = run / RUN_FILE
-    if path.is_file():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not readable ({error}); choose another run_dir") from error
-        different = _differences(theirs, mine)
-        if different:
-            raise UserError(
-                f"{run}: holds another run ({'; '.join(different[:3])}); choose another run_dir=... "
-                "or delete that folder"
-            )
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run}: exists and is not a run's folder; choose another run_dir=...")
-    else:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            _write_json(path, mine)
-        except OSError as error:
-            raise UserError(f"{run}: cannot be written ({error.strerror}); choose another run_dir") from error
-
-
-def _differences(theirs: Any, mine: Any, key: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        names = [*theirs, *(n for n in mine if n not in theirs)]
-        inner = [_differences(theirs.get(n), mine.get(n), f"{key}.{n}" if key else n) for n in names]
-        return [line for part in inner for line in part]
-    return [] if theirs == mine else [f"{key}={theirs} there, {mine} here"]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    return _HeldOut(experiment, sides, problems)

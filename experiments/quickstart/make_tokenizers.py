@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from xtoken_jax.data.sources import python_docs
+from xtoken_jax.data.python_docs import split_of, topics
 
 STUDENT_SIZE, TEACHER_SIZE = 2304, 1280
 NUMBERS = 1110  # 10 + 100 + 1000 numerals of one to three digits, leading zeros included
@@ -50,7 +50,7 @@ def train_tokenizer(*, digits: str, size: int, special: list[str], whole_numeral
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = python_docs("train")
+    texts = split_of(topics(), "train")
     if whole_numerals:
         # Far more often than the last words to be merged, so that each becomes a token.
         texts = texts + [" ".join(numerals())] * 1_000

@@ -78,7 +78,7 @@ def fetch(package: Package, folder: Path) -> Path:
         path.unlink()
         raise PrepareError(
             f"{package.requirement}: got {size} bytes with sha256 {digest[:12]}, "
-            f"expected {package.bytes} bytes with {package.sha256[:12]}; removed it, try again"
+            f"expected {package.token_bytes} bytes with {package.sha256[:12]}; removed it, try again"
         )
     return path
 

@@ -6,16 +6,15 @@ of 500 to 4000 characters; a held-out work never gives a training document.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import re
-import sysconfig
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from xtoken_jax.data.python_docs import docstrings, topics
 
 SHORTEST, TARGET, LONGEST = 500, 2000, 4000  # characters a document
 SHARED = 200  # a paragraph this long in both parts would make validation easier than it is
@@ -64,53 +63,10 @@ def _unwrap_scan(text: str) -> str:
     return "\n\n".join(p if "  *" in p else " ".join(p.split()) for p in paragraphs("\n".join(lines)))
 
 
-def python_documentation(stdlib: Path | None = None) -> dict[str, str]:
-    """The language reference's topics and the docstrings of a standard library, a work a topic or module.
-
-    Source files are parsed, never imported. Docstrings under 80 characters are left out.
-    """
-    stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
-    works: dict[str, str] = {}
-    skipped = {
-        "test",
-        "tests",
-        "site-packages",
-        "dist-packages",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "encodings",
-    }
-    for path in sorted(stdlib.rglob("*.py")):
-        module = path.relative_to(stdlib).with_suffix("")
-        if skipped & set(module.parts):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in someone else's source
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # templates that only look like modules
-        if module.parts == ("pydoc_data", "topics"):
-            works |= {f"topic:{name}": text for name, text in _topics(tree).items()}
-        else:
-            works[f"module:{module.as_posix()}"] = "\n\n".join(_docstrings(tree))
-    return works
-
-
-def _topics(tree: ast.Module) -> dict[str, str]:
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            return ast.literal_eval(node.value)
-    return {}
-
-
-def _docstrings(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) >= 80:
-                yield text
+def python_documentation() -> dict[str, str]:
+    """The topics of `help()` and the standard library's docstrings, a work a topic or module."""
+    works = {f"topic:{name}": text for name, text in topics().items()}
+    return works | {f"module:{name}": text for name, text in docstrings().items()}
 
 
 def paragraphs(text: str) -> list[str]:

@@ -198,14 +198,11 @@ def test_a_training_document_that_repeats_validation_is_left_out():
     assert set(english_text.split_work(works["c"])) <= set(train)
 
 
-def test_docstrings_and_topics_are_read_without_importing(tmp_path):
-    (tmp_path / "pydoc_data").mkdir()
-    (tmp_path / "pydoc_data" / "topics.py").write_text("topics = {'if': 'The if statement.'}\n")
+def test_docstrings_are_read_without_importing(tmp_path):
     doc = "Explains at some length what this module is for, " * 3
     (tmp_path / "bomb.py").write_text(f'"""{doc}"""\nraise SystemExit\ndef f():\n    """Short."""\n')
     (tmp_path / "broken.py").write_text("def (:\n")
-    works = english_text.python_documentation(tmp_path)
-    assert works == {"module:bomb": doc, "topic:if": "The if statement."}
+    assert english_text.docstrings(tmp_path) == {"bomb": doc}
 
 
 def test_a_finished_part_is_recognised_and_a_changed_file_is_not(tmp_path):

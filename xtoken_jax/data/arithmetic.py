@@ -70,7 +70,7 @@ def documents(
     split: str,
     seed: int,
     wrong_share: float,
-    lines: int = 20,
+    lines: int = 18,
 ) -> list[str]:
     """`count` documents of `lines` problems with results, such as "12+30=42", each.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from xtoken_jax.data import arithmetic
+from xtoken_jax.data import arithmetic, python_docs
 from xtoken_jax.errors import UserError
 
 
@@ -20,6 +19,7 @@ class SourceKind(Enum):
     jsonl = "jsonl"
     text = "text"
     python_docs = "python_docs"
+    python_docstrings = "python_docstrings"
     arithmetic = "arithmetic"
 
 
@@ -29,12 +29,13 @@ class SourceConfig:
 
     Attributes:
         kind: jsonl (one JSON object a line, .gz too), text (a file is a document),
-            python_docs (the topics of `help()`), arithmetic (generated sums).
+            python_docs (the topics of `help()`), python_docstrings (those of the standard
+            library), arithmetic (generated sums or differences).
         path: the file, or a folder of files with the kind's ending; for jsonl and text.
         field: the key that holds the text; for jsonl.
-        split: "train" or "validation"; for python_docs and arithmetic.
+        split: "train" or "validation"; for all but files.
         operation: sums or differences; for arithmetic.
-        documents: how many to generate, each of 20 lines; for arithmetic.
+        documents: how many to generate, each of 18 lines; for arithmetic.
         largest: largest operand; for arithmetic.
         wrong_share: share of wrong results in [0, 1]; for arithmetic.
         seed: for arithmetic.
@@ -78,20 +79,14 @@ def read_documents(config: SourceConfig) -> list[str]:
             wrong_share=config.wrong_share,
         )
     if config.kind is SourceKind.python_docs:
-        return python_docs(config.split)
+        return python_docs.split_of(python_docs.topics(), config.split)
+    if config.kind is SourceKind.python_docstrings:
+        return python_docs.split_of(python_docs.docstrings(), config.split)
     read = _read_jsonl if config.kind is SourceKind.jsonl else _read_text
     documents = [d for path in _files(config) for d in read(path, config.field) if d.strip()]
     if not documents:
         raise UserError(f"{config.path}: holds no text")
     return documents
-
-
-def python_docs(split: str) -> list[str]:
-    """The topics of Python's own `help()`, about 460 kB of English; every tenth is held out."""
-    from pydoc_data.topics import topics
-
-    names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return [topics[n] for i, n in enumerate(names) if (i % 10 == 0) == (split == "validation")]
 
 
 def _files(config: SourceConfig) -> list[Path]:

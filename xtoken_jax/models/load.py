@@ -13,7 +13,6 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_weights import init_model, load_model
-from xtoken_jax.tokens.tokenizer import Tokenizer
 
 
 class Start(Enum):
@@ -50,13 +49,13 @@ class ModelConfig:
 
 
 def open_model(
-    config: ModelConfig, tokenizer: Tokenizer, *, mesh: Mesh, key: jax.Array
+    config: ModelConfig, tokenizer_size: int, *, mesh: Mesh, key: jax.Array
 ) -> tuple[Model, Params]:
     """The model and its parameters on the mesh.
 
     Args:
         config: what to load; `path` is set.
-        tokenizer: the one it is used with.
+        tokenizer_size: V of the tokenizer it is used with.
         mesh: where the parameters go.
         key: of a random start.
 
@@ -74,9 +73,9 @@ def open_model(
         model, params = init_model(folder, key, **options)
     else:
         model, params = load_model(folder, **options)
-    if tokenizer.size > model.config.vocab_size:
+    if tokenizer_size > model.config.vocab_size:
         raise UserError(
-            f"{folder}: its tokenizer has {tokenizer.size} tokens but the model only "
+            f"{folder}: its tokenizer has {tokenizer_size} tokens but the model only "
             f"{model.config.vocab_size} (vocab_size in config.json); they do not belong together"
         )
     return model, params

@@ -1,0 +1,51 @@
+# `make help` lists the targets. Everything happens in .venv; nothing else on the machine changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-parity lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "xtoken-jax needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras; a change of the dependencies installs again.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing xtoken-jax [$*] into $(VENV), a minute or two ..."
+	$(PIP) --editable ".[$*]"
+	@touch $@
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing xtoken-jax into $(VENV), a minute or two ..."
+	$(PIP) --editable .
+	@touch $@
+
+quickstart: $(VENV)/installed ## distil a small student across tokenizers, about 4 minutes on 2 cores
+	$(BIN)/xtoken distill experiment=quickstart
+
+test: $(VENV)/installed-test ## the tests, on 8 virtual CPU devices
+	$(BIN)/python -m pytest
+
+test-parity: $(VENV)/installed-parity ## the checks against transformers on torch
+	$(BIN)/python -m pytest -m parity
+
+lint: $(VENV)/installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev ## rewrite the code in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed ## compiled memory and relative speed of the losses
+	$(BIN)/python experiments/benchmarks/losses.py
+
+clean: ## delete .venv and caches, keep runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,123 @@
+"""Makes the two models that the package ships for `xtoken distill experiment=quickstart`.
+
+    python experiments/quickstart/make.py
+
+Tokenizers first (make_tokenizers.py), then two trainings without a teacher through the package's
+own loop. The teacher reads English and arithmetic in which every result is right. The student
+reads English and the same kind of lines with results drawn at random, so that it starts with the
+form and without the sums. Half an hour on 2 cores; interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from make_tokenizers import STUDENT_SIZE, TEACHER_SIZE, make_tokenizers
+from rich.console import Console
+
+from xtoken_jax.config import PACKAGE, load_experiment
+from xtoken_jax.distill import distill
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
+CONFIGS = {
+    "student": {"vocab_size": STUDENT_SIZE, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1},
+    "teacher": {"vocab_size": TEACHER_SIZE, "num_hidden_layers": 4, "bos_token_id": None, "eos_token_id": 0},
+}
+
+COMMON = [
+    "loss=none",
+    "export_dtype=bfloat16",
+    "student.init=random",
+    "data.train.english.kind=python_docstrings",
+    "data.train.sums.kind=arithmetic",
+    "data.train.sums.largest=99",
+    "data.train.differences.kind=arithmetic",
+    "data.train.differences.operation=differences",
+    "data.train.differences.largest=499",
+    "data.validation.english.kind=python_docs",
+    "data.validation.english.split=validation",
+    "data.validation.sums.kind=arithmetic",
+    "data.validation.sums.split=validation",
+    "data.validation.sums.documents=300",
+    "data.validation.differences.kind=arithmetic",
+    "data.validation.differences.operation=differences",
+    "data.validation.differences.split=validation",
+    "data.validation.differences.documents=300",
+    "data.validation.differences.largest=499",
+    "optimizer.warmup_steps=100",
+    "optimizer.beta2=0.98",
+    "train.evaluate_every=250",
+    "train.save_every=250",
+]
+# The seeds are the defaults, 0, and those written here.
+TRAININGS = {
+    "teacher": [
+        "data.train.topics.kind=python_docs",
+        "data.train.sums.documents=2500",
+        "data.train.sums.seed=11",
+        "data.train.differences.documents=2500",
+        "data.train.differences.seed=12",
+        "data.student_length=192",
+        "data.teacher_length=192",
+        "data.batch_size=12",
+        "optimizer.learning_rate=3e-3",
+        "train.steps=2000",
+    ],
+    "student": [
+        "data.train.sums.documents=1000",
+        "data.train.sums.seed=21",
+        "data.train.sums.wrong_share=0.995",  # 198 of the 199 possible results: no trace of the right one
+        "data.train.differences.documents=1000",
+        "data.train.differences.seed=22",
+        "data.train.differences.wrong_share=0.9",  # 9 of 10
+        "data.student_length=128",
+        "data.teacher_length=128",
+        "data.batch_size=16",
+        "optimizer.learning_rate=2e-3",
+        "train.steps=800",
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=PACKAGE / "assets" / "quickstart")
+    parser.add_argument("--work", type=Path, default=Path("runs/quickstart-make"), help="for the trainings")
+    options = parser.parse_args()
+    console = Console(highlight=False)
+    starts = {side: options.work / f"{side}-start" for side in CONFIGS}
+    if not all((folder / "config.json").is_file() for folder in starts.values()):
+        make_tokenizers(starts["student"], starts["teacher"])
+        for side, config in CONFIGS.items():
+            (starts[side] / "config.json").write_text(json.dumps({**LLAMA, **config}, indent=2) + "\n")
+    for side, overrides in TRAININGS.items():
+        run = options.work / side
+        where = [f"name={side}", f"run_dir={run}", f"student.path={starts[side]}"]
+        result = distill(load_experiment([*COMMON, *overrides, *where]), console)
+        for row, figures in result.figures.items():
+            console.print(side, row, {name: round(value, 3) for name, value in figures.items()})
+        shutil.copytree(result.student, options.out / side, dirs_exist_ok=True)
+    total = sum(f.stat().st_size for f in options.out.rglob("*") if f.is_file())
+    console.print(f"{options.out}: {total / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
