@@ -49,8 +49,8 @@ class Tokenizer:
         folder from a class name and then give other ids than the file does.
 
         Raises:
-            UserError: no folder, no tokenizer.json, a file that cannot be read, or a kind of
-                tokenizer whose tokens are not bytes.
+            UserError: no folder, no tokenizer.json, a file that cannot be read or whose ids do not
+                hold, or a kind of tokenizer whose tokens are not bytes.
         """
         folder = resolve_folder(path_or_id)
         path = folder / "tokenizer.json"
@@ -65,6 +65,13 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the Rust side raises plain Exception
             raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
+        for token in definition.get("added_tokens") or []:
+            given = backend.token_to_id(token["content"])
+            if given != token["id"]:
+                raise UserError(
+                    f"{path}: the token {token['content']!r} has id {token['id']} in the file but "
+                    f"{given} once loaded; give every id below it a token"
+                )
         # Text is data: a "<|eot|>" spelled out in it must not become a control token.
         backend.encode_special_tokens = True
         backend.no_padding()
@@ -72,6 +79,9 @@ class Tokenizer:
         table = read_token_bytes(definition, where=str(path))
         roles = _roles(folder, backend)
         opening = backend.encode("", add_special_tokens=True).ids
+        # It places special tokens, which is done here, and may trim blanks off the offsets, which
+        # would leave a blank token without any text.
+        backend.post_processor = None
         content = json.dumps([definition, roles], sort_keys=True, ensure_ascii=False)
         return cls(
             name=str(path_or_id),
@@ -116,6 +126,8 @@ def _roles(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, int]:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: not a JSON object")
         for role in ROLES:
             token = config.get(f"{role}_token")
             content = token.get("content") if isinstance(token, dict) else token
