@@ -48,7 +48,7 @@ def load_projection(path: str | Path, pair: TokenizerPair) -> Projection:
             tensors = {name: file.get_tensor(name) for name in ("indices", "weights")}
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable projection file ({error}); build it again") from error
-    if metadata.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a projection file of this version ({FORMAT})")
     expected = _describe(pair)
     for side in ("student", "teacher"):
@@ -58,7 +58,7 @@ def load_projection(path: str | Path, pair: TokenizerPair) -> Projection:
                 f"{metadata.get(f'{side}_size')} tokens, not for {expected[f'{side}_name']!r} of "
                 f"{expected[f'{side}_size']}; build it again with `xtoken project`"
             )
-    if metadata["content"] != _content_hash(tensors):
+    if metadata.get("content") != _content_hash(tensors):
         raise UserError(f"{path}: its content does not match its checksum; build it again")
     return Projection(tensors["indices"], tensors["weights"], pair.teacher.size)
 
