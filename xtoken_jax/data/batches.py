@@ -125,6 +125,7 @@ def training_batches(
         .seed(config.seed)
         .shuffle()
         .repeat()
-        .batch(config.batch_size, batch_fn=lambda batch: make_batch(pair, batch, config))
+        # Without the flag grain rounds the endless length up, past the largest index, for batches of 1.
+        .batch(config.batch_size, drop_remainder=True, batch_fn=lambda batch: make_batch(pair, batch, config))
     )
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

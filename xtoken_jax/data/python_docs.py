@@ -55,6 +55,12 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def split_of(works: Mapping[str, str], split: str) -> list[str]:
-    """The texts of one split, in an order unrelated to the names; every tenth is for validation."""
+    """The texts of one split, in an order unrelated to the names; every tenth is for validation.
+
+    Two names can share a text; it is not trained on if either is held out.
+    """
     names = sorted(works, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return [works[n] for i, n in enumerate(names) if (i % 10 == 0) == (split == "validation")]
+    held_out = [works[name] for name in names[::10]]
+    if split == "validation":
+        return held_out
+    return [works[name] for name in names if works[name] not in held_out]
