@@ -9,6 +9,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def pair_folders(tmp_path_factory):
+    """Folders of a tiny student and a tiny teacher; tests that change files copy them first."""
+    from tiny_pair import write_pair
+
+    return write_pair(tmp_path_factory.mktemp("pair"))

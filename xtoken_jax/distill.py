@@ -210,7 +210,7 @@ def _held_out(experiment: Experiment, pair: TokenizerPair) -> _HeldOut:
         id(pair.student): {name: [w.student_ids for w in part] for name, part in windows.items()},
     }
     problems = {
-        name: arithmetic.problems(s.operation, s.documents, largest=s.largest, split=s.split, seed=s.seed)
+        name: arithmetic.problems(s.documents, split=s.split, seed=s.seed)
         for name, s in sources.items()
         if s.kind is SourceKind.arithmetic
     }

@@ -1,9 +1,10 @@
-"""Where text comes from: files, the documentation that Python carries, generated sums."""
+"""Where text comes from: files, the documentation that Python carries, generated arithmetic."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -30,13 +31,11 @@ class SourceConfig:
     Attributes:
         kind: jsonl (one JSON object a line, .gz too), text (a file is a document),
             python_docs (the topics of `help()`), python_docstrings (those of the standard
-            library), arithmetic (generated sums or differences).
+            library), arithmetic (generated remainders).
         path: the file, or a folder of files with the kind's ending; for jsonl and text.
         field: the key that holds the text; for jsonl.
         split: "train" or "validation"; for all but files.
-        operation: sums or differences; for arithmetic.
         documents: how many to generate, each of 18 lines; for arithmetic.
-        largest: largest operand; for arithmetic.
         wrong_share: share of wrong results in [0, 1]; for arithmetic.
         seed: for arithmetic.
     """
@@ -45,9 +44,7 @@ class SourceConfig:
     path: str | None = None
     field: str = "text"
     split: str = "train"
-    operation: arithmetic.Operation = arithmetic.Operation.sums
     documents: int = 1000
-    largest: int = 99
     wrong_share: float = 0.0
     seed: int = 0
 
@@ -59,8 +56,8 @@ class SourceConfig:
             raise UserError(f"{where}.split={self.split!r}: choose train or validation")
         if not 0 <= self.wrong_share <= 1:
             raise UserError(f"{where}.wrong_share={self.wrong_share}: must be between 0 and 1")
-        if self.documents < 1 or self.largest < 1:
-            raise UserError(f"{where}: documents and largest must be at least 1")
+        if self.documents < 1:
+            raise UserError(f"{where}.documents={self.documents}: must be at least 1")
 
 
 def read_documents(config: SourceConfig) -> list[str]:
@@ -71,9 +68,7 @@ def read_documents(config: SourceConfig) -> list[str]:
     """
     if config.kind is SourceKind.arithmetic:
         return arithmetic.documents(
-            config.operation,
             config.documents,
-            largest=config.largest,
             split=config.split,
             seed=config.seed,
             wrong_share=config.wrong_share,
@@ -106,7 +101,7 @@ def _open(path: Path) -> str:
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
@@ -124,4 +119,8 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             raise UserError(f"{path}:{number}: no JSON object with a {field!r} ({error!r})") from error
         if not isinstance(text, str):
             raise UserError(f"{path}:{number}: {field!r} holds {type(text).__name__}, not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
+            raise UserError(f"{path}:{number}: {field!r} is not text ({error})") from error
         yield text

@@ -121,7 +121,7 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         gradient_of = jax.value_and_grad(objective, has_aux=True)
         (value, metrics), gradient = gradient_of(state.params, teacher_params, tables, batch)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

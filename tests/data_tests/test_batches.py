@@ -1,0 +1,128 @@
+"""Windows, batches and the iterator over them."""
+
+import jax
+import numpy as np
+import pytest
+from tokens import trained
+
+from xtoken_jax.alignment.align import align_texts, with_document_marks
+from xtoken_jax.data.batches import DataConfig, make_batch, read_windows, training_batches
+from xtoken_jax.data.sources import SourceConfig, SourceKind
+from xtoken_jax.errors import UserError
+
+PAIR = trained.pair(trained.three_digits, trained.single_digits)
+CONFIG = DataConfig(student_length=16, teacher_length=24, batch_size=3, seed=5)
+SUMS = {"sums": SourceConfig(kind=SourceKind.arithmetic, documents=2, wrong_share=0.0)}
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return read_windows(PAIR, SUMS, CONFIG)
+
+
+def leaves(batch):
+    return [np.asarray(x) for x in jax.tree.leaves(batch)]
+
+
+def same(one, two):
+    return all(np.array_equal(a, b) for a, b in zip(leaves(one), leaves(two), strict=True))
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def test_windows_hold_the_whole_text(windows, tmp_path):
+    (part,) = windows.values()
+    ids = np.concatenate([w.student_ids for w in part]).tolist()
+    text = PAIR.student.decode(ids)
+    assert text.count("=") == text.count("\n") == 36
+    assert ids.count(PAIR.student.roles["bos"]) == ids.count(PAIR.student.roles["eos"]) == 2
+    assert all(len(w.student_ids) <= 16 and len(w.teacher_ids) <= 24 for w in part)
+    (tmp_path / "a.txt").write_text("x")
+    short = {"a": SourceConfig(kind=SourceKind.text, path=str(tmp_path / "a.txt"))}
+    with pytest.raises(UserError, match="source 'a': its text is too short"):
+        # A window of one token predicts nothing.
+        read_windows(PAIR, short, DataConfig(student_length=1, teacher_length=1))
+
+
+def test_masks_padding_and_shapes():
+    (row,) = align_texts(PAIR, ["12+30=42"])
+    rows = [with_document_marks(PAIR, row), row]
+    batch = make_batch(PAIR, rows, CONFIG)
+    assert batch.student_ids.shape == batch.student_mask.shape == (2, 16)
+    assert batch.teacher_ids.shape == batch.teacher_mask.shape == (2, 24)
+    assert batch.alignment.valid.shape == (2, 16)
+    for i, spans in enumerate(rows):
+        for ids, mask, chunks, own, own_chunks, tokenizer in (
+            (batch.student_ids, batch.student_mask, batch.alignment.student_chunks,
+             spans.student_ids, spans.student_chunks, PAIR.student),
+            (batch.teacher_ids, batch.teacher_mask, batch.alignment.teacher_chunks,
+             spans.teacher_ids, spans.teacher_chunks, PAIR.teacher),
+        ):  # fmt: skip
+            count = len(own)
+            assert ids[i, :count].tolist() == own.tolist()
+            assert np.all(ids[i, count:] == tokenizer.pad_id)
+            assert mask[i].tolist() == [True] * count + [False] * (mask.shape[1] - count)
+            assert chunks[i, :count].tolist() == own_chunks.tolist()
+            assert np.all(chunks[i, count:] == -1)
+        assert batch.alignment.valid[i].sum() == spans.chunk_count
+    assert batch.student_ids.dtype == batch.teacher_ids.dtype == np.int32
+    # The end-of-text token is a label although it is also what rows are filled with.
+    assert batch.student_mask[0].sum() == len(row.student_ids) + 2
+
+
+def test_too_few_rows(windows):
+    count = sum(map(len, windows.values()))
+    with pytest.raises(UserError, match=rf"fills {count} rows of 16 .* data\.batch_size={count + 1}"):
+        training_batches(
+            PAIR, windows, DataConfig(student_length=16, teacher_length=24, batch_size=count + 1)
+        )
+    exactly = DataConfig(student_length=16, teacher_length=24, batch_size=count)
+    assert next(training_batches(PAIR, windows, exactly)).student_ids.shape == (count, 16)
+
+
+def test_the_seed_decides_the_order(windows):
+    first, again = (take(training_batches(PAIR, windows, CONFIG), 6) for _ in range(2))
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    other = DataConfig(student_length=16, teacher_length=24, batch_size=3, seed=6)
+    assert not all(
+        same(a, b) for a, b in zip(first, take(training_batches(PAIR, windows, other), 6), strict=True)
+    )
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(windows):
+    rows = [w for part in windows.values() for w in part]
+    config = DataConfig(student_length=16, teacher_length=24, batch_size=1, seed=5)
+    iterator = training_batches(PAIR, windows, config)
+    epochs = [[tuple(next(iterator).student_ids[0].tolist()) for _ in rows] for _ in range(3)]
+    padded = sorted(tuple(make_batch(PAIR, [w], config).student_ids[0].tolist()) for w in rows)
+    assert all(sorted(epoch) == padded for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 11])
+def test_a_saved_position_resumes_exactly(windows, taken):
+    """Across epochs too, and in a new process: the state is all that is handed over."""
+    iterator = training_batches(PAIR, windows, CONFIG)
+    take(iterator, taken)
+    state = iterator.get_state()
+    expected = take(iterator, 5)
+    resumed = training_batches(PAIR, windows, CONFIG)
+    take(resumed, 2)
+    resumed.set_state(state)
+    assert all(same(a, b) for a, b in zip(expected, take(resumed, 5), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"student_length": 1}, r"data\.student_length=1"),
+        ({"batch_size": 0}, r"data\.batch_size=0"),
+        ({"train": {}}, r"data\.train: name at least one"),
+        ({"validation": {"v": SourceConfig()}}, r"data\.validation\.v\.path"),
+    ],
+)
+def test_settings_without_sense(options, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(**({"train": SUMS, "validation": SUMS} | options)).validate()

@@ -1,0 +1,206 @@
+"""The command as a user meets it: what it prints, and one line and exit code 2 for a mistake."""
+
+import json
+import shutil
+
+import pytest
+
+from xtoken_jax.cli import main
+
+COMMANDS = ("distill", "audit", "project", "align", "evaluate", "export", "report")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    lines = [f"{a}+{b}={a + b}, as everybody knows.\n" * 4 for a in range(8) for b in range(8)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def run(pair_folders, text, tmp_path):
+    """Arguments of a run of two steps."""
+    student, teacher = pair_folders
+    return [
+        "distill",
+        f"student.path={student}",
+        f"teacher.path={teacher}",
+        f"data.train.text.path={text}",
+        f"data.validation.text.path={text}",
+        "data.student_length=32",
+        "data.teacher_length=48",
+        "data.batch_size=8",
+        "train.steps=2",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+
+
+def fails(capsys, arguments, *expected):
+    """The command exits with 2 and says this in one line, without a traceback."""
+    assert main([str(a) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("xtoken: ")
+    assert error.count("\n") == 1, error
+    for part in expected:
+        assert part in error
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_says_what_to_type_next(capsys, name):
+    with pytest.raises(SystemExit) as stop:  # argparse leaves by itself
+        main([name, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert any(word in out for word in ("example:", "next:", "experiment=quickstart"))
+
+
+def test_the_bare_command_lists_all_commands_and_a_first_one(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert [name for name in COMMANDS if name not in out] == []
+    assert "first: xtoken distill experiment=quickstart" in out
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("experiment=quickstrat", "did you mean quickstart?"),
+        ("loss=pkl", "did you mean p_kl?"),
+        ("train.stpes=3", "did you mean train.steps?"),
+        ("+train.stpes=3", "did you mean train.steps?"),
+        ("optimiser.learning_rate=1", "did you mean optimizer?"),
+        ("data.train.mine.pth=x", "did you mean data.train.mine.path?"),
+        ("train.steps.more=3", "is a single value"),
+        ("train.steps=many", "train.steps: Value 'many'"),
+        ("train.steps=0", "train.steps=0: must be at least 1"),
+        ("loss.kind=pkl", "loss.kind: Invalid value 'pkl'"),
+        ("loss.temperature=0", "loss.temperature=0.0: must be above 0"),
+        ("student.dtype=bfloat16", "student.compute_dtype=bfloat16"),
+        ("data.train.sums.wrong_share=2", "must be between 0 and 1"),
+        ("quickstart", "not of the form key=value"),
+        ("--fast", "unknown option --fast"),
+        ("mesh.data=3", "do not multiply to the device count"),
+        ("data.batch_size=3", "not a multiple of the 8 devices"),
+    ],
+)
+def test_a_mistake_in_the_words(capsys, word, expected, run):
+    fails(capsys, [*run, "data.train.sums.kind=arithmetic", word], expected)
+
+
+def test_nothing_named(capsys):
+    fails(capsys, ["distill"], "student.path: not given", "quickstart")
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_mistake_in_a_folder(capsys, side, run, pair_folders, tmp_path):
+    copy = tmp_path / "copy"
+
+    def fresh():
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(pair_folders[side == "teacher"], copy)
+        return [*run, f"{side}.path={copy}"]
+
+    fails(capsys, [*run, f"{side}.path={copy}"], "no such folder", str(copy))
+    for name, expected in (
+        ("config.json", "config.json"),
+        ("model.safetensors", "weights"),
+        ("tokenizer.json", "no tokenizer.json"),
+    ):
+        words = fresh()
+        (copy / name).unlink()
+        fails(capsys, words, str(copy), expected)
+    words = fresh()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    fails(capsys, words, "MambaForCausalLM", "LlamaForCausalLM")
+    words = fresh()
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:-100])
+    fails(capsys, words, str(copy))
+
+
+def test_a_tokenizer_larger_than_its_model(capsys, run, pair_folders, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pair_folders[1], copy)
+    shutil.copy(pair_folders[0] / "tokenizer.json", copy / "tokenizer.json")
+    fails(capsys, [*run, f"teacher.path={copy}"], "its tokenizer has 401 tokens but the model only 304")
+
+
+def test_a_mistake_in_the_text(capsys, run, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    words = [*run, f"data.train.text.path={file}"]
+    fails(capsys, words, "no such file or folder", str(file))
+    file.write_text("")
+    fails(capsys, words, "holds no text")
+    file.write_text('{"text": "1+1=2"}\n{"txet": "1+1=2"}\n')
+    fails(capsys, words, f"{file}:2")
+    file.write_text('{"text": "1+1=2"}\n')
+    fails(capsys, words, "fills 1 rows", "data.batch_size=8")
+    assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+def test_a_run_ends_with_a_table_and_refuses_another_run_in_its_folder(capsys, run, tmp_path):
+    folder = tmp_path / "run"
+    assert main([*run, "baseline=true"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "teacher",
+        "untouched",
+        "without a teacher",
+        "distilled",
+        "bits/byte",
+        "metrics.jsonl",
+        "curves.png",
+    ):
+        assert part in out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "ce", "kd", "kd_scale", "chunks"} <= set(rows[1])
+    assert (folder / "curves.png").stat().st_size > 1000
+
+    assert main(["evaluate", str(folder / "student"), "--json", "--length", "32"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
+    assert main(["export", str(folder), "--out", str(tmp_path / "out")]) == 0
+    ours, theirs = (tmp_path / "out" / "model.safetensors", folder / "student" / "model.safetensors")
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert main(["report", str(folder)]) == 0
+    capsys.readouterr()
+
+    assert main(run) == 2
+    assert "baseline=True there, False here" in capsys.readouterr().err
+    fails(capsys, [*run, "train.steps=3", "baseline=true"], "train.steps=2 there, 3 here", "run_dir=")
+    fails(
+        capsys,
+        ["export", folder, "--step", "7", "--out", tmp_path / "x"],
+        "no checkpoint of step 7",
+        "it has 2",
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    fails(capsys, [*run, f"run_dir={other}"], "not a run's folder")
+    fails(capsys, ["report", other], "not a run")
+    fails(capsys, ["export", other, "--out", tmp_path / "x"], "not a run's folder")
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_checkpoint(capsys, run, tmp_path):
+    words = [*run, "train.steps=30", "train.save_every=1", "optimizer.learning_rate=1e30"]
+    words += ["optimizer.warmup_steps=0", "train.evaluate_every=0"]
+    fails(capsys, words, "the loss is", "last good checkpoint is", str(tmp_path / "run" / "checkpoints"))
+
+
+def test_audit_project_align(capsys, pair_folders, tmp_path):
+    pair = ["--student", str(pair_folders[0]), "--teacher", str(pair_folders[1])]
+    assert main(["audit", *pair]) == 0
+    assert "recommended loss: p_kl" in capsys.readouterr().out
+    assert main(["audit", *pair, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert next(c for c in found["classes"] if c["name"] == "2-digit numerals")["common"] == 0
+    out = tmp_path / "w.safetensors"
+    assert main(["project", *pair, "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 401
+    assert out.is_file()
+    assert main(["align", *pair, "--text", "12+30=42", "--json"]) == 0
+    chunks = json.loads(capsys.readouterr().out)
+    assert chunks[0] == {"student": ["12"], "teacher": ["1", "2"], "exact": True}
+    fails(capsys, ["align", *pair, "--file", tmp_path / "none.txt"], "cannot be read")
+    fails(capsys, ["audit", "--student", tmp_path / "none", *pair[2:]], "no such folder")

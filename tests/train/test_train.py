@@ -1,0 +1,178 @@
+"""The step and the loop: same on every mesh, same after a restart, and it learns."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from xtoken_jax.config import load_experiment
+from xtoken_jax.data.batches import read_windows, training_batches
+from xtoken_jax.distill import distill
+from xtoken_jax.losses import LossConfig, LossKind, loss_tables
+from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated
+from xtoken_jax.models.load import open_model
+from xtoken_jax.projection.build import build_projection
+from xtoken_jax.tokens.tokenizer import TokenizerPair
+from xtoken_jax.train.loop import read_metrics
+from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from xtoken_jax.train.step import abstract_state, init_state, make_step
+
+
+@pytest.fixture
+def words(pair_folders, tmp_path):
+    text = tmp_path / "text.jsonl"
+    lines = [f"{a}+{b}={a + b}, as everybody knows.\n" * 4 for a in range(8) for b in range(8)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    student, teacher = pair_folders
+    return [
+        f"student.path={student}",
+        f"teacher.path={teacher}",
+        f"data.train.text.path={text}",
+        f"data.validation.text.path={text}",
+        "data.student_length=32",
+        "data.teacher_length=48",
+        "data.batch_size=8",
+        "optimizer.learning_rate=3e-3",
+        "optimizer.warmup_steps=2",
+        "train.log_every=1",
+        "train.save_every=3",
+    ]
+
+
+@pytest.fixture
+def quiet():
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+@pytest.mark.parametrize("kind", [LossKind.p_kl, LossKind.h_kl, LossKind.none])
+def test_a_step_on_any_mesh_is_the_step_on_one_device(kind, words):
+    experiment = load_experiment(words)
+    pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
+    batch = next(
+        training_batches(pair, read_windows(pair, experiment.data.train, experiment.data), experiment.data)
+    )
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
+    tables = None if kind is LossKind.none else loss_tables(kind, build_projection(pair))
+
+    def one_step(mesh_config, devices):
+        mesh = make_mesh(mesh_config, devices=devices)
+        with jax.set_mesh(mesh):
+            key = jax.random.key(0)
+            student, params = open_model(experiment.student, pair.student.size, mesh=mesh, key=key)
+            teacher, teacher_params = open_model(experiment.teacher, pair.teacher.size, mesh=mesh, key=key)
+            step = jax.jit(
+                make_step(
+                    student,
+                    teacher,
+                    LossConfig(kind=kind, top_k=100),
+                    optimizer,
+                    student_size=pair.student.size,
+                )
+            )
+            state = init_state(student, params, optimizer, mesh)
+            new, metrics = step(
+                state,
+                teacher_params,
+                jax.device_put(tables, replicated(mesh)),
+                jax.device_put(batch, batch_sharding(mesh)),
+            )
+            expected = jax.tree.map(
+                lambda x: (x.shape, x.dtype, x.sharding), abstract_state(student, optimizer, mesh)
+            )
+            found = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+            assert jax.tree.leaves(found) == jax.tree.leaves(expected)
+            assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+            return jax.device_get(new.params), jax.device_get(metrics)
+
+    plain_params, plain = one_step(MeshConfig(data=1), jax.devices()[:1])
+    assert bool(plain["finite"])
+    for sizes in ((8, 1, 1), (2, 2, 2)):
+        params, metrics = one_step(MeshConfig(*sizes), jax.devices())
+        for name, value in plain.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=f"{sizes} {name}")
+        # Adam's first step is the gradient's sign times the rate: only the sign of noise may differ.
+        changed = [
+            np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (params, plain_params)), strict=True)
+        ]
+        assert max(changed) <= 2.1e-2
+        close = [
+            np.isclose(a, b, atol=1e-4).mean()
+            for a, b in zip(*map(jax.tree.leaves, (params, plain_params)), strict=True)
+        ]
+        assert min(close) > 0.99
+
+
+def test_it_learns_and_a_second_run_is_equal_to_the_bit(words, quiet, tmp_path):
+    traces = []
+    for name in ("first", "second"):
+        experiment = load_experiment(
+            [*words, "train.steps=20", "optimizer.learning_rate=1e-2", f"run_dir={tmp_path / name}"]
+        )
+        result = distill(experiment, quiet)
+        traces.append([(r["step"], r["loss"], r["kd"]) for r in read_metrics(result.metrics) if "loss" in r])
+    assert traces[0] == traces[1]
+    assert len(traces[0]) == 20
+    assert result.loss is LossKind.p_kl
+    figures = result.figures
+    assert figures["distilled"]["text bits/byte"] < 0.8 * figures["student, untouched"]["text bits/byte"]
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(words, quiet, tmp_path, monkeypatch):
+    import xtoken_jax.train.loop as loop
+
+    def trace(folder):
+        return [(r["step"], r["loss"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+
+    whole = load_experiment([*words, "train.steps=8", f"run_dir={tmp_path / 'whole'}"])
+    distill(whole, quiet)
+
+    cut = load_experiment([*words, "train.steps=8", f"run_dir={tmp_path / 'cut'}"])
+    write = loop._MetricsLog.write
+
+    def stop_at_five(self, step, values):
+        write(self, step, values)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._MetricsLog, "write", stop_at_five)
+    with pytest.raises(KeyboardInterrupt):
+        distill(cut, quiet)
+    monkeypatch.undo()
+    assert [step for step, _ in trace(tmp_path / "cut")] == [1, 2, 3, 4, 5]
+    distill(cut, quiet)
+    assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
+    assert len(trace(tmp_path / "cut")) == 8
+
+
+def test_a_step_that_is_not_finite_changes_nothing(words):
+    experiment = load_experiment(words)
+    pair = TokenizerPair.load(experiment.student.path, experiment.student.path)
+    batch = next(
+        training_batches(pair, read_windows(pair, experiment.data.train, experiment.data), experiment.data)
+    )
+    mesh = make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        student, params = open_model(experiment.student, pair.student.size, mesh=mesh, key=jax.random.key(0))
+        params["final_norm"] = params["final_norm"].at[0].set(np.nan)
+        optimizer = make_optimizer(OptimizerConfig(), 10)
+        state = init_state(student, params, optimizer, mesh)
+        step = make_step(
+            student, None, LossConfig(kind=LossKind.none), optimizer, student_size=pair.student.size
+        )
+        new, metrics = jax.jit(step)(state, None, None, batch)
+    assert not metrics["finite"]
+    assert int(new.step) == 1
+    for a, b in zip(
+        *map(jax.tree.leaves, ((new.params, new.opt_state), (state.params, state.opt_state))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_schedule():
+    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 110)
+    np.testing.assert_allclose(
+        [schedule(0), schedule(10), schedule(60), schedule(110)], [0.02, 1, 0.5, 0], atol=1e-6
+    )
