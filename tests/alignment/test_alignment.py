@@ -169,6 +169,14 @@ def test_marks_on_both_sides_pair(text):
     assert marked.exact.tolist() == [True, *plain.exact, True]
 
 
+def test_marks_leave_gaps_alone():
+    pair = trained.pair(trained.three_digits, trained.sentencepiece)
+    plain = Spans(*np.array([[5, 6], [7, 8], [-1, 0], [0, -1]], np.int32), 1, np.array([True]))
+    marked = with_document_marks(pair, plain)
+    assert marked.student_chunks.tolist() == [0, -1, 1, 2]
+    assert marked.teacher_chunks.tolist() == [0, 1, -1, 2]
+
+
 def test_marks_on_one_side_are_gaps_that_touch_nothing():
     pair = trained.pair(trained.three_digits, trained.single_digits)
     plain = aligned(pair, "the cat 201 sat")

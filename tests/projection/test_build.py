@@ -7,7 +7,7 @@ from tokens import trained
 
 from xtoken_jax.projection.build import build_projection, tokenize_bytes
 from xtoken_jax.tokens.token_bytes import byte_alphabet
-from xtoken_jax.tokens.tokenizer import TokenizerPair
+from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 MAKES = [trained.single_digits, trained.three_digits, trained.composing, trained.sentencepiece]
 PAIRS = [(s, t) for s in MAKES for t in MAKES if s is not t]
@@ -193,6 +193,15 @@ def test_roles_map_to_roles():
     projection = build_projection(lone)
     assert row(projection, lone.student.roles["bos"]) == ([], [])
     assert row(projection, lone.student.roles["eos"]) == ([lone.teacher.roles["eos"]], [1.0])
+
+
+def test_text_in_a_role_stays_text(tmp_path):
+    """A folder may name an ordinary token as its EOS; the student still writes it as text."""
+    trained.save(tmp_path, trained.three_digits()[0], {"eos_token": "."})
+    pair = TokenizerPair(Tokenizer.load(tmp_path), trained.load(trained.single_digits))
+    ids, weights = row(build_projection(pair), pair.student.roles["eos"])
+    assert [pair.teacher.bytes_of(i) for i in ids] == [b"."]
+    assert weights == [1.0]
 
 
 def test_a_special_token_does_not_match_text_that_spells_it():
