@@ -15,7 +15,7 @@ from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses.hybrid_kl import hybrid_kl
 from xtoken_jax.losses.projection_kl import projection_kl
-from xtoken_jax.projection.matrix import Partition, Projection
+from xtoken_jax.projection.matrix import Partition, Projection, SplitProjection
 
 
 class LossKind(Enum):
@@ -83,7 +83,7 @@ class LossConfig:
 
 
 # What the distillation term reads beside logits: W, or the partition made from it.
-LossTables = Projection | Partition
+LossTables = SplitProjection | Partition
 DistillationLoss = Callable[[jax.Array, jax.Array, Alignment, LossTables, jax.Array], jax.Array]
 
 
@@ -104,7 +104,7 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
             merge=merge,
         )
         return lambda s, t, alignment, tables, mask: term(
-            s, t, alignment, cast(Projection, tables), teacher_mask=mask
+            s, t, alignment, cast(SplitProjection, tables), teacher_mask=mask
         )
     if config.kind in (LossKind.gold, LossKind.h_kl):
         hybrid = partial(
@@ -118,9 +118,9 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
 
 
 def loss_tables(kind: LossKind, projection: Projection) -> LossTables:
-    """What `distillation_loss` of this kind reads: W itself, or a partition (host)."""
+    """What `distillation_loss` of this kind reads: W split for speed, or a partition (host)."""
     if kind is LossKind.p_kl:
-        return projection
+        return projection.split()
     return Partition.strict(projection) if kind is LossKind.gold else Partition.relaxed(projection)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import mean_by_chunk, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
-from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.projection.matrix import Projection, SplitProjection
 
 _EPSILON = 1e-10  # official implementation
 
@@ -17,7 +17,7 @@ def projection_kl(
     student_logits: jax.Array,
     teacher_logits: jax.Array,
     alignment: Alignment,
-    projection: Projection,
+    projection: Projection | SplitProjection,
     *,
     temperature: float = 1.0,
     top_k: int = 8192,
@@ -35,7 +35,7 @@ def projection_kl(
         student_logits: float [B, T_s, >= V_s]; columns past W's rows do not count.
         teacher_logits: float [B, T_t, >= V_t]; columns past `projection.teacher_size` do not.
         alignment: chunk ids of tokens, [B, T_s] and [B, T_t], and `valid` [B, C].
-        projection: W [V_s, V_t].
+        projection: W [V_s, V_t]; `Projection.split()` of it is faster and gives the same.
         temperature: tau > 0.
         top_k: columns compared; those with the highest teacher logit anywhere in the batch.
         direction: "forward" or "reverse" KL.

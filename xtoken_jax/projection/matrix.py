@@ -55,6 +55,61 @@ class Projection:
             total = total.at[slots[indices[:, k]]].add(weights[:, k, None] * flat)
         return total[:count].T.reshape(*probabilities.shape[:-1], count)
 
+    def split(self) -> SplitProjection:
+        """The same W for fast projection: one-to-one rows apart from the rest (host)."""
+        indices, weights = np.asarray(self.indices), np.asarray(self.weights)
+        size = int(indices.max(initial=-1)) + 1 if self.teacher_size is None else self.teacher_size
+        alone = np.flatnonzero((weights[:, 0] == 1.0) & ((indices >= 0).sum(1) == 1))
+        targets, first = np.unique(indices[alone, 0], return_index=True)
+        source = np.full(size, len(indices), np.int32)
+        source[targets] = alone[first]
+        # What remains: pieces of several, and student tokens that share a teacher token.
+        rest = indices >= 0
+        rest[alone[first]] = False
+        rows, entries = np.nonzero(rest)
+        return SplitProjection(
+            source,
+            rows.astype(np.int32),
+            indices[rows, entries],
+            weights[rows, entries],
+            self.student_size,
+            self.teacher_size,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SplitProjection:
+    """W in two parts: columns that copy one student token, and single entries.
+
+    Most rows of a real W have one entry, so that a gather does most of the work; made by
+    `Projection.split`, with the same values and gradients.
+
+    Attributes:
+        source: int32 [V_t], the student id that a teacher id copies, V_s for none.
+        rows, columns, weights: int32 [n], int32 [n], float32 [n], all other entries of W.
+        student_size, teacher_size: as in `Projection`.
+    """
+
+    source: Array
+    rows: Array
+    columns: Array
+    weights: Array
+    student_size: int = field(metadata={"static": True})
+    teacher_size: int | None = field(metadata={"static": True})
+
+    def project(self, probabilities: jax.Array, columns: jax.Array, width: int) -> jax.Array:
+        """As `Projection.project`."""
+        count = columns.shape[0]
+        slots = jnp.full(width, count, jnp.int32).at[columns].set(jnp.arange(count, dtype=jnp.int32))
+        flat = probabilities.reshape(-1, probabilities.shape[-1]).T
+        source = jnp.asarray(self.source).at[columns].get(mode="fill", fill_value=self.student_size)
+        total = flat.at[source].get(mode="fill", fill_value=0.0)
+        # Entries outside the wanted columns have the slot past the end, where adding does nothing.
+        entries = jnp.asarray(self.weights)[:, None] * flat[jnp.asarray(self.rows)]
+        total = total.at[slots[jnp.asarray(self.columns)]].add(entries, mode="drop")
+        return total.T.reshape(*probabilities.shape[:-1], count)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
