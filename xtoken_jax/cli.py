@@ -193,7 +193,8 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
     table.add_column("not common, for example")
     for c in found.classes:
         share = f"{c.coverage:.1%}" if c.size else ""
-        examples = "  ".join(c.missing_examples)
+        shown = [_visible(example.encode()) for example in c.missing_examples[:3]]
+        examples = "  ".join(e if len(e) <= 12 else e[:11] + "…" for e in shown)
         table.add_row(c.name, f"{c.common:,}", f"{c.size:,}", share, "yes" if c.critical else "", examples)
     out.print(table)
     out.print(f"tokens that W sends nowhere: {found.empty_rows:,}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.matrix import Partition, Projection
-from xtoken_jax.tokens.tokenizer import TokenizerPair
+from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 _DIGITS = frozenset(string.digits.encode())
 _PUNCTUATION = frozenset(string.punctuation.encode())
@@ -22,13 +22,15 @@ def _made_of(characters: frozenset[int], length: int | None = None) -> Callable[
     return lambda b: bool(b) and characters.issuperset(b) and (length is None or len(b) == length)
 
 
-# Name -> test of a token's bytes. The first that holds is the token's class.
+# Name -> test of a token's bytes. The first that holds is the token's class. Of punctuation only single
+# marks are critical: runs of a dozen slashes differ between any two vocabularies.
 CLASSES: dict[str, Callable[[bytes], bool]] = {
     "1-digit numerals": _made_of(_DIGITS, 1),
     "2-digit numerals": _made_of(_DIGITS, 2),
     "3-digit numerals": _made_of(_DIGITS, 3),
     "longer numerals": _made_of(_DIGITS),
-    "ASCII punctuation": lambda b: _made_of(_PUNCTUATION)(b.removeprefix(b" ")),
+    "ASCII punctuation": lambda b: _made_of(_PUNCTUATION, 1)(b.removeprefix(b" ")),
+    "punctuation runs": lambda b: _made_of(_PUNCTUATION)(b.removeprefix(b" ")),
     "words with leading space": lambda b: b[:1] == b" " and _made_of(_LETTERS)(b[1:]),
     "words": _made_of(_LETTERS),
     "whitespace": lambda b: not b.strip(),
@@ -94,7 +96,7 @@ def audit(
     classes = []
     for name, ids in members.items():
         missing = [i for i in ids if i not in common]
-        examples = tuple(str(pair.student.backend.id_to_token(i)) for i in missing[:5])
+        examples = tuple(_text(pair.student, i) for i in missing[:5])
         classes.append(ClassCoverage(name, name in CRITICAL, len(ids), len(ids) - len(missing), examples))
     fallen = [c for c in classes if c.critical and c.coverage < minimum_coverage]
     if fallen:
@@ -104,3 +106,10 @@ def audit(
         loss, reason = "h_kl", "every critical class stays in the common vocabulary, so compare it directly"
     empty = int((np.asarray(projection.indices)[:, 0] < 0).sum())
     return Audit(tuple(classes), empty, loss, reason)
+
+
+def _text(tokenizer: Tokenizer, token_id: int) -> str:
+    content = tokenizer.bytes_of(token_id)
+    if content is None:
+        return str(tokenizer.backend.id_to_token(token_id))
+    return content.decode("utf-8", errors="backslashreplace")
