@@ -101,8 +101,9 @@ class SplitProjection:
     def project(self, probabilities: jax.Array, columns: jax.Array, width: int) -> jax.Array:
         """As `Projection.project`."""
         count = columns.shape[0]
-        slots = jnp.full(width, count, jnp.int32).at[columns].set(jnp.arange(count, dtype=jnp.int32))
-        flat = probabilities.reshape(-1, probabilities.shape[-1]).T
+        # Ids past the width read the last slot, which is that of what is not wanted.
+        slots = jnp.full(width + 1, count, jnp.int32).at[columns].set(jnp.arange(count, dtype=jnp.int32))
+        flat = jnp.asarray(probabilities).reshape(-1, probabilities.shape[-1]).T
         source = jnp.asarray(self.source).at[columns].get(mode="fill", fill_value=self.student_size)
         total = flat.at[source].get(mode="fill", fill_value=0.0)
         # Entries outside the wanted columns have the slot past the end, where adding does nothing.
