@@ -139,9 +139,10 @@ def check(ours, twin, student=STUDENT, teacher=TEACHER, *, tolerance=3e-6, step=
 def p_kl_pair(**options):
     options = {"temperature": 1.0, "top_k": 8192, "direction": "forward", "merge": "mean"} | options
     mask = options.pop("mask", None)
+    projection = PROJECTION.split() if options.pop("split", False) else PROJECTION
 
     def ours(student, teacher):
-        return projection_kl(student, teacher, ALIGNMENT, PROJECTION, teacher_mask=mask, **options)
+        return projection_kl(student, teacher, ALIGNMENT, projection, teacher_mask=mask, **options)
 
     def twin(student, teacher):
         return reference.projection_kl(
@@ -186,6 +187,11 @@ P_KL_OPTIONS = [
 )
 def test_projection_kl(options):
     check(*p_kl_pair(**options))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 6, "mask": REAL_TEACHER}], ids=["all", "6"])
+def test_projection_kl_of_the_split_projection(options):
+    check(*p_kl_pair(split=True, **options))
 
 
 @pytest.mark.parametrize("kind", ["strict", "relaxed"])

@@ -69,9 +69,10 @@ def test_padding_has_no_effect_even_with_a_weight():
     np.testing.assert_array_equal(wider.project(PROBABILITIES, columns, V_T), expected)
 
 
-def test_a_teacher_narrower_than_its_tokenizer_drops_the_rest():
+@pytest.mark.parametrize("projection", [PROJECTION, PROJECTION.split()], ids=["whole", "split"])
+def test_a_teacher_narrower_than_its_tokenizer_drops_the_rest(projection):
     width = 6
-    got = PROJECTION.project(PROBABILITIES, jnp.arange(width, dtype=jnp.int32), width)
+    got = projection.project(PROBABILITIES, jnp.arange(width, dtype=jnp.int32), width)
     np.testing.assert_allclose(got, PROBABILITIES @ DENSE[:, :width], rtol=1e-6, atol=1e-7)
 
 
