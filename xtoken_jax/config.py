@@ -125,16 +125,19 @@ def _checked(override: str) -> str:
             nearest = _nearest(value, options)
             raise UserError(f"{key}={value}: no such {key}{nearest}; there is {', '.join(options)}")
         return override
-    _check_key(key, key.split("."), Experiment)
+    kind = _type_of(key, key.split("."), Experiment)
+    if (kind is str or str in typing.get_args(kind)) and value != "null" and value[:1] not in ("'", '"'):
+        # A path may hold what Hydra's grammar reads as structure: blanks, commas, "=".
+        value = "'" + value.replace("'", "\\'") + "'"
     return f"++{key}={value}"
 
 
-def _check_key(key: str, path: list[str], kind: Any) -> None:
-    """Follow a dotted key through the dataclasses; the message names the nearest that exists."""
-    if typing.get_origin(kind) is dict:  # a name of the user's own, then the entry's keys
-        return _check_key(key, path[1:], typing.get_args(kind)[1]) if len(path) > 1 else None
-    if not path:
-        return None
+def _type_of(key: str, path: list[str], kind: Any) -> Any:
+    """Follow a dotted key through the dataclasses to its type; an error names the nearest that exists."""
+    if typing.get_origin(kind) is dict and len(path) > 1:  # a name of the user's own, then its keys
+        return _type_of(key, path[1:], typing.get_args(kind)[1])
+    if not path or typing.get_origin(kind) is dict:
+        return kind
     if not dataclasses.is_dataclass(kind):
         raise UserError(f"{key}: {key.removesuffix('.' + '.'.join(path))} is a single value and has no keys")
     hints = typing.get_type_hints(kind)
@@ -143,7 +146,7 @@ def _check_key(key: str, path: list[str], kind: Any) -> None:
         parent = key[: -len(".".join(path))]
         nearest = _nearest(path[0], known, parent)
         raise UserError(f"{key}: no such key{nearest}; there is {', '.join(sorted(set(known)))}")
-    return _check_key(key, path[1:], hints[path[0]])
+    return _type_of(key, path[1:], hints[path[0]])
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

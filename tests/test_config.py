@@ -1,0 +1,74 @@
+"""Experiments from words and from the shipped configs."""
+
+import pytest
+
+from xtoken_jax.config import CONFIG_FOLDER, load_experiment, options_of
+from xtoken_jax.errors import UserError
+from xtoken_jax.losses.objective import Direction, LossKind
+from xtoken_jax.models.load import Start
+
+PAIR = [
+    "student.path=s",
+    "teacher.path=t",
+    "data.train.text.path=a.jsonl",
+    "data.validation.text.path=b.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", options_of("experiment"))
+def test_every_shipped_experiment_is_whole_and_opens_with_its_facts(name):
+    experiment = load_experiment([f"experiment={name}"])
+    assert experiment.name == name
+    assert experiment.run_dir == f"runs/{name}"
+    head = (CONFIG_FOLDER / "experiment" / f"{name}.yaml").read_text().split("\n\n")[0]
+    for fact in ("Source:", "Command:", "Hardware:", "Expected:"):
+        assert fact in head
+
+
+@pytest.mark.parametrize("group", ["student", "teacher", "data", "loss", "mesh"])
+def test_every_option_of_a_group_fits_the_schema(group):
+    for option in options_of(group):
+        load_experiment(["experiment=quickstart", f"{group}={option}"])
+
+
+def test_a_file_wins_over_a_default_and_a_word_over_a_file():
+    experiment = load_experiment(
+        ["experiment=smollm2", "train.steps=7", "loss=gold", "loss.direction=reverse"]
+    )
+    assert experiment.student.init is Start.random
+    assert experiment.train.steps == 7
+    assert experiment.loss.kind is LossKind.gold
+    assert experiment.loss.direction is Direction.reverse
+    assert experiment.loss.top_k == 8192
+
+
+def test_a_source_of_the_users_own_begins_on_the_command_line():
+    experiment = load_experiment([*PAIR, "data.train.more.kind=text", "data.train.more.path=c.txt"])
+    assert list(experiment.data.train) == ["text", "more"]
+
+
+@pytest.mark.parametrize(
+    "path", ["a b,c=d(e)'f[1].jsonl", r"C:\texts\a.jsonl", "ünï/{x}.jsonl", "null.jsonl"]
+)
+def test_a_path_may_hold_any_character(path):
+    assert load_experiment([*PAIR, f"data.train.text.path={path}"]).data.train["text"].path == path
+
+
+def test_null_is_none_and_a_name_can_be_referred_to():
+    experiment = load_experiment([*PAIR, "projection=null", "loss.max_scale=null", "name=mine"])
+    assert experiment.projection is None
+    assert experiment.loss.max_scale is None
+    assert experiment.run_dir == "runs/mine"
+
+
+def test_no_teacher_is_needed_without_a_distillation_term():
+    words = [word for word in PAIR if not word.startswith("teacher")]
+    assert load_experiment([*words, "loss=none"]).teacher.path is None
+    with pytest.raises(UserError, match=r"teacher\.path: not given"):
+        load_experiment(words)
+
+
+def test_plain_values_name_every_setting():
+    plain = load_experiment(["experiment=quickstart"]).to_dict()
+    assert plain["loss"]["kind"] == "auto"
+    assert plain["data"]["train"]["arithmetic"]["wrong_share"] == 0.7
