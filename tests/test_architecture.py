@@ -32,8 +32,8 @@ ALLOWED = {
     "train": {"models", "losses", "data", "mesh"},
     "evaluate": {"models", "losses", "data", "alignment", "tokens", "mesh"},
     "export": {"models", "tokens", "mesh"},
-    # It reads the metrics file that the loop writes.
-    "report": {"train.loop"},
+    # It reads what the loop writes.
+    "report": {"train.metrics"},
     # The experiment's schema is made of each part's own config.
     "config": {
         "data.batches", "losses", "mesh", "models.load", "train.loop", "train.optimizer",

@@ -34,7 +34,8 @@ from xtoken_jax.projection.files import load_projection
 from xtoken_jax.report import BASELINE_FOLDER, draw_curves
 from xtoken_jax.runs import claim
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
-from xtoken_jax.train.loop import METRICS_FILE, train
+from xtoken_jax.train.loop import train
+from xtoken_jax.train.metrics import METRICS_FILE
 from xtoken_jax.train.optimizer import make_optimizer
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.train.loop import METRICS_FILE, read_metrics
+from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 
 PICTURE = "curves.png"
 BASELINE_FOLDER = "no_teacher"

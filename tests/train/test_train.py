@@ -14,7 +14,7 @@ from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.tokens.tokenizer import TokenizerPair
-from xtoken_jax.train.loop import read_metrics
+from xtoken_jax.train.metrics import read_metrics
 from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
@@ -121,7 +121,7 @@ def test_it_learns_and_a_second_run_is_equal_to_the_bit(words, quiet, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(words, quiet, tmp_path, monkeypatch):
-    import xtoken_jax.train.loop as loop
+    from xtoken_jax.train.metrics import MetricsLog
 
     def trace(folder):
         return [(r["step"], r["loss"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
@@ -130,14 +130,14 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(words, quiet, tmp_path
     distill(whole, quiet)
 
     cut = load_experiment([*words, "train.steps=8", f"run_dir={tmp_path / 'cut'}"])
-    write = loop._MetricsLog.write
+    write = MetricsLog.write
 
     def stop_at_five(self, step, values):
         write(self, step, values)
         if step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._MetricsLog, "write", stop_at_five)
+    monkeypatch.setattr(MetricsLog, "write", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
         distill(cut, quiet)
     monkeypatch.undo()

@@ -98,7 +98,7 @@ def collate(rows: Sequence[Spans], student_length: int, teacher_length: int) -> 
     """The alignment of several windows; C = min(student_length, teacher_length).
 
     Every chunk needs a token on each side, so no row can hold more of them. Chunks whose
-    bytes differ, and chunks that lost a token to truncation, are not valid.
+    bytes differ, that lost a token to truncation, or that open a row, are not valid.
     """
     capacity = min(student_length, teacher_length)
     valid = np.zeros((len(rows), capacity), bool)
@@ -107,6 +107,10 @@ def collate(rows: Sequence[Spans], student_length: int, teacher_length: int) -> 
         overflows = (spans.student_chunks[student_length:], spans.teacher_chunks[teacher_length:])
         for lost in overflows:
             kept[lost[lost >= 0]] = False
+        # Nothing precedes a row's first token, so no position predicts it: of a chunk that opens a
+        # row, the two sides' remaining positions would stand for different bytes.
+        opening = [chunks[0] for chunks in (spans.student_chunks, spans.teacher_chunks) if len(chunks)]
+        kept[[chunk for chunk in opening if chunk >= 0]] = False
         valid[row, : len(kept)] = kept[:capacity]
     sides = [
         pad([r.student_chunks for r in rows], student_length, -1),

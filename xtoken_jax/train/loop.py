@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -21,9 +19,9 @@ from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import batch_sharding
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.train.checkpoint import Checkpoints
+from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog
 from xtoken_jax.train.step import Metrics, Step, TrainState
 
-METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 
 
@@ -98,7 +96,7 @@ def train(
         batches.set_state(position)
         console.print(f"[dim]{title}: goes on from step {checkpoints.latest}[/dim]")
     first = int(state.step)
-    log = _MetricsLog(folder / METRICS_FILE, first)
+    log = MetricsLog(folder / METRICS_FILE, first)
     sharding = batch_sharding(mesh)
     if first == 0:
         log.write(0, {"validation": evaluate(state.params)})
@@ -152,29 +150,3 @@ def _check_finite(metrics: Metrics | None, number: int, checkpoints: Checkpoints
         f"step {number}: the loss is {float(metrics['loss'])} with a gradient of norm "
         f"{float(metrics['gradient_norm'])}; {kept}. Try a lower optimizer.learning_rate"
     )
-
-
-class _MetricsLog:
-    """metrics.jsonl, one JSON object a line; lines past the step that a run goes on from are dropped."""
-
-    def __init__(self, path: Path, first: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_metrics(path) if path.is_file() else []
-        kept = [row for row in rows if first and row["step"] <= first]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._path = path
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
