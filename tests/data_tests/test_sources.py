@@ -114,9 +114,15 @@ def test_no_held_out_documentation_is_trained_on(works):
         ({"kind": SourceKind.text, "path": ""}, r"data\.x\.path"),
         ({"kind": SourceKind.python_docs, "split": "test"}, r"data\.x\.split='test'"),
         ({"kind": SourceKind.arithmetic, "wrong_share": 1.5}, r"data\.x\.wrong_share=1\.5"),
-        ({"kind": SourceKind.arithmetic, "documents": 0}, r"data\.x"),
+        ({"kind": SourceKind.arithmetic, "documents": 0}, r"data\.x\.documents=0"),
+        ({"kind": SourceKind.python_docs, "limit": 0}, r"data\.x\.limit=0"),
     ],
 )
 def test_settings_without_sense(options, message):
     with pytest.raises(UserError, match=message):
         SourceConfig(**options).validate("data.x")
+
+
+def test_a_limit_takes_the_first_documents():
+    config = SourceConfig(kind=SourceKind.python_docs)
+    assert read_documents(SourceConfig(kind=SourceKind.python_docs, limit=3)) == read_documents(config)[:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ class SourceConfig:
         path: the file, or a folder of files with the kind's ending; for jsonl and text.
         field: the key that holds the text; for jsonl.
         split: "train" or "validation"; for all but files.
+        limit: documents taken at most, the first ones; null for all.
         documents: how many to generate, each of 18 lines; for arithmetic.
         wrong_share: share of wrong results in [0, 1]; for arithmetic.
         seed: for arithmetic.
@@ -44,6 +46,7 @@ class SourceConfig:
     path: str | None = None
     field: str = "text"
     split: str = "train"
+    limit: int | None = None
     documents: int = 1000
     wrong_share: float = 0.0
     seed: int = 0
@@ -56,32 +59,37 @@ class SourceConfig:
             raise UserError(f"{where}.split={self.split!r}: choose train or validation")
         if not 0 <= self.wrong_share <= 1:
             raise UserError(f"{where}.wrong_share={self.wrong_share}: must be between 0 and 1")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"{where}.limit={self.limit}: must be at least 1, or null for all")
         if self.documents < 1:
             raise UserError(f"{where}.documents={self.documents}: must be at least 1")
 
 
 def read_documents(config: SourceConfig) -> list[str]:
-    """All documents of a source that hold more than blanks, in a fixed order.
+    """The documents of a source that hold more than blanks, in a fixed order, up to its limit.
 
     Raises:
         UserError: a missing or unreadable file, a line without the field, no text at all.
     """
-    if config.kind is SourceKind.arithmetic:
-        return arithmetic.documents(
-            config.documents,
-            split=config.split,
-            seed=config.seed,
-            wrong_share=config.wrong_share,
-        )
-    if config.kind is SourceKind.python_docs:
-        return python_docs.split_of(python_docs.topics(), config.split)
-    if config.kind is SourceKind.python_docstrings:
-        return python_docs.split_of(python_docs.docstrings(), config.split)
-    read = _read_jsonl if config.kind is SourceKind.jsonl else _read_text
-    documents = [d for path in _files(config) for d in read(path, config.field) if d.strip()]
+    documents = list(itertools.islice(_documents(config), config.limit))
     if not documents:
         raise UserError(f"{config.path}: holds no text")
     return documents
+
+
+def _documents(config: SourceConfig) -> Iterator[str]:
+    if config.kind is SourceKind.arithmetic:
+        yield from arithmetic.documents(
+            config.documents, split=config.split, seed=config.seed, wrong_share=config.wrong_share
+        )
+    elif config.kind is SourceKind.python_docs:
+        yield from python_docs.split_of(python_docs.topics(), config.split)
+    elif config.kind is SourceKind.python_docstrings:
+        yield from python_docs.split_of(python_docs.docstrings(), config.split)
+    else:
+        read = _read_jsonl if config.kind is SourceKind.jsonl else _read_text
+        for path in _files(config):
+            yield from (text for text in read(path, config.field) if text.strip())
 
 
 def _files(config: SourceConfig) -> list[Path]:
