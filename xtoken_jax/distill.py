@@ -130,9 +130,10 @@ def distill(experiment: Experiment, console: Console) -> Result:
             return state.params
 
         figures = {}
-        if teacher is not None:
-            figures["teacher"] = held_out.figures(teacher.model, teacher.params, pair.teacher)
-        figures["student, untouched"] = held_out.figures(student, start, pair.student)
+        with console.status("measuring the teacher and the untouched student on the held-out text"):
+            if teacher is not None:
+                figures["teacher"] = held_out.figures(teacher.model, teacher.params, pair.teacher)
+            figures["student, untouched"] = held_out.figures(student, start, pair.student)
         if teacher is not None and experiment.baseline:
             plain = one_run(run / BASELINE_FOLDER, None, "without a teacher")
             figures["trained without a teacher"] = held_out.figures(student, plain, pair.student)

@@ -98,8 +98,6 @@ def train(
     first = int(state.step)
     log = MetricsLog(folder / METRICS_FILE, first)
     sharding = batch_sharding(mesh)
-    if first == 0:
-        log.write(0, {"validation": evaluate(state.params)})
 
     def due(number: int, every: int) -> bool:
         return number == config.steps or (every > 0 and number % every == 0)
@@ -111,6 +109,16 @@ def train(
     started, tokens = time.perf_counter(), 0
     with Progress(*columns, console=console, disable=first >= config.steps) as progress:
         bar = progress.add_task(title, total=config.steps, completed=first, shown="")
+
+        def evaluate_at(number: int) -> None:
+            nonlocal started
+            begun = time.perf_counter()
+            progress.update(bar, completed=number, shown="evaluating")
+            log.write(number, {"validation": evaluate(state.params)})
+            started += time.perf_counter() - begun  # tokens per second are those of training
+
+        if first == 0:
+            evaluate_at(0)
         pending: Metrics | None = None
         for number in range(first + 1, config.steps + 1):
             batch: Batch = next(batches)
@@ -128,7 +136,7 @@ def train(
                 parts = [f"{k} {values[k]:.3f}" for k in ("ce", "kd") if k in values]
                 progress.update(bar, completed=number, shown="  ".join([*parts, f"{rate:,.0f} tokens/s"]))
             if due(number, config.evaluate_every):
-                log.write(number, {"validation": evaluate(state.params)})
+                evaluate_at(number)
             if due(number, config.save_every):
                 _check_finite(metrics, number, checkpoints)
                 checkpoints.save(number, state, batches.get_state())
