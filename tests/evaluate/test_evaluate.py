@@ -1,0 +1,81 @@
+"""Bits per byte and exact match against counts made by hand."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xtoken_jax.data.arithmetic import Problem
+from xtoken_jax.evaluate.accuracy import exact_match
+from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
+from xtoken_jax.evaluate.rows import in_batches
+from xtoken_jax.models.decoder import logits
+from xtoken_jax.models.hf_weights import load_model
+from xtoken_jax.tokens.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Follows:
+    """A model that gives each token's successor in a table all the probability."""
+
+    def __call__(self, params, tokens):
+        return jax.nn.one_hot(params[tokens], len(params)) * 50.0, jnp.eye(len(params))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(pair_folders):
+    return Tokenizer.load(pair_folders[0])
+
+
+@pytest.fixture(scope="module")
+def successors(tokenizer):
+    """After "=" comes 42, after 42 the end of the line, after anything else "+"."""
+    equals, answer, newline, plus = (int(tokenizer.encode(t)[0]) for t in ("=", "42", "\n", "+"))
+    table = np.full(tokenizer.size + 4, plus, np.int32)
+    table[equals], table[answer] = answer, newline
+    return jnp.asarray(table)
+
+
+def test_exact_match_counts_whole_answers(tokenizer, successors):
+    problems = [
+        Problem("40+2=", "42"),
+        Problem("1+1=", "2"),  # completed with 42
+        Problem("41+1=", "4"),  # 42 only begins with it
+        Problem("40+2", "42"),  # completed with "+"
+        Problem("12+30=", "42"),
+    ]
+    assert exact_match(Follows(), successors, tokenizer, problems, batch_size=2) == 2 / 5
+
+
+def test_exact_match_wants_the_answer_to_end_the_line(tokenizer, successors):
+    answer, plus = (int(tokenizer.encode(t)[0]) for t in ("42", "+"))
+    runs_on = successors.at[answer].set(plus)
+    assert exact_match(Follows(), runs_on, tokenizer, [Problem("40+2=", "42")], batch_size=1) == 0
+
+
+def test_bits_per_byte_by_hand(pair_folders, tokenizer):
+    model, params = load_model(pair_folders[0])
+    texts = ["12+30=42\n", "The sum of the numbers", "é"]
+    rows = [np.concatenate([[0], tokenizer.encode(t), [1]]).astype(np.int32) for t in texts]
+    bits = 0.0
+    for row in rows:
+        scores = np.asarray(logits(*model(params, jnp.asarray(row[None]))), np.float64)[
+            0, :, : tokenizer.size
+        ]
+        shifted = scores - scores.max(-1, keepdims=True)
+        log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        bits -= sum(log_probabilities[p, row[p + 1]] for p in range(len(row) - 1)) / math.log(2)
+    expected = bits / sum(len(t.encode()) for t in texts)
+    for batch_size, length in ((1, 32), (2, 16), (8, 24)):
+        found = bits_per_byte(model, params, tokenizer, rows, batch_size=batch_size, length=length)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_rows_fill_the_last_batch():
+    rows = [np.array([i]) for i in range(5)]
+    batches = list(in_batches(rows, 2))
+    assert [len(b) for b in batches] == [2, 2, 2]
+    assert [r.tolist() for b in batches for r in b] == [[0], [1], [2], [3], [4], []]
