@@ -1,5 +1,6 @@
 """Every test sees 8 virtual CPU devices; set before jax is imported anywhere."""
 
+import json
 import os
 
 # NPROC gives the CPU client enough threads for 8 devices to meet in a collective on 2 cores;
@@ -21,3 +22,21 @@ def pair_folders(tmp_path_factory):
     from tiny_pair import write_pair
 
     return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def words(pair_folders, tmp_path):
+    """Words of an experiment with the tiny pair, on sums that a file of the test holds."""
+    path = tmp_path / "text.jsonl"
+    texts = [f"{a}+{b}={a + b}, as everybody knows.\n" * 4 for a in range(8) for b in range(8)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    student, teacher = pair_folders
+    return [
+        f"student.path={student}",
+        f"teacher.path={teacher}",
+        f"data.train.text.path={path}",
+        f"data.validation.text.path={path}",
+        "data.student_length=32",
+        "data.teacher_length=48",
+        "data.batch_size=8",
+    ]

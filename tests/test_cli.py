@@ -11,29 +11,9 @@ COMMANDS = ("distill", "audit", "project", "align", "evaluate", "export", "repor
 
 
 @pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.jsonl"
-    lines = [f"{a}+{b}={a + b}, as everybody knows.\n" * 4 for a in range(8) for b in range(8)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture
-def run(pair_folders, text, tmp_path):
+def run(words, tmp_path):
     """Arguments of a run of two steps."""
-    student, teacher = pair_folders
-    return [
-        "distill",
-        f"student.path={student}",
-        f"teacher.path={teacher}",
-        f"data.train.text.path={text}",
-        f"data.validation.text.path={text}",
-        "data.student_length=32",
-        "data.teacher_length=48",
-        "data.batch_size=8",
-        "train.steps=2",
-        f"run_dir={tmp_path / 'run'}",
-    ]
+    return ["distill", *words, "train.steps=2", f"run_dir={tmp_path / 'run'}"]
 
 
 def fails(capsys, arguments, *expected):
