@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from xtoken_jax import __version__
 from xtoken_jax.errors import UserError
 
 _DISTILL_HELP = """\
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("xtoken: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        resumes = "; the same command goes on from the last checkpoint"
+        print(f"xtoken: interrupted{resumes * (options.command == 'distill')}", file=sys.stderr)
         return 130
     return 0
 
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="first: xtoken distill experiment=quickstart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"xtoken-jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, epilog: str) -> argparse.ArgumentParser:
