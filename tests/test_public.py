@@ -24,7 +24,7 @@ def test_from_texts_to_a_gradient(pair):
     assert xtoken_jax.audit(pair).recommended_loss == "p_kl"
     projection = xtoken_jax.build_projection(pair)
     texts = ["12+30=42\n", "The sum of the numbers is 7.\n"]
-    student_ids, teacher_ids, alignment = xtoken_jax.align(pair, texts, student_length=16, teacher_length=24)
+    student_ids, _, alignment = xtoken_jax.align(pair, texts, student_length=16, teacher_length=24)
     rng = np.random.default_rng(0)
     student_logits = jnp.asarray(rng.normal(size=(2, 16, pair.student.size + 4)), jnp.float32)
     teacher_logits = jnp.asarray(rng.normal(size=(2, 24, pair.teacher.size)), jnp.float32)

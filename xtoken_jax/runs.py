@@ -80,13 +80,13 @@ def export_checkpoint(run: Path, step: int | None, out: Path) -> int:
         raise UserError(f"{run}: not a run's folder, it has no {RUN_FILE}")
     typed = OmegaConf.merge(OmegaConf.structured(Experiment), json.loads(path.read_text()))
     experiment = cast(Experiment, OmegaConf.to_object(typed))
-    checkpoints = Checkpoints(run / CHECKPOINT_FOLDER, keep=experiment.train.keep)
-    found = checkpoints.latest if step is None else step
-    if found is None:
-        raise UserError(f"{run}: holds no checkpoint yet")
     folder = resolve_folder(str(experiment.student.path))
     student = Model(read_config(folder))
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-    state, _ = checkpoints.restore(found, abstract_state(student, optimizer, single_device_mesh()))
+    with Checkpoints(run / CHECKPOINT_FOLDER, keep=experiment.train.keep) as checkpoints:
+        found = checkpoints.latest if step is None else step
+        if found is None:
+            raise UserError(f"{run}: holds no checkpoint yet")
+        state, _ = checkpoints.restore(found, abstract_state(student, optimizer, single_device_mesh()))
     export_hf(out, student, state.params, folder, dtype=experiment.export_dtype.value)
     return found

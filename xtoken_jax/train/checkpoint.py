@@ -62,7 +62,13 @@ class Checkpoints:
             raise UserError(f"{self.path(step)}: cannot be restored into this student ({first})") from error
         return restored["state"], restored["data"]["position"]
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait for saves under way."""
         self._manager.wait_until_finished()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Finish saves under way, however the run ends."""
         self._manager.close()

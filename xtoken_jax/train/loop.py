@@ -90,65 +90,64 @@ def train(
     Raises:
         NonFiniteLossError: names the step and the last good checkpoint.
     """
-    checkpoints = Checkpoints(folder / CHECKPOINT_FOLDER, keep=config.keep)
-    if checkpoints.latest is not None:
-        state, position = checkpoints.restore(checkpoints.latest, abstract)
-        batches.set_state(position)
-        console.print(f"[dim]{title}: goes on from step {checkpoints.latest}[/dim]")
-    first = int(state.step)
-    log = MetricsLog(folder / METRICS_FILE, first)
-    sharding = batch_sharding(mesh)
+    with Checkpoints(folder / CHECKPOINT_FOLDER, keep=config.keep) as checkpoints:
+        if checkpoints.latest is not None:
+            state, position = checkpoints.restore(checkpoints.latest, abstract)
+            batches.set_state(position)
+            console.print(f"[dim]{title}: goes on from step {checkpoints.latest}[/dim]")
+        first = int(state.step)
+        log = MetricsLog(folder / METRICS_FILE, first)
+        sharding = batch_sharding(mesh)
 
-    def due(number: int, every: int) -> bool:
-        return number == config.steps or (every > 0 and number % every == 0)
+        def due(number: int, every: int) -> bool:
+            return number == config.steps or (every > 0 and number % every == 0)
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-    )  # fmt: skip
-    started, tokens = time.perf_counter(), 0
-    with Progress(*columns, console=console, disable=first >= config.steps) as progress:
-        bar = progress.add_task(title, total=config.steps, completed=first, shown="")
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )  # fmt: skip
+        started, tokens = time.perf_counter(), 0
+        with Progress(*columns, console=console, disable=first >= config.steps) as progress:
+            bar = progress.add_task(title, total=config.steps, completed=first, shown="")
 
-        def evaluate_at(number: int) -> None:
-            nonlocal started
-            begun = time.perf_counter()
-            progress.update(bar, completed=number, shown="evaluating")
-            log.write(number, {"validation": evaluate(state.params)})
-            started += time.perf_counter() - begun  # tokens per second are those of training
+            def evaluate_at(number: int) -> None:
+                nonlocal started
+                begun = time.perf_counter()
+                progress.update(bar, completed=number, shown="evaluating")
+                log.write(number, {"validation": evaluate(state.params)})
+                started += time.perf_counter() - begun  # tokens per second are those of training
 
-        if first == 0:
-            evaluate_at(0)
-        pending: Metrics | None = None
-        for number in range(first + 1, config.steps + 1):
-            batch: Batch = next(batches)
-            tokens += int(batch.student_mask.sum())
-            batch = jax.device_put(batch, sharding)
-            state, metrics = step(state, teacher_params, tables, batch)
-            # The step before has ended by now: reading its metrics does not hold up this one.
-            _check_finite(pending, number - 1, checkpoints)
-            pending = metrics
-            if due(number, config.log_every):
-                values = {name: float(value) for name, value in metrics.items() if name != "finite"}
-                _check_finite(metrics, number, checkpoints)
-                rate = tokens / (time.perf_counter() - started)
-                log.write(number, {**values, "tokens_per_second": round(rate)})
-                parts = [f"{k} {values[k]:.3f}" for k in ("ce", "kd") if k in values]
-                progress.update(bar, completed=number, shown="  ".join([*parts, f"{rate:,.0f} tokens/s"]))
-            if due(number, config.evaluate_every):
-                evaluate_at(number)
-            if due(number, config.save_every):
-                _check_finite(metrics, number, checkpoints)
-                checkpoints.save(number, state, batches.get_state())
-    checkpoints.close()
+            if first == 0:
+                evaluate_at(0)
+            pending: Metrics | None = None
+            for number in range(first + 1, config.steps + 1):
+                batch: Batch = next(batches)
+                tokens += int(batch.student_mask.sum())
+                batch = jax.device_put(batch, sharding)
+                state, metrics = step(state, teacher_params, tables, batch)
+                # The step before has ended by now: reading its metrics does not hold up this one.
+                _check_finite(pending, number - 1, checkpoints)
+                pending = metrics
+                if due(number, config.log_every):
+                    values = {name: float(value) for name, value in metrics.items() if name != "finite"}
+                    _check_finite(metrics, number, checkpoints)
+                    rate = tokens / (time.perf_counter() - started)
+                    log.write(number, {**values, "tokens_per_second": round(rate)})
+                    parts = [f"{k} {values[k]:.3f}" for k in ("ce", "kd") if k in values]
+                    progress.update(bar, completed=number, shown="  ".join([*parts, f"{rate:,.0f} tokens/s"]))
+                if due(number, config.evaluate_every):
+                    evaluate_at(number)
+                if due(number, config.save_every):
+                    _check_finite(metrics, number, checkpoints)
+                    checkpoints.save(number, state, batches.get_state())
     return state
 
 
 def _check_finite(metrics: Metrics | None, number: int, checkpoints: Checkpoints) -> None:
     if metrics is None or bool(metrics["finite"]):
         return
+    checkpoints.wait()
     good = checkpoints.latest
-    checkpoints.close()
     kept = (
         "there is no checkpoint yet"
         if good is None
