@@ -29,7 +29,8 @@ def resolve_folder(path_or_id: str | Path) -> Path:
     if path.exists():
         raise UserError(f"not a folder: {text}")
     if isinstance(path_or_id, Path) or not _HUB_ID.fullmatch(text):
-        raise UserError(f"no such folder: {text}")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"no such folder: {text}{where}")
 
     from huggingface_hub import snapshot_download
 
