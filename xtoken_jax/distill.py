@@ -35,7 +35,7 @@ from xtoken_jax.report import BASELINE_FOLDER, draw_curves
 from xtoken_jax.runs import claim
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.loop import train
-from xtoken_jax.train.metrics import METRICS_FILE
+from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 from xtoken_jax.train.optimizer import make_optimizer
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
@@ -106,15 +106,17 @@ def distill(experiment: Experiment, console: Console) -> Result:
         console.print(f"text     {sum(map(len, windows.values())):,} rows, {tokens:,} student tokens")
         claim(run, experiment)
 
-        def one_run(folder: Path, teacher: _Teacher | None, title: str) -> Params:
+        def one_run(
+            params: Params, folder: Path, teacher: _Teacher | None, title: str
+        ) -> tuple[Params, Figures, Figures]:
+            """Parameters at the end, and the held-out figures of the start and of the end."""
             optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
             loss = replace(experiment.loss, kind=kind if teacher else LossKind.none)
             step = make_step(
                 student, teacher.model if teacher else None, loss, optimizer, student_size=pair.student.size
             )
             state = train(
-                # The step donates its state, and the other run needs the same start.
-                init_state(student, jax.tree.map(lambda x: x.copy(), start), optimizer, mesh),
+                init_state(student, params, optimizer, mesh),
                 abstract_state(student, optimizer, mesh),
                 jax.jit(step, donate_argnums=0),
                 batches(),
@@ -127,19 +129,24 @@ def distill(experiment: Experiment, console: Console) -> Result:
                 title=title,
                 console=console,
             )
-            return state.params
+            rows = read_metrics(folder / METRICS_FILE)
+            measured = [row["validation"] for row in rows if "validation" in row]
+            return state.params, measured[0], measured[-1]
 
         figures = {}
-        with console.status("measuring the teacher and the untouched student on the held-out text"):
-            if teacher is not None:
+        if teacher is not None:
+            with console.status("measuring the teacher on the held-out text"):
                 figures["teacher"] = held_out.figures(teacher.model, teacher.params, pair.teacher)
-            figures["student, untouched"] = held_out.figures(student, start, pair.student)
+        plain = None
         if teacher is not None and experiment.baseline:
-            plain = one_run(run / BASELINE_FOLDER, None, "without a teacher")
-            figures["trained without a teacher"] = held_out.figures(student, plain, pair.student)
-            del plain
-        trained = one_run(run, teacher, "distilling" if teacher else "training")
-        figures["distilled" if teacher else "trained"] = held_out.figures(student, trained, pair.student)
+            # A run donates the parameters that it starts from, and the next one needs the same.
+            copy = jax.tree.map(lambda x: x.copy(), start)
+            plain = one_run(copy, run / BASELINE_FOLDER, None, "without a teacher")[-1]
+        title = "distilling" if teacher else "training"
+        trained, figures["student, untouched"], end = one_run(start, run, teacher, title)
+        if plain is not None:
+            figures["trained without a teacher"] = plain
+        figures["distilled" if teacher else "trained"] = end
 
         out = run / STUDENT_FOLDER
         dtype = experiment.export_dtype.value
