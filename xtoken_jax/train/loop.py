@@ -115,8 +115,10 @@ def train(
                 begun = time.perf_counter()
                 progress.update(bar, completed=number, shown="evaluating")
                 log.write(number, {"validation": evaluate(state.params)})
+                progress.update(bar, shown=shown)
                 started += time.perf_counter() - begun  # tokens per second are those of training
 
+            shown = ""
             if first == 0:
                 evaluate_at(0)
             pending: Metrics | None = None
@@ -134,7 +136,8 @@ def train(
                     rate = tokens / (time.perf_counter() - started)
                     log.write(number, {**values, "tokens_per_second": round(rate)})
                     parts = [f"{k} {values[k]:.3f}" for k in ("ce", "kd") if k in values]
-                    progress.update(bar, completed=number, shown="  ".join([*parts, f"{rate:,.0f} tokens/s"]))
+                    shown = "  ".join([*parts, f"{rate:,.0f} tokens/s"])
+                    progress.update(bar, completed=number, shown=shown)
                 if due(number, config.evaluate_every):
                     evaluate_at(number)
                 if due(number, config.save_every):
