@@ -26,7 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
-quickstart: $(VENV)/installed ## distil a small student across tokenizers, about 4 minutes on 2 cores
+quickstart: $(VENV)/installed ## distil a small student across tokenizers, about 3 minutes on 2 cores
 	$(BIN)/xtoken distill experiment=quickstart
 
 test: $(VENV)/installed-test ## the tests, on 8 virtual CPU devices
