@@ -31,7 +31,7 @@ from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.files import load_projection
-from xtoken_jax.report import BASELINE_FOLDER, draw_curves
+from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
 from xtoken_jax.runs import claim
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.loop import train
@@ -39,7 +39,6 @@ from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 from xtoken_jax.train.optimizer import make_optimizer
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
-RESULT_FILE = "result.json"
 STUDENT_FOLDER = "student"
 _PROMPTS_AT_ONCE = 256
 
@@ -151,9 +150,8 @@ def distill(experiment: Experiment, console: Console) -> Result:
         out = run / STUDENT_FOLDER
         dtype = experiment.export_dtype.value
         export_hf(out, student, trained, resolve_folder(str(experiment.student.path)), dtype=dtype)
-    levels = {name: {"teacher": value} for name, value in figures.get("teacher", {}).items()}
-    picture = draw_curves(run, levels)
     (run / RESULT_FILE).write_text(json.dumps({"loss": kind.value, "figures": figures}, indent=2) + "\n")
+    picture = draw_curves(run)
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
 
 

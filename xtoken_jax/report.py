@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,17 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 
 PICTURE = "curves.png"
+RESULT_FILE = "result.json"
 BASELINE_FOLDER = "no_teacher"
 _RUNS = {"": ("distilled", "tab:blue"), BASELINE_FOLDER: ("without a teacher", "tab:orange")}
 _TRAINING = {"ce": "cross-entropy (nats per token)", "kd": "distillation term (nats per chunk)"}
 
 
-def draw_curves(run: Path, levels: Mapping[str, Mapping[str, float]] | None = None) -> Path:
+def draw_curves(run: Path) -> Path:
     """Draw training and validation figures of a run, and of its baseline, over the steps.
 
     Args:
-        run: the run's folder.
-        levels: figure name -> label -> value, drawn as horizontal lines (such as the teacher's).
+        run: the run's folder. Where its result is there too, the teacher's figures are drawn as levels.
 
     Returns:
         The path of the PNG.
@@ -33,6 +33,8 @@ def draw_curves(run: Path, levels: Mapping[str, Mapping[str, float]] | None = No
     rows = {sub: read_metrics(path) for sub in _RUNS if (path := run / sub / METRICS_FILE).is_file()}
     if not rows.get(""):
         raise UserError(f"{run}: not a run, it has no {METRICS_FILE}")
+    result = run / RESULT_FILE
+    teacher = json.loads(result.read_text())["figures"].get("teacher", {}) if result.is_file() else {}
     validation = sorted(
         {name for part in rows.values() for row in part for name in row.get("validation", {})}
     )
@@ -46,8 +48,8 @@ def draw_curves(run: Path, levels: Mapping[str, Mapping[str, float]] | None = No
             if points:
                 marker = "o" if name in validation else ""
                 axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3)
-        for label, value in (levels or {}).get(name, {}).items():
-            axes.axhline(value, color="gray", linestyle=":", label=label)
+        if name in teacher:
+            axes.axhline(teacher[name], color="gray", linestyle=":", label="teacher")
         axes.set(title=_TRAINING.get(name, f"held-out {name}"), xlabel="step")
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.3)
