@@ -1,14 +1,17 @@
 """The step and the loop: same on every mesh, same after a restart, and it learns."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import read_windows, training_batches
 from xtoken_jax.distill import distill
-from xtoken_jax.losses import LossConfig, LossKind, loss_tables
+from xtoken_jax.losses import LossConfig, LossKind, loss_tables, projection_kl, valid_chunks
 from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated
+from xtoken_jax.models.decoder import logits
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.tokens.tokenizer import TokenizerPair
@@ -165,3 +168,48 @@ def test_schedule():
     np.testing.assert_allclose(
         [schedule(0), schedule(10), schedule(60), schedule(110)], [0.02, 1, 0.5, 0], atol=1e-6
     )
+
+
+def test_a_step_is_the_objective_put_together_by_hand(words):
+    """Cross-entropy over the tokenizer's columns, P-KL over the valid chunks, scaled to its size."""
+    experiment = load_experiment(words)
+    pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
+    windows = read_windows(pair, experiment.data.train, experiment.data)
+    batch = next(training_batches(pair, windows, experiment.data))
+    mesh = make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
+    projection = build_projection(pair)
+    with jax.set_mesh(mesh):
+        key = jax.random.key(0)
+        student, params = open_model(experiment.student, pair.student.size, mesh=mesh, key=key)
+        teacher, teacher_params = open_model(experiment.teacher, pair.teacher.size, mesh=mesh, key=key)
+        optimizer = make_optimizer(OptimizerConfig(), 10)
+        loss = LossConfig(kind=LossKind.p_kl, top_k=100, temperature=2.0)
+        step = make_step(student, teacher, loss, optimizer, student_size=pair.student.size)
+        state = init_state(student, params, optimizer, mesh)
+        tables = loss_tables(LossKind.p_kl, projection)
+        _, metrics = jax.jit(step)(state, teacher_params, tables, batch)
+
+        teacher_logits = logits(*teacher(teacher_params, batch.teacher_ids))
+        chunks = valid_chunks(batch.alignment)
+
+        def by_hand(params):
+            student_logits = logits(*student(params, batch.student_ids))[..., : pair.student.size]
+            log_p = jax.nn.log_softmax(student_logits[:, :-1], axis=-1)
+            labels, counted = batch.student_ids[:, 1:], batch.student_mask[:, 1:]
+            ce = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+            ce = jnp.where(counted, ce, 0).sum() / counted.sum()
+            values = projection_kl(
+                student_logits, teacher_logits, batch.alignment, projection,
+                temperature=2.0, top_k=100, teacher_mask=batch.teacher_mask,
+            )  # fmt: skip
+            kd = jnp.where(chunks, values, 0).sum() / chunks.sum()
+            scale = jax.lax.stop_gradient(jnp.minimum(ce / kd, loss.max_scale))
+            return ce + scale * kd, {"ce": ce, "kd": kd, "kd_scale": scale}
+
+        (total, parts), gradient = jax.value_and_grad(by_hand, has_aux=True)(params)
+    expected = {"loss": total, **parts, "gradient_norm": optax.tree.norm(gradient), "chunks": chunks.sum()}
+    assert student.config.vocab_size > pair.student.size
+    assert expected["kd"] > 0
+    assert 0 < expected["chunks"] < batch.alignment.valid.size
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
