@@ -8,12 +8,12 @@ from jax.sharding import PartitionSpec as P
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import (
+    PARTITION_SPECS,
     MeshConfig,
     batch_sharding,
     constrain,
     make_mesh,
     named_sharding,
-    partition_spec,
     replicated,
     single_device_mesh,
 )
@@ -58,7 +58,7 @@ def test_one_device_has_a_mesh_too():
 
 def test_a_batch_is_split_over_data_and_fsdp():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert partition_spec("B T") == P(("data", "fsdp"), None)
+    assert PARTITION_SPECS["B T"] == P(("data", "fsdp"), None)
     batch = jax.device_put(jnp.zeros((8, 3)), batch_sharding(mesh))
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
     whole = jax.device_put(jnp.zeros((8, 3)), replicated(mesh))

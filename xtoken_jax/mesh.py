@@ -80,11 +80,6 @@ def single_device_mesh() -> Mesh:
     return make_mesh(MeshConfig(data=1), devices=jax.local_devices()[:1])
 
 
-def partition_spec(letters: str) -> PartitionSpec:
-    """The PartitionSpec of an array with these shape letters, such as "B T" or "L D N H"."""
-    return PARTITION_SPECS[letters]
-
-
 def named_sharding(mesh: Mesh, letters: str, shape: Sequence[int]) -> NamedSharding:
     """The sharding of an array by its shape letters.
 

@@ -148,8 +148,3 @@ class TokenizerPair:
     def load(cls, student: str | Path, teacher: str | Path) -> TokenizerPair:
         """Load both from HF folders or hub ids; raises as `Tokenizer.load` does."""
         return cls(Tokenizer.load(student), Tokenizer.load(teacher))
-
-    @property
-    def same(self) -> bool:
-        """Whether both sides are one tokenizer, so that no projection is needed."""
-        return self.student.fingerprint == self.teacher.fingerprint
