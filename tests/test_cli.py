@@ -159,6 +159,7 @@ def test_a_run_ends_with_a_table_and_refuses_another_run_in_its_folder(capsys, r
     (other / "thesis.txt").write_text("precious")
     fails(capsys, [*run, f"run_dir={other}"], "not a run's folder")
     fails(capsys, ["report", other], "not a run")
+    fails(capsys, ["export", folder, "--out", other / "thesis.txt" / "x"], "thesis.txt")
     fails(capsys, ["export", other, "--out", tmp_path / "x"], "not a run's folder")
 
 

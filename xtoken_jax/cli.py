@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(words)
     if rest and options.command != "distill":
-        parser.error(f"{options.command}: unknown argument {rest[0]!r}; see xtoken {options.command} --help")
+        name = f" {options.command}" if options.command else ""
+        parser.error(f"unknown argument {rest[0]!r}; see xtoken{name} --help")
     if options.command is None:
         parser.print_help()
         return 0
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"unknown option {unknown[0]}; settings are key=value, see xtoken distill --help"
                 )
         options.run(options, console)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk or a read-only folder is no fault of the program
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"xtoken: {error}", markup=False, style="red"
         )
@@ -140,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         _export,
         "write a checkpoint of a run as a Hugging Face folder",
-        "example: xtoken export runs/quickstart --step 400 --out student-400",
+        "example: xtoken export runs/quickstart --step 150 --out student-150",
     )
     sub.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
     sub.add_argument("--step", type=int, help="which checkpoint (default: the newest)")

@@ -17,7 +17,7 @@ from xtoken_jax.alignment.spans import Spans
 from xtoken_jax.config import Experiment
 from xtoken_jax.coverage import audit
 from xtoken_jax.data import arithmetic
-from xtoken_jax.data.batches import read_windows, training_batches
+from xtoken_jax.data.batches import DataConfig, read_windows, training_batches
 from xtoken_jax.data.sources import SourceKind
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.accuracy import exact_match
@@ -121,7 +121,7 @@ def distill(experiment: Experiment, console: Console) -> Result:
                 batches(),
                 teacher_params=teacher.params if teacher else None,
                 tables=teacher.tables if teacher else None,
-                evaluate=lambda params: held_out.figures(student, params, pair.student),
+                evaluate=partial(held_out.of_student, student),
                 config=experiment.train,
                 folder=folder,
                 mesh=mesh,
@@ -135,7 +135,7 @@ def distill(experiment: Experiment, console: Console) -> Result:
         figures = {}
         if teacher is not None:
             with console.status("measuring the teacher on the held-out text"):
-                figures["teacher"] = held_out.figures(teacher.model, teacher.params, pair.teacher)
+                figures["teacher"] = held_out.of_teacher(teacher.model, teacher.params)
         plain = None
         if teacher is not None and experiment.baseline:
             # A run donates the parameters that it starts from, and the next one needs the same.
@@ -188,19 +188,35 @@ def _load_teacher(
 class _HeldOut:
     """The validation sources, ready for models of either side."""
 
-    experiment: Experiment
-    rows: dict[int, dict[str, list[np.ndarray]]]  # by the tokenizer's id()
+    data: DataConfig
+    pair: TokenizerPair
+    windows: Texts
     problems: dict[str, list[arithmetic.Problem]]
 
-    def figures(self, model: Model, params: Params, tokenizer: Tokenizer) -> Figures:
+    def of_student(self, model: Model, params: Params) -> Figures:
+        """Figures of a model with the student's tokenizer."""
+        rows = {name: [w.student_ids for w in part] for name, part in self.windows.items()}
+        return self._figures(model, params, self.pair.student, rows, self.data.student_length)
+
+    def of_teacher(self, model: Model, params: Params) -> Figures:
+        """Figures of a model with the teacher's tokenizer."""
+        rows = {name: [w.teacher_ids for w in part] for name, part in self.windows.items()}
+        return self._figures(model, params, self.pair.teacher, rows, self.data.teacher_length)
+
+    def _figures(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Tokenizer,
+        texts: dict[str, list[np.ndarray]],
+        length: int,
+    ) -> Figures:
         """Bits per byte of each text and accuracy on each set of problems."""
-        data = self.experiment.data
-        length = max(data.student_length, data.teacher_length)
         found = {
             f"{name} bits/byte": bits_per_byte(
-                model, params, tokenizer, rows, batch_size=data.batch_size, length=length
+                model, params, tokenizer, rows, batch_size=self.data.batch_size, length=length
             )
-            for name, rows in self.rows[id(tokenizer)].items()
+            for name, rows in texts.items()
         }
         for name, problems in self.problems.items():
             accuracy = exact_match(model, params, tokenizer, problems, batch_size=_PROMPTS_AT_ONCE)
@@ -211,14 +227,9 @@ class _HeldOut:
 def _held_out(experiment: Experiment, pair: TokenizerPair) -> _HeldOut:
     sources = experiment.data.validation
     texts = {name: s for name, s in sources.items() if s.kind is not SourceKind.arithmetic}
-    windows = read_windows(pair, texts, experiment.data)
-    sides = {
-        id(pair.teacher): {name: [w.teacher_ids for w in part] for name, part in windows.items()},
-        id(pair.student): {name: [w.student_ids for w in part] for name, part in windows.items()},
-    }
     problems = {
         name: arithmetic.problems(s.documents, split=s.split, seed=s.seed)
         for name, s in sources.items()
         if s.kind is SourceKind.arithmetic
     }
-    return _HeldOut(experiment, sides, problems)
+    return _HeldOut(experiment.data, pair, read_windows(pair, texts, experiment.data), problems)

@@ -37,7 +37,8 @@ class SourceConfig:
         field: the key that holds the text; for jsonl.
         split: "train" or "validation"; for all but files.
         limit: documents taken at most, the first ones; null for all.
-        documents: how many to generate, each of 18 lines; for arithmetic.
+        documents: for arithmetic, how many to generate, each of 18 lines; in the validation part, how
+            many single problems to measure accuracy on.
         wrong_share: share of wrong results in [0, 1]; for arithmetic.
         seed: for arithmetic.
     """
