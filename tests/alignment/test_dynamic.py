@@ -180,11 +180,18 @@ def test_one_id_for_both_marks_matches_either():
     assert found.exact.all()
 
 
-def test_other_roles_are_gaps():
-    pair = trained.pair(trained.sentencepiece, trained.sentencepiece)
-    unknown, begin = pair.student.roles["unk"], pair.student.roles["bos"]
-    found = chunks_of_ids(pair, np.array([begin, unknown]), np.array([begin, unknown]))
-    assert found.student_chunks.tolist() == found.teacher_chunks.tolist() == [0, -1]
+def test_markers_pair_by_role_and_unknown_and_padding_by_none():
+    tokenizer = trained.load(trained.sentencepiece)
+    unknown, begin, end = (tokenizer.roles[role] for role in ("unk", "bos", "eos"))
+    word = int(tokenizer.encode("cat")[0])
+    student = dataclasses.replace(tokenizer, roles={"turn_end": end, "unk": unknown, "pad": begin})
+    teacher = dataclasses.replace(tokenizer, roles={"turn_end": begin, "unk": unknown, "pad": end})
+    found = chunks_of_ids(
+        TokenizerPair(student, teacher), [unknown, word, end, begin, begin], [unknown, word, begin, end]
+    )
+    assert found.student_chunks.tolist() == [-1, 0, 1, -1, -1]
+    assert found.teacher_chunks.tolist() == [-1, 0, 1, -1]
+    assert found.exact.all()
 
 
 def test_mistakes_are_named():

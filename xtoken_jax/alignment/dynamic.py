@@ -21,6 +21,8 @@ LONGEST = 32
 # What the last step of a path was. From 3 on: the rule that matched.
 TEACHER_GAP, STUDENT_GAP, MISMATCH = range(3)
 _STEPS = [(0, 1), (1, 0), (1, 1)]
+# They stand for no text, or for any.
+_NO_COUNTERPART = ("pad", "fim_pad", "unk")
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,9 @@ def chunks_of_ids(
 ) -> TokenAlignment:
     """Align two rows of ids without any text, such as data that was tokenized elsewhere.
 
-    BOS matches BOS and EOS matches EOS, whatever they are called; other special tokens, padding
-    among them, are gaps. Where padding is EOS, cut it off first.
+    A special token matches the other side's of the same role, whatever they are called: BOS matches
+    BOS, EOS matches EOS. Unknown tokens and padding are gaps, and so is a special token without a
+    counterpart. Where padding has a second role, such as EOS, cut it off first.
 
     Args:
         pair: student's and teacher's tokenizer.
@@ -118,7 +121,8 @@ def chunks_of_ids(
     student, student_marks = _pieces(pair.student, student_ids, "student")
     teacher, teacher_marks = _pieces(pair.teacher, teacher_ids, "teacher")
     rules = _text_rules(student, teacher, longest)
-    # One rule a role: where one id is both BOS and EOS, it matches either.
+    # One rule a role: where one id is both BOS and EOS, it matches either. A marker that is an ordinary
+    # added token has bytes, and matches as text as well.
     for role in sorted(student_marks.keys() & teacher_marks.keys()):
         keys = np.where(student_marks[role], 0, -1), np.where(teacher_marks[role], 0, -2)
         rules.append(_Rule((1, 1), *(np.insert(k, 0, -1 - side) for side, k in enumerate(keys))))
@@ -136,10 +140,8 @@ def _pieces(
             f"{side} id {unknown[0]}: the tokenizer {tokenizer.name} has ids 0 to {tokenizer.size - 1}; "
             "align ids with the tokenizer that made them"
         )
-    roles = {role: ids == tokenizer.roles[role] for role in ("bos", "eos") if role in tokenizer.roles}
-    marked = np.any(list(roles.values()), axis=0) if roles else np.zeros(len(ids), bool)
-    table = tokenizer.token_bytes.table
-    pieces = [None if m else table[i] for i, m in zip(ids.tolist(), marked.tolist(), strict=True)]
+    roles = {role: ids == i for role, i in tokenizer.roles.items() if role not in _NO_COUNTERPART}
+    pieces = [tokenizer.token_bytes.table[i] for i in ids.tolist()]
     return pieces, {role: where for role, where in roles.items() if where.any()}
 
 
