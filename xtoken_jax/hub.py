@@ -1,4 +1,4 @@
-"""From what a user calls a model to a folder on disk; the only place that may use the network."""
+"""Folders: that of a model a user names (the only place that may use the network), and the cache."""
 
 import os
 import re
@@ -8,6 +8,14 @@ from xtoken_jax.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XTOKEN_CACHE, or xtoken-jax in the user's cache folder."""
+    own = os.environ.get("XTOKEN_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xtoken-jax"
 
 
 def resolve_folder(path_or_id: str | Path) -> Path:

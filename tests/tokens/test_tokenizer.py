@@ -63,9 +63,9 @@ def test_special_tokens_are_roles_and_their_spelling_is_text(make):
 
 def test_roles():
     three, sentencepiece = trained.load(trained.three_digits), trained.load(trained.sentencepiece)
-    assert three.roles == {"bos": 0, "eos": 1}
+    assert three.roles == {"bos": 0, "eos": 1, "turn_end": 1}
     assert three.adds_bos
-    assert sentencepiece.roles == {"bos": 1, "eos": 2, "unk": 0}
+    assert sentencepiece.roles == {"bos": 1, "eos": 2, "unk": 0, "document_start": 1, "document_end": 2}
     assert sentencepiece.adds_bos
     assert not trained.load(trained.single_digits).adds_bos
     assert three.pad_id == 1
@@ -143,13 +143,96 @@ def test_a_role_is_part_of_the_fingerprint(tmp_path):
     assert Tokenizer.load(tmp_path / "a").fingerprint != Tokenizer.load(tmp_path / "b").fingerprint
 
 
-def test_word_pieces_are_refused(tmp_path):
-    tokenizer = tokenizers.BertWordPieceTokenizer()
-    tokenizer.train_from_iterator(trained.ENGLISH, vocab_size=200, show_progress=False)
+def word_pieces(*, lowercase=True):
+    """As BERT: pieces inside a word start with `##`, blanks are forgotten."""
+    tokenizer = tokenizers.BertWordPieceTokenizer(lowercase=lowercase)
+    tokenizer.train_from_iterator(trained.ENGLISH, vocab_size=400, show_progress=False)
+    return tokenizer._tokenizer, {"unk_token": "[UNK]", "cls_token": "[CLS]"}
+
+
+def test_word_pieces_open_behind_a_blank():
+    tokenizer = trained.load(word_pieces)
+    assert tokenizer.token_bytes.kind == "wordpiece"
+    ids = tokenizer.encode("the cats, 201 of them")
+    pieces = [tokenizer.bytes_of(i) for i in ids]
+    assert b"".join(pieces) == b" the cats, 201 of them"
+    assert pieces[0] == b" the"
+    assert b"," in pieces
+    vocab = tokenizer.definition["model"]["vocab"]
+    inside = next(piece for piece in vocab if piece.startswith("##") and piece[2:].isalpha())
+    assert tokenizer.bytes_of(vocab[inside]) == inside[2:].encode()
+    assert tokenizer.bytes_of(vocab["[UNK]"]) is None
+    assert "WordPiece" in tokenizer.describe()
+
+
+def test_tokenizers_without_bytes_are_refused(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="WordPiece tokenizer without a byte alphabet") as error:
+    with pytest.raises(UserError, match="WordLevel tokenizer without a byte alphabet") as error:
         Tokenizer.load(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_markers_take_roles_and_reserved_ids_are_known():
+    tokenizer = trained.edited(
+        trained.single_digits,
+        lambda definition: [
+            definition["added_tokens"].append(
+                {"id": len(definition["model"]["vocab"]) + i, "content": content, "special": special,
+                 "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+            )
+            for i, (content, special) in enumerate(
+                [("<|im_start|>", True), ("<think>", False), ("<unused0>", False), ("<|reserved_7|>", True)]
+            )
+        ],
+    )  # fmt: skip
+    first = tokenizer.size - 4
+    assert tokenizer.roles["turn_start"] == first
+    assert tokenizer.roles["think_open"] == first + 1
+    assert tokenizer.bytes_of(first) is None
+    assert tokenizer.bytes_of(first + 1) == b"<think>"
+    assert tokenizer.token_bytes.unused == {first + 2, first + 3}
+    assert b"<unused0>" not in tokenizer.token_bytes.ids_by_bytes()
+    assert tokenizer.encode("a<unused0>").tolist()[-1] == first + 2
+    line = tokenizer.describe()
+    for words in ("byte-level BPE", f"{tokenizer.size:,} ids", "EOS 0", "think_open", "2 reserved"):
+        assert words in line
+    # Words of the vocabulary that are no added tokens never take a role.
+    assert set(trained.load(trained.single_digits).roles) == {"eos", "turn_end"}
+
+
+def test_the_tokenizer_that_transformers_would_rebuild_is_told_apart(tmp_path, monkeypatch):
+    """GPT2Tokenizer puts its own pre-tokenizer in place of one that cuts numbers by threes."""
+    monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
+    tokenizer, _ = trained.three_digits()
+    config = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    trained.save(tmp_path / "told", tokenizer, {**config, "tokenizer_class": "GPT2Tokenizer"})
+    told = Tokenizer.load(tmp_path / "told")
+    assert "AutoTokenizer (tokenizer_class 'GPT2Tokenizer') gives other ids" in told.warning
+    assert told.encode("1234567").tolist() == trained.load(trained.three_digits).encode("1234567").tolist()
+    trained.save(tmp_path / "kept", tokenizer, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+    assert Tokenizer.load(tmp_path / "kept").warning is None
+    # Compared once: the second answer is read.
+    (answer,) = [p for p in (tmp_path / "cache" / "auto_tokenizer").iterdir() if "null" not in p.read_text()]
+    answer.write_text('{"difference": "as kept"}')
+    assert Tokenizer.load(tmp_path / "told").warning == "as kept"
+    assert Tokenizer.load(tmp_path / "told", compare_auto=False).warning is None
+
+
+@pytest.mark.parametrize(
+    ("make", "proves"),
+    [
+        (trained.single_digits, "any"),
+        (trained.composing, "ascii"),
+        (trained.sentencepiece, "any"),
+        (word_pieces, "none"),
+    ],
+)
+def test_what_the_length_of_the_bytes_proves(make, proves):
+    assert trained.load(make).token_bytes.length_proves == proves
+    lowering = trained.edited(make, lambda d: d.update(normalizer={"type": "Lowercase"}))
+    assert lowering.token_bytes.length_proves == "none"
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,21 @@ markers, byte-fallback tokens and leading blanks then need no special case.
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.tokens.roles import is_reserved
 
+KINDS = {
+    "byte_level": "byte-level BPE",
+    "sentencepiece": "SentencePiece",
+    "wordpiece": "WordPiece",
+}
 _SENTENCEPIECE_SPACE = "▁"
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -36,12 +44,17 @@ class TokenBytes:
     """The vocabulary of one tokenizer, as bytes.
 
     Attributes:
-        kind: "byte_level" or "sentencepiece".
+        kind: "byte_level", "sentencepiece" or "wordpiece".
         table: one entry an id; None for special tokens and ids without a token.
         lengths: int32 [V], bytes of each token; 0 where `table` has None.
         special: ids of special tokens.
         shadowed: byte-fallback ids of characters that have a token of their own, such as
             `<0x41>` beside `A`; the tokenizer never gives them.
+        unused: ids that are kept in reserve, such as `<unused7>`. A text may spell one, so
+            that it can have bytes; it takes no part in W.
+        length_proves: which texts are known to be spelled by their tokens once the number of
+            bytes agrees (with a dummy blank in front: is one more), because the tokenizer can
+            only leave something out: "any", "ascii" (it composes accents) or "none".
     """
 
     kind: str
@@ -49,18 +62,26 @@ class TokenBytes:
     lengths: np.ndarray
     special: frozenset[int]
     shadowed: frozenset[int] = frozenset()
+    unused: frozenset[int] = frozenset()
+    length_proves: str = "none"
+
+    @cached_property
+    def contents(self) -> tuple[bytes, ...]:
+        """`table` with b"" in place of None."""
+        return tuple(content or b"" for content in self.table)
 
     def ids_by_bytes(self) -> dict[bytes, int]:
         """Byte string -> the id that stands for it; the lowest where several do."""
         ids: dict[bytes, int] = {}
+        left_out = self.shadowed | self.unused
         for token_id, content in enumerate(self.table):
-            if content and token_id not in self.shadowed:
+            if content and token_id not in left_out:
                 ids.setdefault(content, token_id)
         return ids
 
     def join(self, ids: np.ndarray) -> bytes:
         """The bytes that a run of ids stands for; special tokens contribute nothing."""
-        return b"".join(self.table[i] or b"" for i in ids.tolist())
+        return b"".join(map(self.contents.__getitem__, ids.tolist()))
 
 
 def _node_types(node: Any) -> set[str]:
@@ -77,17 +98,61 @@ def _kind(tokenizer_json: dict[str, Any], where: str) -> str:
     types = _node_types(tokenizer_json.get("pre_tokenizer")) | _node_types(tokenizer_json.get("decoder"))
     if "ByteLevel" in types:
         return "byte_level"
+    if model.get("type") == "WordPiece":
+        return "wordpiece"
     if model.get("byte_fallback") or "Metaspace" in types or model.get("type") == "Unigram":
         return "sentencepiece"
     raise UserError(
         f"{where}: a {model.get('type', 'unknown')} tokenizer without a byte alphabet or byte fallback "
-        "cannot reproduce its text byte by byte; supported are byte-level BPE (Llama 3, Qwen, GPT, SmolLM2) "
-        "and SentencePiece (Gemma, Llama 2, Mistral)"
+        "cannot reproduce its text byte by byte; supported are byte-level BPE (Llama 3, Qwen, GPT, SmolLM2), "
+        "SentencePiece (Gemma, Llama 2, Mistral) and WordPiece (BERT)"
     )
+
+
+# Steps that split a text or drop parts of it, but never write other bytes.
+_SPLITTERS = {"Sequence", "ByteLevel", "Split", "Metaspace", "Digits", "Punctuation", "UnicodeScripts"}
+_SPLITTERS |= {"Whitespace", "WhitespaceSplit", "CharDelimiterSplit", "FixedLength"}
+
+
+def _length_proves(tokenizer_json: dict[str, Any], kind: str) -> str:
+    if kind == "wordpiece" or not _node_types(tokenizer_json.get("pre_tokenizer")) - {""} <= _SPLITTERS:
+        return "none"
+    steps = [tokenizer_json.get("normalizer") or {}]
+    proves = "any"
+    while steps:
+        step = steps.pop()
+        match step.get("type"):
+            case None:
+                pass
+            case "Sequence":
+                steps += step["normalizers"]
+            case "NFC" | "NFD" | "NFKC" | "NFKD":
+                proves = "ascii"
+            # A written `▁` comes out as a blank, two bytes shorter, so that the length tells.
+            case "Replace" if kind == "sentencepiece" and step["pattern"] == {"String": " "}:
+                if step["content"] != _SENTENCEPIECE_SPACE:
+                    return "none"
+            case "Prepend" if kind == "sentencepiece" and step["prepend"] == _SENTENCEPIECE_SPACE:
+                pass
+            case _:
+                return "none"
+    return proves
+
+
+def _stands_alone(piece: str) -> bool:
+    """Whether WordPiece splits a piece from its neighbours without a blank: punctuation, Han."""
+    first = unicodedata.category(piece[0])
+    return first[0] in "PS" or "CJK UNIFIED" in unicodedata.name(piece[0], "")
 
 
 def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.json") -> TokenBytes:
     """Read the byte string of every id from the content of a `tokenizer.json`.
+
+    Byte-level BPE and SentencePiece with byte fallback are exact. WordPiece forgets blanks: a
+    piece that opens a word is read as the word behind one blank, `##` pieces and punctuation as
+    they stand. That is exact where words are parted by single blanks and nothing is lower-cased
+    or stripped of accents; elsewhere, at line ends, behind an opening bracket, with capitals
+    under an uncased vocabulary or with `[UNK]`, its chunks are marked as not exact.
 
     Args:
         tokenizer_json: the parsed file.
@@ -97,7 +162,7 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
         TokenBytes over ids 0 .. the highest id.
 
     Raises:
-        UserError: a kind of tokenizer whose tokens are not bytes (WordPiece, word level).
+        UserError: a kind of tokenizer whose tokens are not bytes (word level, BPE without bytes).
     """
     kind = _kind(tokenizer_json, where)
     vocab = tokenizer_json["model"]["vocab"]
@@ -108,13 +173,22 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
     table: list[bytes | None] = [None] * size
 
     alphabet = byte_alphabet()
+    inner = tokenizer_json["model"].get("continuing_subword_prefix") or "##"
     fallback_ids: set[int] = set()
+    unused = {t["id"] for t in added if is_reserved(t["content"])}
     for text, i in vocab.items():
         if kind == "byte_level":
             try:
                 table[i] = bytes(map(alphabet.__getitem__, text))
             except KeyError:  # a word added to the vocabulary as it reads
                 table[i] = text.encode()
+        elif kind == "wordpiece":
+            if text.startswith(inner) and text != inner:
+                table[i] = text.removeprefix(inner).encode()
+            else:
+                table[i] = text.encode() if not text or _stands_alone(text) else b" " + text.encode()
+            if is_reserved(text):
+                unused.add(i)
         elif fallback := _BYTE_FALLBACK.fullmatch(text):
             table[i] = bytes([int(fallback[1], 16)])
             fallback_ids.add(i)
@@ -124,8 +198,15 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
         if token["special"]:
             table[token["id"]] = None
         # SentencePiece's runs of blanks (Gemma's `▁▁`) are pieces too, and keep a piece's bytes.
-        elif kind == "byte_level" or token["content"] not in vocab:
+        elif kind != "sentencepiece" or token["content"] not in vocab:
             table[token["id"]] = token["content"].encode()
+
+    special = {t["id"] for t in added if t["special"]}
+    # The token for what the vocabulary cannot write does not spell it.
+    unknown = vocab.get(tokenizer_json["model"].get("unk_token"))
+    if unknown is not None:
+        table[unknown] = None
+        special.add(unknown)
 
     lengths = np.array([len(b) if b is not None else 0 for b in table], np.int32)
     pieces = {content for i, content in enumerate(table) if i not in fallback_ids}
@@ -133,6 +214,8 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
         kind,
         tuple(table),
         lengths,
-        special=frozenset(t["id"] for t in added if t["special"]),
+        special=frozenset(special),
         shadowed=frozenset(i for i in fallback_ids if table[i] in pieces),
+        unused=frozenset(unused),
+        length_proves=_length_proves(tokenizer_json, kind),
     )

@@ -13,9 +13,9 @@ import tokenizers
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
-from xtoken_jax.tokens.token_bytes import TokenBytes, read_token_bytes
-
-ROLES = ("bos", "eos", "pad", "unk")
+from xtoken_jax.tokens.auto_tokenizer import compare_auto_tokenizer
+from xtoken_jax.tokens.roles import CONFIGURED, find_roles, read_json_object
+from xtoken_jax.tokens.token_bytes import KINDS, TokenBytes, read_token_bytes
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,14 @@ class Tokenizer:
         name: the folder or hub id it was loaded from.
         size: V, the number of ids, added tokens included.
         token_bytes: the byte string of each id.
-        roles: "bos", "eos", "pad", "unk" -> id, those that it has.
-        adds_bos: whether its own post-processor opens a text with BOS.
-        fingerprint: SHA-256 of tokenizer.json's content and of the roles.
+        roles: "bos", "eos", "pad", "unk" and markers such as "turn_end", "think_open" -> id, those
+            that it has (`xtoken_jax.tokens.roles`).
+        adds_bos: whether it opens a text with BOS by itself.
+        fingerprint: SHA-256 of tokenizer.json and of the roles.
         backend: the `tokenizers.Tokenizer` behind it.
+        definition: the content of tokenizer.json.
+        chat_template: Jinja source that renders a conversation, None where the folder has none.
+        warning: one line where `AutoTokenizer` gives other ids than tokenizer.json does.
     """
 
     name: str
@@ -40,13 +44,21 @@ class Tokenizer:
     fingerprint: str
     backend: tokenizers.Tokenizer
     definition: dict[str, Any]
+    chat_template: str | None = None
+    warning: str | None = None
 
     @classmethod
-    def load(cls, path_or_id: str | Path) -> Tokenizer:
+    def load(cls, path_or_id: str | Path, *, compare_auto: bool = True) -> Tokenizer:
         """Read `tokenizer.json`, and the roles from `tokenizer_config.json` beside it.
 
         `transformers.AutoTokenizer` is not used: it can rebuild the pre-tokenizer of a
         folder from a class name and then give other ids than the file does.
+
+        Args:
+            path_or_id: a Hugging Face folder or a hub id.
+            compare_auto: also encode hard texts with `AutoTokenizer`, where transformers is
+                installed, and keep a `warning` if its ids differ. A tokenizer is compared once;
+                the answer is kept in the user's cache folder.
 
         Raises:
             UserError: no folder, no tokenizer.json, a file that cannot be read or whose ids do not
@@ -77,21 +89,39 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         table = read_token_bytes(definition, where=str(path))
-        roles = _roles(folder, backend)
+        roles = find_roles(folder, definition, backend.token_to_id)
         opening = backend.encode("", add_special_tokens=True).ids
+        # DeepSeek's post-processor adds nothing; its configuration says that BOS belongs there.
+        adds_bos = read_json_object(folder / "tokenizer_config.json").get("add_bos_token")
+        if not isinstance(adds_bos, bool):
+            adds_bos = bool(opening) and opening[0] == roles.get("bos")
         # It places special tokens, which is done here, and may trim blanks off the offsets, which
         # would leave a blank token without any text.
         backend.post_processor = None
-        content = json.dumps([definition, roles], sort_keys=True, ensure_ascii=False)
+        fingerprint = hashlib.sha256(text.encode() + json.dumps(roles, sort_keys=True).encode()).hexdigest()
         return cls(
             name=str(path_or_id),
             size=len(table.table),
             token_bytes=table,
             roles=roles,
-            adds_bos=bool(opening) and opening[0] == roles.get("bos"),
-            fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+            adds_bos=adds_bos and "bos" in roles,
+            fingerprint=fingerprint,
             backend=backend,
             definition=definition,
+            chat_template=_chat_template(folder),
+            warning=compare_auto_tokenizer(folder, backend, fingerprint) if compare_auto else None,
+        )
+
+    def describe(self) -> str:
+        """One line: kind, size, roles, and how many ids have no bytes."""
+        table = self.token_bytes
+        configured = ", ".join(f"{r.upper()} {self.roles[r]}" for r in CONFIGURED[::-1] if r in self.roles)
+        markers = sorted(set(self.roles) - set(CONFIGURED))
+        without = sum(content is None for content in table.table)
+        return (
+            f"{KINDS[table.kind]}, {self.size:,} ids; {configured or 'no BOS, EOS, PAD or UNK'}; "
+            f"markers: {', '.join(markers) or 'none'}; {without:,} ids without bytes, "
+            f"{len(table.special):,} special, {len(table.unused):,} reserved"
         )
 
     def bytes_of(self, token_id: int) -> bytes | None:
@@ -116,25 +146,15 @@ class Tokenizer:
         return next((self.roles[r] for r in ("pad", "eos", "bos") if r in self.roles), 0)
 
 
-def _roles(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, int]:
-    roles: dict[str, int] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{path}: not a JSON object")
-        for role in ROLES:
-            token = config.get(f"{role}_token")
-            content = token.get("content") if isinstance(token, dict) else token
-            token_id = backend.token_to_id(content) if isinstance(content, str) else None
-            if token_id is not None:
-                roles[role] = token_id
-    return roles
+def _chat_template(folder: Path) -> str | None:
+    """The folder's default chat template, from its own file or from `tokenizer_config.json`."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = read_json_object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
+    return template if isinstance(template, str) else None
 
 
 @dataclass(frozen=True)

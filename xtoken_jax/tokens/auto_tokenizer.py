@@ -1,0 +1,99 @@
+"""Whether `transformers.AutoTokenizer` gives the ids that `tokenizer.json` gives."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+
+from xtoken_jax.hub import cache_folder
+from xtoken_jax.tokens.roles import read_json_object
+
+# Text on which a rebuilt pre-tokenizer, normalizer or merge table shows.
+_PROBES = [
+    "The quick brown fox jumps over the lazy dog, doesn't it? We'LL see: 1234567 and 3.14!",
+    "    indented\n\tdef f(x_1):\n\n\n        return {'a': [1, 22, 333]}  # ok\r\n",
+    "théâtre naïve e\u0301 ﬁ \u212b Привет мир 日本語のテキスト 한국어 مرحبا नमस्ते",
+    "👨\u200d👩\u200d👧 🏳\ufe0f\u200d🌈 \u00a0\u3000\u200b x\u2028y",
+    " leading, trailing and  double  blanks ",
+    "HELLO World camelCase snake_case https://example.org/a?b=c&d=1.5e-3 <b>&amp;</b>",
+]
+
+
+def compare_auto_tokenizer(folder: Path, backend: tokenizers.Tokenizer, fingerprint: str) -> str | None:
+    """One line that says how the ids differ, None where they are equal or transformers is not installed.
+
+    The answer is kept in the cache folder, by fingerprint and version of transformers.
+    """
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    config = folder / "tokenizer_config.json"
+    named = read_json_object(config).get("tokenizer_class")
+    if named is None and not (folder / "config.json").is_file():
+        return None  # nothing to rebuild from
+    # What else of the folder decides how it is rebuilt.
+    settings = "".join(p.read_text("utf-8") for p in (config, folder / "config.json") if p.is_file())
+    key = hashlib.sha256(f"{fingerprint} {version} {settings}".encode()).hexdigest()
+    kept = cache_folder() / "auto_tokenizer" / f"{key}.json"
+    try:
+        return json.loads(kept.read_text(encoding="utf-8"))["difference"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    difference = _difference(folder, backend, named)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_name(f"{kept.name}.{os.getpid()}.part")
+        part.write_text(json.dumps({"difference": difference}), encoding="utf-8")
+        os.replace(part, kept)
+    except OSError:
+        pass  # compared again next time
+    return difference
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers says on import what it could not find; none of it matters to a tokenizer."""
+    before = os.environ.get("TRANSFORMERS_VERBOSITY")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRANSFORMERS_VERBOSITY"]
+        else:
+            os.environ["TRANSFORMERS_VERBOSITY"] = before
+
+
+def _difference(folder: Path, backend: tokenizers.Tokenizer, named: str | None) -> str | None:
+    with _quiet():
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        auto = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        theirs = [auto(text, add_special_tokens=False)["input_ids"] for text in _PROBES]
+    # whatever a class in a folder raises, the folder's tokenizer.json can still be used
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"AutoTokenizer cannot load it ({reason}); tokenizer.json is used"
+    finally:
+        logging.set_verbosity(level)
+    ours = [e.ids for e in backend.encode_batch(_PROBES, add_special_tokens=False)]
+    wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != list(b)]
+    if not wrong:
+        return None
+    return (
+        f"AutoTokenizer (tokenizer_class {named!r}) gives other ids than tokenizer.json for "
+        f"{len(wrong)} of {len(_PROBES)} texts, first {_PROBES[wrong[0]]!r}; tokenizer.json is used, as it "
+        "should be everywhere: set tokenizer_class to 'PreTrainedTokenizerFast'"
+    )
