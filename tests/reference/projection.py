@@ -1,31 +1,67 @@
-"""The two-pass W as a list of {teacher id: weight}, and the partitions read from it."""
+"""W as lists, built, multiplied with and read from in loops of Python floats."""
 
 
-def two_pass(student_table, teacher_table, student_roles, teacher_roles, retokenize, entries=4):
-    """Rows of W.
+def build(
+    student_table,
+    teacher_table,
+    roles,
+    to_teacher,
+    to_student=None,
+    *,
+    entries=4,
+    reverse=False,
+    scale_trick=False,
+    similar=(),
+):
+    """Rows of W, as lists of (teacher id, weight) by falling weight.
 
     Args:
-        student_table, teacher_table: the bytes of every id, None for special tokens.
-        student_roles, teacher_roles: role -> id.
-        retokenize: bytes -> teacher ids.
+        student_table, teacher_table: the bytes of every id, None for those that are no text.
+        roles: student id -> teacher id of the same role.
+        to_teacher, to_student: bytes -> ids.
+        similar: (student id, teacher id, weight) of special tokens spelled alike.
     """
-    rows = []
-    for content in student_table:
-        row = {}
-        if content:
-            same = [j for j, other in enumerate(teacher_table) if other == content]
-            if same:
-                row[min(same)] = 1.0
-            else:
-                for place, piece in enumerate(retokenize(content)[:entries]):
-                    row[piece] = row.get(piece, 0.0) + 0.9 * 0.1**place
-                total = sum(row.values())
-                row = {piece: weight / total for piece, weight in row.items()}
-        rows.append(row)
-    for role, i in student_roles.items():
-        if role in teacher_roles:
-            rows[i] = {teacher_roles[role]: 1.0}
-    return rows
+    rows, fixed = [{} for _ in student_table], set(roles)
+    for i, j in roles.items():
+        rows[i] = {j: 1.0}
+    for i, content in enumerate(student_table):
+        if i in fixed or not content:
+            continue
+        same = [j for j, other in enumerate(teacher_table) if other == content]
+        if same:
+            rows[i] = {min(same): 1.0}
+            fixed.add(i)
+        else:
+            for j, weight in pieces(to_teacher(content), entries):
+                rows[i][j] = rows[i].get(j, 0.0) + weight
+    if reverse:
+        for j, content in enumerate(teacher_table):
+            for i, weight in pieces(to_student(content), entries) if content else ():
+                if i not in fixed:
+                    rows[i][j] = rows[i].get(j, 0.0) + weight
+    for i, j, weight in similar:
+        if i not in fixed:
+            rows[i][j] = rows[i].get(j, 0.0) + weight
+    return [
+        list(row.items()) if i in fixed else finish(row, entries, scale_trick) for i, row in enumerate(rows)
+    ]
+
+
+def pieces(ids, entries):
+    """The first pieces and their weights 0.9, 0.09, ..., which sum to 1."""
+    ids = ids[:entries]
+    total = sum(0.9 * 0.1**place for place in range(len(ids)))
+    return [(j, 0.9 * 0.1**place / total) for place, j in enumerate(ids)]
+
+
+def finish(row, entries, scale_trick):
+    """The heaviest entries, normalized; of equal ones the lowest id."""
+    kept = sorted(row.items(), key=lambda item: (-round(item[1], 12), item[0]))[:entries]
+    if scale_trick and len(kept) == entries:
+        kept[-1] = (kept[-1][0], 0.2)
+        kept.sort(key=lambda item: -round(item[1], 12))
+    total = sum(weight for _, weight in kept)
+    return [(j, weight / total) for j, weight in kept]
 
 
 def characters(content):

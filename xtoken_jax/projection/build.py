@@ -2,121 +2,157 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
+from xtoken_jax.errors import UserError
 from xtoken_jax.projection.matrix import Projection
-from xtoken_jax.tokens.token_bytes import byte_alphabet
+from xtoken_jax.projection.retokenize import tokenize_bytes
+from xtoken_jax.projection.special import role_pairs, similar_pairs
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 BETA, GAMMA = 0.9, 0.1
-# Where one id plays several roles the last one named here decides: EOS is the one that is predicted.
-_ROLE_ORDER = ("unk", "pad", "bos", "eos")
+_LAST_WEIGHT = 0.2  # the scale trick's
 
 
-def build_projection(pair: TokenizerPair, *, entries: int = 4) -> Projection:
-    """Build W [V_s, V_t] (X-Token, section 4).
+@dataclass(frozen=True)
+class ProjectionOptions:
+    """How a W is built; by default as in the paper.
 
-    1. A student token whose bytes are a teacher token's gets that one entry, of weight 1
+    Attributes:
+        entries: K, entries a row at most.
+        reverse: also re-tokenize the teacher's tokens with the student, and add those weights.
+        scale_trick: the last of K entries of a row is set to 0.2 before the row is normalized.
+        similar_special: match special tokens without a common role by their spelling.
+    """
+
+    entries: int = 4
+    reverse: bool = False
+    scale_trick: bool = False
+    similar_special: bool = False
+
+    def __post_init__(self) -> None:
+        if self.entries < 1:
+            raise UserError(f"entries={self.entries}: W needs at least one entry a row")
+
+
+def build_projection(
+    pair: TokenizerPair,
+    *,
+    entries: int = 4,
+    reverse: bool = False,
+    scale_trick: bool = False,
+    similar_special: bool = False,
+) -> Projection:
+    """Build W [V_s, V_t] (X-Token, section 4; the options are the official tool's).
+
+    1. Special tokens, and added ones with a role, map role to role with weight 1.
+    2. A student token whose bytes are a teacher token's gets that one entry, of weight 1
        (several such teacher tokens: the lowest id).
-    2. Any other is re-tokenized by the teacher; piece i gets 0.9 * 0.1**i, the first K
-       pieces are kept, a repeated piece adds up, the row is normalized.
-    3. Special tokens map role to role with weight 1. Rows without a mapping stay empty.
+    3. Any other is re-tokenized by the teacher; piece i gets 0.9 * 0.1**i, the first K
+       pieces are kept, the weights are normalized, a repeated piece adds up.
+    4. `reverse`: a teacher token, re-tokenized by the student in the same way, adds its
+       weights to the rows of its pieces, in its own column. `similar_special`: so do special
+       tokens spelled alike. Rows of 1 and 2 stay as they are.
+    5. A row keeps its K heaviest entries (equal weights: the lowest teacher id) and is
+       normalized. `scale_trick`: a row of 3 or 4 with all K entries first has the last
+       one set to 0.2, and is sorted again.
 
-    Byte-fallback tokens of characters that have a token of their own take no part: neither
-    tokenizer ever gives them, and they would take the place of the character's own token.
+    Rows without a mapping stay empty. Unused ids take no part, nor do byte-fallback tokens of
+    characters that have a token of their own: no tokenizer gives them, and they would take the
+    place of the character's own token.
 
     Args:
         pair: student's and teacher's tokenizer.
-        entries: K, entries a row at most.
+        entries, reverse, scale_trick, similar_special: as in `ProjectionOptions`.
 
     Returns:
         Projection of numpy arrays; the same pair gives the same arrays, bit for bit.
+
+    Raises:
+        UserError: no entry a row.
     """
+    options = ProjectionOptions(entries, reverse, scale_trick, similar_special)
     student, teacher = pair.student, pair.teacher
-    indices = np.full((student.size, entries), -1, np.int32)
-    weights = np.zeros((student.size, entries), np.float32)
-
-    by_bytes = teacher.token_bytes.ids_by_bytes()
-
-    inexact: list[int] = []
-    for token_id, content in enumerate(student.token_bytes.table):
-        if content is None or token_id in student.token_bytes.shadowed:
+    single = role_pairs(pair)
+    by_bytes = {content: j for j, content in reversed(_written(teacher).items())}  # the lowest id stays
+    inexact: dict[int, bytes] = {}
+    for i, content in _written(student).items():
+        if i in single:
             continue
-        if content in by_bytes:
-            indices[token_id, 0], weights[token_id, 0] = by_bytes[content], 1.0
-        elif content:
-            inexact.append(token_id)
+        if (j := by_bytes.get(content)) is not None:
+            single[i] = j
+        else:
+            inexact[i] = content
 
-    for role in _ROLE_ORDER:
-        token_id = student.roles.get(role, -1)
-        if token_id in student.token_bytes.special and role in teacher.roles:
-            indices[token_id, 0], weights[token_id, 0] = teacher.roles[role], 1.0
+    parts = [_weighted_pieces(teacher, inexact, entries)]
+    if reverse:
+        columns, rows, weights = _weighted_pieces(student, _written(teacher), entries)
+        parts.append((rows, columns, weights))
+    if similar_special:
+        found = list(similar_pairs(pair, single))
+        columns_of = [np.array([f[place] for f in found]) for place in range(3)]
+        parts.append((columns_of[0].astype(np.int64), columns_of[1].astype(np.int64), columns_of[2]))
+    rows, columns, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
 
-    contents = [student.token_bytes.table[i] or b"" for i in inexact]
-    for token_id, pieces in zip(inexact, tokenize_bytes(teacher, contents), strict=True):
-        row: dict[int, float] = {}
-        for place, piece in enumerate(pieces[:entries]):
-            row[piece] = row.get(piece, 0.0) + BETA * GAMMA**place
-        total = sum(row.values())
-        for k, (piece, weight) in enumerate(sorted(row.items(), key=lambda item: -item[1])):
-            indices[token_id, k], weights[token_id, k] = piece, weight / total
-    return Projection(indices, weights, teacher.size)
-
-
-def tokenize_bytes(tokenizer: Tokenizer, contents: list[bytes]) -> Iterator[list[int]]:
-    """Tokenize byte strings that need not be UTF-8; [] where the tokenizer has no way to write one.
-
-    A text goes through the tokenizer. Where that does not give the bytes back (they are not
-    UTF-8, or it normalizes, or puts a blank in front), its own merges run over the bytes.
-    """
-    texts = [content.decode("utf-8", errors="replace") for content in contents]
-    merges = _Merges(tokenizer)
-    for content, encoding in zip(contents, tokenizer.encode_batch(texts), strict=True):
-        ids = np.asarray(encoding.ids, np.int32)
-        yield ids.tolist() if tokenizer.token_bytes.join(ids) == content else merges.tokenize(content)
+    taken = np.zeros(student.size, bool)
+    taken[list(single)] = True
+    free = ~taken[rows]
+    indices = np.full((student.size, entries), -1, np.int32)
+    table = np.zeros((student.size, entries), np.float64)
+    _fill(indices, table, rows[free], columns[free], weights[free], teacher.size, options)
+    indices[list(single), 0], table[list(single), 0] = list(single.values()), 1.0
+    return Projection(indices, table.astype(np.float32), teacher.size)
 
 
-class _Merges:
-    """A tokenizer's byte-pair merges, applied to bytes without splitting them into words first."""
+def _written(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """The bytes of every id that the tokenizer can give for a text, by rising id."""
+    tokens = tokenizer.token_bytes
+    barred = tokens.shadowed | tokens.unused | tokens.special
+    return {i: content for i, content in enumerate(tokens.table) if content and i not in barred}
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.byte_level = tokenizer.token_bytes.kind == "byte_level"
-        self.ids = tokenizer.token_bytes.ids_by_bytes()
-        alphabet = byte_alphabet()
 
-        def content_of(piece: str) -> bytes:
-            return (
-                bytes(map(alphabet.__getitem__, piece))
-                if self.byte_level
-                else piece.replace("▁", " ").encode()
-            )
+def _weighted_pieces(
+    tokenizer: Tokenizer, contents: dict[int, bytes], entries: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(id, piece, weight) of every one of the first pieces of each content; a content's sum to 1."""
+    pieces = [ids[:entries] for ids in tokenize_bytes(tokenizer, list(contents.values()))]
+    counts = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    flat = np.fromiter((i for ids in pieces for i in ids), np.int64, counts.sum())
+    place = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
+    raw = BETA * GAMMA ** np.arange(entries)
+    totals = np.concatenate([[1.0], np.cumsum(raw)])
+    owners = np.repeat(np.fromiter(contents, np.int64, len(contents)), counts)
+    return owners, flat, raw[place] / np.repeat(totals[counts], counts)
 
-        self.ranks: dict[tuple[bytes, bytes], int] = {}
-        for rank, merge in enumerate(tokenizer.definition["model"].get("merges") or []):
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            self.ranks.setdefault((content_of(left), content_of(right)), rank)
 
-    def tokenize(self, content: bytes) -> list[int]:
-        parts = self._units(content)
-        none = len(self.ranks)
-        while len(parts) > 1:
-            ranks = [self.ranks.get(both, none) for both in itertools.pairwise(parts)]
-            best = min(range(len(ranks)), key=ranks.__getitem__)
-            if ranks[best] == none:
-                break
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        ids = [self.ids[part] for part in parts if part in self.ids]
-        return ids if len(ids) == len(parts) else []
-
-    def _units(self, content: bytes) -> list[bytes]:
-        """What merges start from: single bytes, or the characters that SentencePiece has a token for."""
-        if self.byte_level:
-            return [bytes([b]) for b in content]
-        units: list[bytes] = []
-        for character in content.decode("utf-8", errors="surrogateescape"):
-            raw = character.encode("utf-8", errors="surrogateescape")
-            units.extend([raw] if raw in self.ids else [bytes([b]) for b in raw])
-        return units
+def _fill(
+    indices: np.ndarray,
+    table: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    weights: np.ndarray,
+    teacher_size: int,
+    options: ProjectionOptions,
+) -> None:
+    """Add up what falls on one place of W, and write each row's K heaviest into indices and table."""
+    places, inverse = np.unique(rows * teacher_size + columns, return_inverse=True)
+    weights = np.bincount(inverse, weights, len(places))
+    rows, columns = places // teacher_size, places % teacher_size
+    # Sums of the same numbers in another order are equal: the 12th digit is above their rounding.
+    order = np.lexsort((columns, -np.round(weights, 12), rows))
+    rows, columns, weights = rows[order], columns[order], weights[order]
+    _, first, counts = np.unique(rows, return_index=True, return_counts=True)
+    place = np.arange(len(rows)) - np.repeat(first, counts)
+    kept = place < options.entries
+    indices[rows[kept], place[kept]], table[rows[kept], place[kept]] = columns[kept], weights[kept]
+    if options.scale_trick:
+        full = np.flatnonzero(indices[:, -1] >= 0)
+        table[full, -1] = _LAST_WEIGHT
+        # The last entry alone may have moved; a stable sort leaves equal ones where they were.
+        order = np.argsort(-np.round(table[full], 12), axis=1, kind="stable")
+        indices[full] = np.take_along_axis(indices[full], order, 1)
+        table[full] = np.take_along_axis(table[full], order, 1)
+    sums = table.sum(1, keepdims=True)
+    np.divide(table, sums, out=table, where=sums > 0)
