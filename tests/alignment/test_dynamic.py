@@ -11,7 +11,6 @@ from reference import dynamic as reference
 from tokens import trained
 from tokens.texts import DECOMPOSED, FEW, PIECES, texts
 
-from xtoken_jax.alignment.align import align_texts, with_document_marks
 from xtoken_jax.alignment.dynamic import align_tokens, chunks_of_ids
 from xtoken_jax.alignment.spans import walk
 from xtoken_jax.errors import UserError
@@ -156,13 +155,14 @@ def test_one_sided_tokens_touch_nothing():
 def test_ids_without_text(makes, text):
     """EOS pairs with EOS, a BOS on one side is a gap, and between them all is as without the marks."""
     pair = trained.pair(*makes)
-    (inner,) = align_texts(pair, [text])
-    marked = with_document_marks(pair, inner)
-    found = chunks_of_ids(pair, marked.student_ids, marked.teacher_ids, longest=8)
+    sides = [(tokenizer, tokenizer.encode(text)) for tokenizer in (pair.student, pair.teacher)]
+    marked = [
+        [*([t.roles["bos"]] if "bos" in t.roles else []), *ids.tolist(), t.roles["eos"]] for t, ids in sides
+    ]
+    found = chunks_of_ids(pair, *marked, longest=8)
     assert found.student_chunks[-1] == found.teacher_chunks[-1] == found.chunk_count - 1  # EOS
     opening = found.student_chunks if makes[0] is trained.three_digits else found.teacher_chunks
     assert opening[0] == -1  # BOS is on one side only
-    sides = ((pair.student, inner.student_ids), (pair.teacher, inner.teacher_ids))
     words = align_tokens(*([t.bytes_of(int(i)) for i in ids] for t, ids in sides), longest=8)
     assert found.score == words.score + 3 - 1.5
     assert found.exact.tolist() == [*words.exact, True]
