@@ -29,8 +29,9 @@ def plain(aligned):
 
 
 def spans(pieces):
-    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-    return np.stack([ends - [len(piece) for piece in pieces], ends], axis=1)
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    ends = np.cumsum(lengths)
+    return np.stack([ends - lengths, ends], axis=1)
 
 
 @FEW
