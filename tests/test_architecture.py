@@ -23,7 +23,13 @@ ALLOWED = {
     "alignment": {"tokens"},
     "projection.matrix": set(),
     "projection": {"tokens"},
-    "coverage": {"tokens", "projection"},
+    # What tokens stand for, and rows of W as text.
+    "token_classes": {"tokens"},
+    "token_rows": {"tokens", "projection"},
+    "coverage": {"tokens", "projection", "token_classes", "token_rows"},
+    # How an audit is shown.
+    "audit_table": {"coverage", "token_classes", "token_rows"},
+    "audit_pictures": {"tokens", "projection", "coverage", "token_classes", "token_rows"},
     "data": {"tokens", "alignment"},
     "models": {"mesh"},
     # It compares the tokenizer's size with the model's vocabulary.

@@ -99,6 +99,23 @@ def _parser() -> argparse.ArgumentParser:
         "next: xtoken distill student.path=DIR teacher.path=DIR data.train.text.path=FILE.jsonl",
     )
     takes_pair(sub)
+    sub.add_argument(
+        "--critical",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help='tokens that must not fall out, such as " €"',
+    )
+    sub.add_argument("--critical-file", metavar="FILE", help="a text all of whose tokens must not fall out")
+    sub.add_argument(
+        "--text-file", metavar="FILE", help="txt or jsonl: measure how much of this text falls out"
+    )
+    sub.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE.png",
+        help="draw coverage, and rows of W beside it (FILE-rows.png)",
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command(
@@ -182,27 +199,35 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
 
 
 def _audit(options: argparse.Namespace, console: Console) -> None:
+    from xtoken_jax.audit_table import show_audit
     from xtoken_jax.coverage import audit
+    from xtoken_jax.projection.build import build_projection
     from xtoken_jax.tokens.tokenizer import TokenizerPair
 
-    found = audit(TokenizerPair.load(options.student, options.teacher))
+    critical_text, text = (
+        None if path is None else _read_texts(path) for path in (options.critical_file, options.text_file)
+    )
+    pair = TokenizerPair.load(options.student, options.teacher)
+    projection = build_projection(pair)
+    found = audit(pair, projection, critical_tokens=options.critical, critical_text=critical_text, text=text)
     if options.json:
         _print_json(found.to_dict())
-        return
-    out = Console(highlight=False, soft_wrap=True)
-    table = Table(title="student tokens that are teacher tokens too")
-    for name, side in (("class", "left"), ("common", "right"), ("of", "right"), ("share", "right")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
-    table.add_column("critical")
-    table.add_column("not common, for example")
-    for c in found.classes:
-        share = f"{c.coverage:.1%}" if c.size else ""
-        shown = [_visible(example.encode()) for example in c.missing_examples[:3]]
-        examples = "  ".join(e if len(e) <= 12 else e[:11] + "…" for e in shown)
-        table.add_row(c.name, f"{c.common:,}", f"{c.size:,}", share, "yes" if c.critical else "", examples)
-    out.print(table)
-    out.print(f"tokens that W sends nowhere: {found.empty_rows:,}")
-    out.print(f"recommended loss: [bold]{found.recommended_loss}[/bold]; {found.reason}")
+    else:
+        show_audit(found, Console(highlight=False, soft_wrap=True))
+    if options.picture:
+        from xtoken_jax.audit_pictures import draw_audit, draw_row
+
+        rows = options.picture.with_stem(options.picture.stem + "-rows")
+        draw_audit(found, options.picture)
+        draw_row(pair, projection, options.critical or None, rows)
+        console.print(f"coverage  {options.picture}\nrows      {rows}")
+
+
+def _read_texts(path: str) -> list[str]:
+    from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
+
+    kind = SourceKind.jsonl if path.endswith((".jsonl", ".jsonl.gz")) else SourceKind.text
+    return read_documents(SourceConfig(kind=kind, path=path))
 
 
 def _project(options: argparse.Namespace, console: Console) -> None:

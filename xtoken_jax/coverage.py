@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from xtoken_jax.errors import UserError
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.matrix import Partition, Projection
+from xtoken_jax.token_classes import CRITICAL, class_names, sort_key
+from xtoken_jax.token_rows import TokenRow, describe_row, find_token, row_of, token_text
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
-_DIGITS = frozenset(string.digits.encode())
-_PUNCTUATION = frozenset(string.punctuation.encode())
-_LETTERS = frozenset(string.ascii_letters.encode())
-
-
-def _made_of(characters: frozenset[int], length: int | None = None) -> Callable[[bytes], bool]:
-    return lambda b: bool(b) and characters.issuperset(b) and (length is None or len(b) == length)
-
-
-# Name -> test of a token's bytes. The first that holds is the token's class. Of punctuation only single
-# marks are critical: runs of a dozen slashes differ between any two vocabularies.
-CLASSES: dict[str, Callable[[bytes], bool]] = {
-    "1-digit numerals": _made_of(_DIGITS, 1),
-    "2-digit numerals": _made_of(_DIGITS, 2),
-    "3-digit numerals": _made_of(_DIGITS, 3),
-    "longer numerals": _made_of(_DIGITS),
-    "ASCII punctuation": lambda b: _made_of(_PUNCTUATION, 1)(b.removeprefix(b" ")),
-    "punctuation runs": lambda b: _made_of(_PUNCTUATION)(b.removeprefix(b" ")),
-    "words with leading space": lambda b: b[:1] == b" " and _made_of(_LETTERS)(b[1:]),
-    "words": _made_of(_LETTERS),
-    "whitespace": lambda b: not b.strip(),
-    "multi-byte text": lambda b: any(c >= 0x80 for c in b),
-    "other": lambda b: True,
-}
-CRITICAL = ("2-digit numerals", "3-digit numerals", "ASCII punctuation")
+NAMED = "named by you"
+EXAMPLES = 5  # tokens shown of a class
 
 
 @dataclass(frozen=True)
 class ClassCoverage:
-    """One class of student tokens: how many there are, how many are common, some that are not."""
+    """One class of student tokens.
+
+    Attributes:
+        name: the class, see `token_classes.text_class`.
+        critical: whether the choice of the loss depends on it.
+        size: how many ids of the student are in it.
+        common: how many of them the strict common set has (`Partition.strict`).
+        relaxed: the same for H-KL's (`Partition.relaxed`).
+        empty: how many have no row in W.
+        missing: the first few, by id, that the strict common set does not have.
+    """
 
     name: str
     critical: bool
     size: int
     common: int
-    missing_examples: tuple[str, ...]
+    relaxed: int
+    empty: int
+    missing: tuple[TokenRow, ...]
 
     @property
     def coverage(self) -> float:
@@ -57,59 +49,217 @@ class ClassCoverage:
 
 
 @dataclass(frozen=True)
-class Audit:
-    """The coverage of a tokenizer pair and the loss that follows from it."""
+class TextShare:
+    """How much of a text is in a class, and how much of that falls out; each in tokens and in bytes.
 
+    Attributes:
+        name: the class, or "all".
+        tokens, bytes: what the text has of the class.
+        outside_strict, outside_strict_bytes: of them, in tokens outside the strict common set.
+        outside_relaxed, outside_relaxed_bytes: the same for the relaxed set.
+        empty, empty_bytes: the same for tokens with an empty row of W.
+        frequent: (text, occurrences) of the tokens that fall out of the strict set most often.
+    """
+
+    name: str
+    tokens: int
+    bytes: int
+    outside_strict: int
+    outside_strict_bytes: int
+    outside_relaxed: int
+    outside_relaxed_bytes: int
+    empty: int
+    empty_bytes: int
+    frequent: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The coverage of a tokenizer pair and the loss that follows from it.
+
+    Attributes:
+        student, teacher: the tokenizers' names.
+        classes: each id of the student is in exactly one; the critical ones are there even if empty.
+        named: the tokens that the user called critical; they are members of `classes` too.
+        empty_rows: student ids with no row in W, those kept in reserve included.
+        sample: what a text loses, the whole first and then by class; None without a text.
+        recommended_loss: "p_kl" or "h_kl".
+        reason: why, in one sentence.
+    """
+
+    student: str
+    teacher: str
     classes: tuple[ClassCoverage, ...]
+    named: ClassCoverage | None
     empty_rows: int
+    sample: tuple[TextShare, ...] | None
     recommended_loss: str
     reason: str
 
+    @property
+    def rows(self) -> tuple[ClassCoverage, ...]:
+        """What there is to show: classes with tokens, critical ones in any case, and the named tokens."""
+        shown = tuple(c for c in self.classes if c.size or c.critical)
+        return shown if self.named is None else (*shown, self.named)
+
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain lists and numbers, for JSON."""
-        return asdict(self)
+        """The same as plain lists and numbers, for JSON; classes have their `coverage` too."""
+        found = asdict(self)
+        for entry, c in zip(found["classes"], self.classes, strict=True):
+            entry["coverage"] = c.coverage
+        if self.named is not None:
+            found["named"]["coverage"] = self.named.coverage
+        return found
 
 
 def audit(
-    pair: TokenizerPair, projection: Projection | None = None, *, minimum_coverage: float = 0.9
+    pair: TokenizerPair,
+    projection: Projection | None = None,
+    *,
+    minimum_coverage: float = 0.9,
+    critical_tokens: Sequence[str] = (),
+    critical_text: str | Sequence[str] | None = None,
+    text: str | Sequence[str] | None = None,
 ) -> Audit:
     """Count, class by class, the student tokens that the teacher has too, and choose the loss.
 
     A critical class falls out when less than `minimum_coverage` of it is common: then H-KL
-    would never compare those tokens one to one, and P-KL is recommended (X-Token, section 5).
+    would never compare those tokens one to one, and P-KL is recommended (X-Token, section 5
+    and Table 8). Critical are numerals of two and three digits, single ASCII punctuation marks
+    and the tokens that the caller names.
 
     Args:
         pair: student's and teacher's tokenizer.
         projection: its W, built here if not given.
         minimum_coverage: share in [0, 1].
+        critical_tokens: strings that are each one student token.
+        critical_text: a text, or several, all of whose student tokens are critical.
+        text: a text, or several documents, to measure how much of it falls out.
+
+    Raises:
+        UserError: a critical token that the student splits, a text without tokens, a share outside
+            [0, 1], a W of another size.
     """
+    if not 0 <= minimum_coverage <= 1:
+        raise UserError(f"minimum_coverage={minimum_coverage}: must be between 0 and 1")
+    student = pair.student
     projection = build_projection(pair) if projection is None else projection
-    common = set(np.asarray(Partition.strict(projection).common_student).tolist())
-    members: dict[str, list[int]] = {name: [] for name in (*CLASSES, "special")}
-    for token_id, content in enumerate(pair.student.token_bytes.table):
-        if token_id in pair.student.token_bytes.shadowed:
-            continue
-        if content is not None:
-            members[next(name for name, test in CLASSES.items() if test(content))].append(token_id)
-        elif token_id in pair.student.token_bytes.special:
-            members["special"].append(token_id)
-    classes = []
-    for name, ids in members.items():
-        missing = [i for i in ids if i not in common]
-        examples = tuple(_text(pair.student, i) for i in missing[:5])
-        classes.append(ClassCoverage(name, name in CRITICAL, len(ids), len(ids) - len(missing), examples))
-    fallen = [c for c in classes if c.critical and c.coverage < minimum_coverage]
+    if projection.student_size != student.size:
+        raise UserError(
+            f"the projection has {projection.student_size:,} rows, the student {student.size:,} tokens; "
+            "build it for this pair"
+        )
+    rows = _Rows(pair, projection)
+    named_ids = {_critical_id(student, token) for token in critical_tokens}
+    if critical_text is not None:
+        named_ids.update(_encode(student, critical_text, "critical_text").tolist())
+    names = class_names(student)
+    members: dict[str, list[int]] = {name: [] for name in CRITICAL}
+    for token_id, name in enumerate(names):
+        members.setdefault(name, []).append(token_id)
+    classes = tuple(
+        rows.coverage(name, name in CRITICAL, members[name]) for name in sorted(members, key=sort_key)
+    )
+    named = rows.coverage(NAMED, True, sorted(named_ids)) if named_ids else None
+    sample = None
+    if text is not None:
+        sample = _sample(rows, names, named_ids, _encode(student, text, "text"))
+    loss, reason = _recommend([c for c in (*classes, named) if c and c.critical], minimum_coverage, sample)
+    return Audit(student.name, pair.teacher.name, classes, named, int(rows.empty.sum()), sample, loss, reason)
+
+
+class _Rows:
+    """What becomes of each student token, as bool [V_s] arrays."""
+
+    def __init__(self, pair: TokenizerPair, projection: Projection) -> None:
+        self.pair, self.projection = pair, projection
+        self.strict, self.relaxed = np.zeros((2, projection.student_size), bool)
+        size = pair.teacher.size
+        self.strict[np.asarray(Partition.strict(projection, teacher_size=size).common_student)] = True
+        self.relaxed[np.asarray(Partition.relaxed(projection, teacher_size=size).common_student)] = True
+        self.empty = np.asarray(projection.indices)[:, 0] < 0
+
+    def coverage(self, name: str, critical: bool, ids: list[int]) -> ClassCoverage:
+        at = np.asarray(ids, np.int64)
+        missing = at[~self.strict[at]][:EXAMPLES].tolist()
+        return ClassCoverage(
+            name,
+            critical,
+            len(ids),
+            int(self.strict[at].sum()),
+            int(self.relaxed[at].sum()),
+            int(self.empty[at].sum()),
+            tuple(row_of(self.pair, self.projection, i) for i in missing),
+        )
+
+
+def _recommend(
+    critical: list[ClassCoverage], minimum: float, sample: tuple[TextShare, ...] | None
+) -> tuple[str, str]:
+    """The loss, and why."""
+    shares = {s.name: s.tokens / sample[0].tokens for s in sample} if sample else None
+
+    def counted(c: ClassCoverage) -> str:
+        share = f", {shares.get(c.name, 0.0):.1%} of the text" if shares is not None else ""
+        return f"{c.name} ({c.common} of {c.size} common{share})"
+
+    none = [c.name for c in critical if not c.size]
+    absent = f"; the student has no {_listed(none, 'or')}, so nothing is lost there" if none else ""
+    fallen = [c for c in critical if c.coverage < minimum]
     if fallen:
-        listed = ", ".join(f"{c.name} ({c.common} of {c.size} common)" for c in fallen)
-        loss, reason = "p_kl", f"{listed}: a critical class falls out of the common vocabulary, so project it"
-    else:
-        loss, reason = "h_kl", "every critical class stays in the common vocabulary, so compare it directly"
-    empty = int((np.asarray(projection.indices)[:, 0] < 0).sum())
-    return Audit(tuple(classes), empty, loss, reason)
+        missing = [row for c in fallen for row in c.missing if row.pieces]
+        example = f", such as {describe_row(max(missing, key=lambda r: len(r.pieces)))}" if missing else ""
+        return "p_kl", (
+            f"{_listed([counted(c) for c in fallen], 'and')} fall out of the common vocabulary, and H-KL "
+            f"would push them down at every step; P-KL sends each to the teacher's pieces{example}{absent}"
+        )
+    kept = _listed([counted(c) for c in critical if c.size], "and")
+    start = f"{kept} stay in the common vocabulary" if kept else "no critical token falls out"
+    return "h_kl", f"{start}, so that H-KL can compare each with the teacher's own{absent}"
 
 
-def _text(tokenizer: Tokenizer, token_id: int) -> str:
-    content = tokenizer.bytes_of(token_id)
-    if content is None:
-        return str(tokenizer.backend.id_to_token(token_id))
-    return content.decode("utf-8", errors="backslashreplace")
+def _listed(parts: Sequence[str], word: str) -> str:
+    return f" {word} ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
+
+
+def _sample(rows: _Rows, names: list[str], named: set[int], ids: np.ndarray) -> tuple[TextShare, ...]:
+    """The share of "all" and of each class that the text has, then of the named tokens."""
+    lengths = rows.pair.student.token_bytes.lengths
+
+    def share(name: str, at: np.ndarray) -> TextShare:
+        masks = (np.ones_like(at, bool), ~rows.strict[at], ~rows.relaxed[at], rows.empty[at])
+        tokens, strict, relaxed, empty = (int(mask.sum()) for mask in masks)
+        whole, strict_bytes, relaxed_bytes, empty_bytes = (int(lengths[at[mask]].sum()) for mask in masks)
+        fallen = Counter(at[masks[1]].tolist()).most_common(EXAMPLES)
+        frequent = tuple((token_text(rows.pair.student, i), n) for i, n in fallen)
+        return TextShare(
+            name, tokens, whole, strict, strict_bytes, relaxed, relaxed_bytes, empty, empty_bytes, frequent
+        )
+
+    by_class: dict[str, set[int]] = {}
+    for token_id in set(ids.tolist()):
+        by_class.setdefault(names[token_id], set()).add(token_id)
+    if named:
+        by_class[NAMED] = named
+    order = sorted(by_class.keys() - {NAMED}, key=sort_key) + [NAMED] * bool(named)
+    parts = [share(name, ids[np.isin(ids, list(by_class[name]))]) for name in order]
+    return share("all", ids), *parts
+
+
+def _encode(student: Tokenizer, text: str | Sequence[str], what: str) -> np.ndarray:
+    texts = [text] if isinstance(text, str) else list(text)
+    ids = [i for encoding in student.encode_batch(texts) for i in encoding.ids]
+    if not ids:
+        raise UserError(f"{what}: holds no text")
+    return np.asarray(ids, np.int64)
+
+
+def _critical_id(student: Tokenizer, token: str) -> int:
+    found = find_token(student, token)
+    if found is None:
+        pieces = " + ".join(f"{token_text(student, i)!r}" for i in student.encode(token).tolist())
+        raise UserError(
+            f"critical token {token!r}: the student ({student.name}) has no single token for it, it reads "
+            f"{pieces or 'nothing'}; name those pieces, or give the text as a critical text"
+        )
+    return found
