@@ -262,7 +262,7 @@ def _project(options: argparse.Namespace, console: Console) -> None:
 
 
 def _align(options: argparse.Namespace, console: Console) -> None:
-    from xtoken_jax.alignment.align import align_texts
+    from xtoken_jax.alignment.spans import align_texts
     from xtoken_jax.tokens.tokenizer import TokenizerPair
 
     text = options.text
@@ -274,8 +274,8 @@ def _align(options: argparse.Namespace, console: Console) -> None:
     pair = TokenizerPair.load(options.student, options.teacher)
     (spans,) = align_texts(pair, [text])
     sides = (
-        (pair.student, spans.student_ids, spans.student_chunks),
-        (pair.teacher, spans.teacher_ids, spans.teacher_chunks),
+        (pair.student, spans.student.ids, spans.student.chunks),
+        (pair.teacher, spans.teacher.ids, spans.teacher.chunks),
     )
     shown: list[list[list[str]]] = []
     for tokenizer, ids, chunks in sides:
@@ -294,7 +294,7 @@ def _align(options: argparse.Namespace, console: Console) -> None:
         out.print("|".join(student).ljust(28) + "|".join(teacher), style=style, markup=False)
     gaps = sum(int((chunks < 0).sum()) for _, _, chunks in sides)
     out.print(
-        f"{len(spans.student_ids)} student tokens, {len(spans.teacher_ids)} teacher tokens, "
+        f"{len(spans.student.ids)} student tokens, {len(spans.teacher.ids)} teacher tokens, "
         f"{spans.chunk_count} chunks, {gaps} tokens in none"
     )
 
@@ -329,7 +329,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
             ModelConfig(path=options.model), tokenizer.size, mesh=mesh, key=jax.random.key(0)
         )
         rows = [
-            w.student_ids
+            w.student.ids
             for w in read_windows(TokenizerPair(tokenizer, tokenizer), data.validation, data)["text"]
         ]
         with console.status(f"running the model over {len(rows)} rows"):

@@ -101,7 +101,7 @@ def distill(experiment: Experiment, console: Console) -> Result:
             held_out = _held_out(experiment, pair)
         batches = partial(training_batches, pair, windows, experiment.data)
         batches()  # too little text is said before anything is written
-        tokens = sum(len(w.student_ids) for part in windows.values() for w in part)
+        tokens = sum(len(w.student.ids) for part in windows.values() for w in part)
         console.print(f"text     {sum(map(len, windows.values())):,} rows, {tokens:,} student tokens")
         claim(run, experiment)
 
@@ -195,12 +195,12 @@ class _HeldOut:
 
     def of_student(self, model: Model, params: Params) -> Figures:
         """Figures of a model with the student's tokenizer."""
-        rows = {name: [w.student_ids for w in part] for name, part in self.windows.items()}
+        rows = {name: [w.student.ids for w in part] for name, part in self.windows.items()}
         return self._figures(model, params, self.pair.student, rows, self.data.student_length)
 
     def of_teacher(self, model: Model, params: Params) -> Figures:
         """Figures of a model with the teacher's tokenizer."""
-        rows = {name: [w.teacher_ids for w in part] for name, part in self.windows.items()}
+        rows = {name: [w.teacher.ids for w in part] for name, part in self.windows.items()}
         return self._figures(model, params, self.pair.teacher, rows, self.data.teacher_length)
 
     def _figures(

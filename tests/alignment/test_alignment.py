@@ -11,8 +11,9 @@ from reference import alignment as reference
 from tokens import trained
 from tokens.texts import DECOMPOSED, FEW, PIECES, texts
 
-from xtoken_jax.alignment.align import align, align_texts, collate, cut, with_document_marks
-from xtoken_jax.alignment.spans import Spans, walk
+from xtoken_jax.alignment.align import align, collate
+from xtoken_jax.alignment.rows import cut, join, pack, truncate, with_document_marks
+from xtoken_jax.alignment.spans import Side, Spans, align_texts, walk
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 FAITHFUL = [(trained.three_digits, trained.single_digits), (trained.single_digits, trained.three_digits)]
@@ -31,8 +32,8 @@ def aligned(pair, text):
 
 def sides(pair, spans):
     return (
-        (pair.student, spans.student_ids, spans.student_chunks),
-        (pair.teacher, spans.teacher_ids, spans.teacher_chunks),
+        (pair.student, spans.student.ids, spans.student.chunks),
+        (pair.teacher, spans.teacher.ids, spans.teacher.chunks),
     )
 
 
@@ -65,8 +66,8 @@ def test_byte_faithful_pairs_equal_the_twin(makes, text):
     assert np.all(spans.exact)
     pieces = [[tokenizer.bytes_of(int(i)) for i in ids] for tokenizer, ids, _ in sides(pair, spans)]
     student, teacher, count = reference.chunks(*pieces)
-    assert spans.student_chunks.tolist() == student
-    assert spans.teacher_chunks.tolist() == teacher
+    assert spans.student.chunks.tolist() == student
+    assert spans.teacher.chunks.tolist() == teacher
     assert spans.chunk_count == count
     # As small as possible: inside a chunk no boundary is common.
     for chunk in range(count):
@@ -89,14 +90,19 @@ def test_pairs_that_normalize(makes, text):
 @FEW
 @given(texts([p for p in PIECES if "▁" not in p], anything=False))
 @example("日本🏳️‍🌈1234 \r\n\t x")
+@example("\t")
 @pytest.mark.parametrize("makes", [OTHERS[2], OTHERS[3]], ids=lambda m: "-".join(f.__name__ for f in m))
-def test_a_dummy_blank_costs_the_first_chunk(makes, text):
+def test_a_dummy_blank_costs_the_first_chunk_at_most(makes, text):
+    """A blank that is a token of its own is a gap, one that is part of a token spoils that chunk."""
     pair = trained.pair(*makes)
     spans = aligned(pair, text)
     check_invariants(pair, spans)
-    assert np.all(spans.student_chunks >= 0)
-    assert np.all(spans.teacher_chunks >= 0)
-    assert np.flatnonzero(~spans.exact).tolist() == ([0] if text else [])
+    plain, prefixed = (spans.teacher, spans.student)[:: 1 if makes is OTHERS[2] else -1]
+    tokenizer = pair.student if makes is OTHERS[2] else pair.teacher
+    alone = bool(text) and tokenizer.bytes_of(int(prefixed.ids[0])) == b" "
+    assert np.all(plain.chunks >= 0)
+    assert np.flatnonzero(prefixed.chunks < 0).tolist() == ([0] if alone else [])
+    assert np.flatnonzero(~spans.exact).tolist() == ([0] if text and not alone else [])
 
 
 CLEAN = [p for p in PIECES if unicodedata.normalize("NFC", p) == p]
@@ -128,15 +134,15 @@ def test_blank_tokens_take_part_beside_a_tokenizer_that_normalizes():
     """The student's own post-processor would trim blanks off the offsets."""
     pair = trained.pair(trained.three_digits, trained.composing)
     spans = aligned(pair, "e\u0301\n\n  two   cats\t 201")
-    assert (spans.student_chunks < 0).sum() == 2  # the two bytes of the combining accent
+    assert (spans.student.chunks < 0).sum() == 2  # the two bytes of the combining accent
     assert (~spans.exact).sum() == 1
 
 
 def test_numbers():
     pair = trained.pair(trained.three_digits, trained.single_digits)
     spans = aligned(pair, "201+22=1234")
-    assert spans.student_chunks.tolist() == [0, 1, 2, 3, 4, 5]
-    assert spans.teacher_chunks.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 5]
+    assert spans.student.chunks.tolist() == [0, 1, 2, 3, 4, 5]
+    assert spans.teacher.chunks.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 5]
 
 
 def test_walk_with_text_that_one_side_leaves_out():
@@ -171,10 +177,13 @@ def test_marks_on_both_sides_pair(text):
 
 def test_marks_leave_gaps_alone():
     pair = trained.pair(trained.three_digits, trained.sentencepiece)
-    plain = Spans(*np.array([[5, 6], [7, 8], [-1, 0], [0, -1]], np.int32), 1, np.array([True]))
+    student, teacher = (
+        Side.of(*np.array(arrays, np.int32)) for arrays in ([[5, 6], [-1, 0]], [[7, 8], [0, -1]])
+    )
+    plain = Spans(student, teacher, 1, np.array([True]))
     marked = with_document_marks(pair, plain)
-    assert marked.student_chunks.tolist() == [0, -1, 1, 2]
-    assert marked.teacher_chunks.tolist() == [0, 1, -1, 2]
+    assert marked.student.chunks.tolist() == [0, -1, 1, 2]
+    assert marked.teacher.chunks.tolist() == [0, 1, -1, 2]
 
 
 def test_marks_on_one_side_are_gaps_that_touch_nothing():
@@ -182,8 +191,8 @@ def test_marks_on_one_side_are_gaps_that_touch_nothing():
     plain = aligned(pair, "the cat 201 sat")
     marked = with_document_marks(pair, plain)
     # BOS is the student's alone; both close with EOS.
-    assert marked.student_chunks.tolist() == [-1, *plain.student_chunks, plain.chunk_count]
-    assert marked.teacher_chunks.tolist() == [*plain.teacher_chunks, plain.chunk_count]
+    assert marked.student.chunks.tolist() == [-1, *plain.student.chunks, plain.chunk_count]
+    assert marked.teacher.chunks.tolist() == [*plain.teacher.chunks, plain.chunk_count]
     for student, teacher in (
         (pair.student, without_eos(pair.teacher)),
         (without_eos(pair.student), pair.teacher),
@@ -191,8 +200,8 @@ def test_marks_on_one_side_are_gaps_that_touch_nothing():
         one_sided = with_document_marks(TokenizerPair(student, teacher), plain)
         assert one_sided.chunk_count == plain.chunk_count
         eos = [[-1] if "eos" in t.roles else [] for t in (student, teacher)]
-        assert one_sided.student_chunks.tolist() == [-1, *plain.student_chunks, *eos[0]]
-        assert one_sided.teacher_chunks.tolist() == [*plain.teacher_chunks, *eos[1]]
+        assert one_sided.student.chunks.tolist() == [-1, *plain.student.chunks, *eos[0]]
+        assert one_sided.teacher.chunks.tolist() == [*plain.teacher.chunks, *eos[1]]
 
 
 def units(chunks, count):
@@ -220,77 +229,167 @@ def test_windows(makes, text, student_length, teacher_length, marks):
     first = 0
     places = [0, 0]
     for window in windows:
-        last = first + window.chunk_count
-        assert window.chunk_count > 0
+        # A chunk longer than a window has it alone, and is gone from it if it lost a token of its own.
+        last = first + max(window.chunk_count, 1)
+        lost = False
         for side in (0, 1):
-            _, ids, chunks = sides(pair, window)[side]
+            _, ids, _ = sides(pair, window)[side]
             _, all_ids, all_chunks = sides(pair, whole)[side]
-            assert len(ids) <= lengths[side]
             here = sum(sizes[side][first:last])
-            fits = here <= lengths[side]
-            assert fits or window.chunk_count == 1
+            assert here <= lengths[side] or last == first + 1
             assert len(ids) == min(here, lengths[side])
             begin = places[side]
             assert ids.tolist() == all_ids[begin : begin + len(ids)].tolist()
-            expected = all_chunks[begin : begin + len(ids)]
-            assert chunks.tolist() == np.where(expected >= 0, expected - first, -1).tolist()
-            places[side] += here
-        for chunk in range(window.chunk_count):
-            complete = all(
-                np.sum(side_chunks == chunk) == np.sum(all_chunks == first + chunk)
-                for (_, _, side_chunks), (_, _, all_chunks) in zip(
-                    sides(pair, window), sides(pair, whole), strict=True
-                )
-            )
-            assert window.exact[chunk] == (whole.exact[first + chunk] and complete)
+            lost |= bool(np.any(all_chunks[begin + len(ids) : begin + here] >= 0))
+        assert window.chunk_count == (last - first if not lost else 0)
+        for side in (0, 1):
+            _, _, chunks = sides(pair, window)[side]
+            all_chunks = sides(pair, whole)[side][2]
+            expected = all_chunks[places[side] : places[side] + len(chunks)]
+            renumbered = np.where(expected >= 0, expected - first, -1)
+            assert chunks.tolist() == ([-1] * len(chunks) if lost else renumbered.tolist())
+            places[side] += sum(sizes[side][first:last])
+        assert window.exact.tolist() == ([] if lost else whole.exact[first:last].tolist())
         # As long as possible: the next chunk would not have fitted.
         if last < whole.chunk_count:
             assert any(sum(sizes[s][first : last + 1]) > lengths[s] for s in (0, 1))
         first = last
     assert first == whole.chunk_count
     if whole.chunk_count:
-        assert places == [len(whole.student_ids), len(whole.teacher_ids)]
+        assert places == [len(whole.student.ids), len(whole.teacher.ids)]
 
 
-def test_a_chunk_longer_than_a_window_is_not_exact_there():
+def test_a_chunk_longer_than_a_window_is_gone_there():
     pair = trained.pair(trained.three_digits, trained.single_digits)
     whole = aligned(pair, "201a")
     first, second = cut(whole, 2, 2)
-    assert first.teacher_ids.tolist() == whole.teacher_ids[:2].tolist()
-    assert first.exact.tolist() == [False]
-    assert second.student_ids.tolist() == whole.student_ids[1:].tolist()
+    assert first.teacher.ids.tolist() == whole.teacher.ids[:2].tolist()
+    assert first.teacher.chunks.tolist() == [-1, -1]
+    assert first.chunk_count == 0
+    assert second.student.ids.tolist() == whole.student.ids[1:].tolist()
     assert second.exact.tolist() == [True]
 
 
 @FEW
-@given(st.lists(texts(PIECES + DECOMPOSED), min_size=1, max_size=3), st.integers(1, 8), st.integers(1, 8))
+@given(
+    st.lists(texts(PIECES + DECOMPOSED), min_size=1, max_size=3),
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.sampled_from(["right", "left"]),
+    st.sampled_from(["right", "left"]),
+)
 @pytest.mark.parametrize("makes", [FAITHFUL[0], OTHERS[3]], ids=["byte-level", "sentencepiece"])
-def test_a_truncated_chunk_does_not_count(makes, documents, student_length, teacher_length):
+def test_truncation_and_padding_on_either_side(
+    makes, documents, student_length, teacher_length, truncation_side, padding_side
+):
     pair = trained.pair(*makes)
+    student_ids, teacher_ids, alignment = align(
+        pair,
+        documents,
+        student_length=student_length,
+        teacher_length=teacher_length,
+        padding_side=padding_side,
+        truncation_side=truncation_side,
+    )
     rows = [with_document_marks(pair, aligned(pair, text)) for text in documents]
-    alignment = collate(rows, student_length, teacher_length)
-    capacity = min(student_length, teacher_length)
-    assert alignment.valid.shape == (len(rows), capacity)
+    assert alignment.valid.shape == (len(rows), min(student_length, teacher_length))
     for row, spans in enumerate(rows):
-        for length, chunks, ours in (
-            (student_length, spans.student_chunks, alignment.student_chunks[row]),
-            (teacher_length, spans.teacher_chunks, alignment.teacher_chunks[row]),
+        kept, ours = [], []
+        for (tokenizer, ids, chunks), length, row_ids, row_chunks in zip(
+            sides(pair, spans),
+            (student_length, teacher_length),
+            (student_ids[row], teacher_ids[row]),
+            (alignment.student_chunks[row], alignment.teacher_chunks[row]),
+            strict=True,
         ):
-            assert ours.shape == (length,)
-            for position in range(length):
-                chunk = chunks[position] if position < len(chunks) else -1
-                # An id past the arrays belongs to a chunk whose other side is cut off altogether.
-                assert ours[position] == (chunk if chunk < capacity else -1)
-        for chunk in range(capacity):
-            survives = chunk < spans.chunk_count and spans.exact[chunk]
+            assert row_ids.shape == row_chunks.shape == (length,)
+            places = range(len(ids))[:length] if truncation_side == "right" else range(len(ids))[-length:]
+            kept.append([int(chunks[p]) for p in places])
+            real = len(places)
+            here = slice(0, real) if padding_side == "right" else slice(length - real, length)
+            assert row_ids[here].tolist() == [int(ids[p]) for p in places]
+            padding = np.delete(row_ids, np.arange(length)[here])
+            assert np.all(padding == tokenizer.pad_id)
+            assert np.all(np.delete(row_chunks, np.arange(length)[here]) == -1)
+            ours.append(row_chunks[here].tolist())
+        whole = [
+            c
+            for c in range(spans.chunk_count)
+            if all(
+                k.count(c) == np.sum(side[2] == c) for k, side in zip(kept, sides(pair, spans), strict=True)
+            )
+        ]
+        number = {c: i for i, c in enumerate(whole)}
+        assert ours == [[number.get(c, -1) for c in side] for side in kept]
+        for i, chunk in enumerate(whole):
             # Nothing predicts the first token of a row.
-            survives = survives and chunk not in (spans.student_chunks[0], spans.teacher_chunks[0])
-            for length, chunks in (
-                (student_length, spans.student_chunks),
-                (teacher_length, spans.teacher_chunks),
-            ):
-                survives = survives and all(p < length for p, c in enumerate(chunks) if c == chunk)
-            assert alignment.valid[row, chunk] == survives
+            opens = chunk in (kept[0][0], kept[1][0])
+            assert alignment.valid[row, i] == (spans.exact[chunk] and not opens)
+        assert not alignment.valid[row, len(whole) :].any()
+
+
+def test_sides_are_right_or_left():
+    pair = trained.pair(*FAITHFUL[0])
+    for name in ("padding_side", "truncation_side"):
+        with pytest.raises(ValueError, match=f"{name}='both'"):
+            align(pair, ["a"], student_length=4, teacher_length=4, **{name: "both"})
+
+
+@FEW
+@given(st.lists(texts(PIECES + DECOMPOSED), min_size=1, max_size=6), st.integers(4, 20), st.integers(4, 20))
+@pytest.mark.parametrize("makes", [FAITHFUL[0], OTHERS[3]], ids=["byte-level", "sentencepiece"])
+def test_packed_documents_share_no_chunk(makes, documents, student_length, teacher_length):
+    pair = trained.pair(*makes)
+    spans = [with_document_marks(pair, s) for s in align_texts(pair, documents)]
+    rows = pack(spans, student_length, teacher_length)
+    alignment = collate(rows, student_length, teacher_length)
+    left = [truncate(s, student_length, teacher_length) for s in spans]
+    for row, valid in zip(rows, alignment.valid, strict=True):
+        assert len(row.student) <= student_length
+        assert len(row.teacher) <= teacher_length
+        check_rising = [side.segments for side in (row.student, row.teacher)]
+        assert all(np.all(np.diff(s) >= 0) for s in check_rising)
+        first = 0
+        for segment in range(1 + max(s.max(initial=0) for s in check_rising)):
+            here = [side.segments == segment for side in (row.student, row.teacher)]
+            # The next document, in order, that is exactly what this segment holds.
+            place = next(
+                i for i, d in enumerate(left)
+                if d.student.ids.tolist() == row.student.ids[here[0]].tolist()
+                and d.teacher.ids.tolist() == row.teacher.ids[here[1]].tolist()
+            )  # fmt: skip
+            document = left.pop(place)
+            for side, own, at in (
+                (row.student, document.student, here[0]), (row.teacher, document.teacher, here[1]),
+            ):  # fmt: skip
+                assert side.chunks[at].tolist() == np.where(own.chunks >= 0, own.chunks + first, -1).tolist()
+            alone = collate([document], student_length, teacher_length).valid[0, : document.chunk_count]
+            assert valid[first : first + document.chunk_count].tolist() == alone.tolist()
+            first += document.chunk_count
+        assert first == row.chunk_count
+    assert not left
+
+
+def test_documents_go_where_they_fit_first():
+    def document(student, teacher):
+        sides = (Side.of(np.full(n, n, np.int32), np.full(n, -1, np.int32)) for n in (student, teacher))
+        return Spans(*sides, 0, np.zeros(0, bool))
+
+    rows = pack([document(3, 2), document(2, 4), document(1, 3), document(2, 1), document(9, 9)], 4, 5)
+    assert [row.student.ids.tolist() for row in rows] == [[3, 3, 3, 1], [2, 2, 2, 2], [9, 9, 9, 9]]
+    assert [row.student.segments.tolist() for row in rows] == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+    assert [row.teacher.ids.tolist() for row in rows] == [[2, 2, 3, 3, 3], [4, 4, 4, 4, 1], [9] * 5]
+    assert rows[1].teacher.segments.tolist() == [0, 0, 0, 0, 1]
+
+
+def test_a_document_that_is_empty_on_one_side_keeps_the_segments_in_step():
+    def document(student, teacher):
+        sides = (Side.of(np.arange(n, dtype=np.int32), np.full(n, -1, np.int32)) for n in (student, teacher))
+        return Spans(*sides, 0, np.zeros(0, bool))
+
+    row = join([document(1, 2), document(0, 1), document(2, 1)])
+    assert row.student.segments.tolist() == [0, 2, 2]
+    assert row.teacher.segments.tolist() == [0, 0, 1, 2]
 
 
 def test_align_pads_with_each_tokenizers_own_id():
@@ -317,4 +416,5 @@ def test_align_pads_with_each_tokenizers_own_id():
 
 def test_spans_of_nothing_are_cut_into_nothing():
     empty = np.zeros(0, np.int32)
-    assert list(cut(Spans(empty, empty, empty, empty, 0, np.zeros(0, bool)), 4, 4)) == []
+    nothing = Side.of(empty, empty)
+    assert list(cut(Spans(nothing, nothing, 0, np.zeros(0, bool)), 4, 4)) == []

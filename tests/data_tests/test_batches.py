@@ -34,11 +34,11 @@ def take(iterator, count):
 
 def test_windows_hold_the_whole_text(windows, tmp_path):
     (part,) = windows.values()
-    ids = np.concatenate([w.student_ids for w in part]).tolist()
+    ids = np.concatenate([w.student.ids for w in part]).tolist()
     text = PAIR.student.decode(ids)
     assert text.count("=") == text.count("\n") == 36
     assert ids.count(PAIR.student.roles["bos"]) == ids.count(PAIR.student.roles["eos"]) == 2
-    assert all(len(w.student_ids) <= 16 and len(w.teacher_ids) <= 24 for w in part)
+    assert all(len(w.student.ids) <= 16 and len(w.teacher.ids) <= 24 for w in part)
     (tmp_path / "a.txt").write_text("x")
     short = {"a": SourceConfig(kind=SourceKind.text, path=str(tmp_path / "a.txt"))}
     with pytest.raises(UserError, match="source 'a': its text is too short"):
@@ -50,15 +50,15 @@ def test_masks_padding_and_shapes():
     (row,) = align_texts(PAIR, ["12+30=42"])
     rows = [with_document_marks(PAIR, row), row]
     batch = make_batch(PAIR, rows, CONFIG)
-    assert batch.student_ids.shape == batch.student_mask.shape == (2, 16)
-    assert batch.teacher_ids.shape == batch.teacher_mask.shape == (2, 24)
+    assert batch.student.ids.shape == batch.student.mask.shape == (2, 16)
+    assert batch.teacher.ids.shape == batch.teacher.mask.shape == (2, 24)
     assert batch.alignment.valid.shape == (2, 16)
     for i, spans in enumerate(rows):
         for ids, mask, chunks, own, own_chunks, tokenizer in (
-            (batch.student_ids, batch.student_mask, batch.alignment.student_chunks,
-             spans.student_ids, spans.student_chunks, PAIR.student),
-            (batch.teacher_ids, batch.teacher_mask, batch.alignment.teacher_chunks,
-             spans.teacher_ids, spans.teacher_chunks, PAIR.teacher),
+            (batch.student.ids, batch.student.mask, batch.alignment.student_chunks,
+             spans.student.ids, spans.student.chunks, PAIR.student),
+            (batch.teacher.ids, batch.teacher.mask, batch.alignment.teacher_chunks,
+             spans.teacher.ids, spans.teacher.chunks, PAIR.teacher),
         ):  # fmt: skip
             count = len(own)
             assert ids[i, :count].tolist() == own.tolist()
@@ -67,9 +67,9 @@ def test_masks_padding_and_shapes():
             assert chunks[i, :count].tolist() == own_chunks.tolist()
             assert np.all(chunks[i, count:] == -1)
         assert batch.alignment.valid[i].sum() == spans.chunk_count - 1  # what opens a row does not count
-    assert batch.student_ids.dtype == batch.teacher_ids.dtype == np.int32
+    assert batch.student.ids.dtype == batch.teacher.ids.dtype == np.int32
     # The end-of-text token is a label although it is also what rows are filled with.
-    assert batch.student_mask[0].sum() == len(row.student_ids) + 2
+    assert batch.student.mask[0].sum() == len(row.student.ids) + 2
 
 
 def test_too_few_rows(windows):
@@ -79,7 +79,7 @@ def test_too_few_rows(windows):
             PAIR, windows, DataConfig(student_length=16, teacher_length=24, batch_size=count + 1)
         )
     exactly = DataConfig(student_length=16, teacher_length=24, batch_size=count)
-    assert next(training_batches(PAIR, windows, exactly)).student_ids.shape == (count, 16)
+    assert next(training_batches(PAIR, windows, exactly)).student.ids.shape == (count, 16)
 
 
 def test_the_seed_decides_the_order(windows):
@@ -95,8 +95,8 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(windows):
     rows = [w for part in windows.values() for w in part]
     config = DataConfig(student_length=16, teacher_length=24, batch_size=1, seed=5)
     iterator = training_batches(PAIR, windows, config)
-    epochs = [[tuple(next(iterator).student_ids[0].tolist()) for _ in rows] for _ in range(3)]
-    padded = sorted(tuple(make_batch(PAIR, [w], config).student_ids[0].tolist()) for w in rows)
+    epochs = [[tuple(next(iterator).student.ids[0].tolist()) for _ in rows] for _ in range(3)]
+    padded = sorted(tuple(make_batch(PAIR, [w], config).student.ids[0].tolist()) for w in rows)
     assert all(sorted(epoch) == padded for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 

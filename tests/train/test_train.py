@@ -189,18 +189,18 @@ def test_a_step_is_the_objective_put_together_by_hand(words):
         tables = loss_tables(LossKind.p_kl, projection)
         _, metrics = jax.jit(step)(state, teacher_params, tables, batch)
 
-        teacher_logits = logits(*teacher(teacher_params, batch.teacher_ids))
+        teacher_logits = logits(*teacher(teacher_params, batch.teacher.ids))
         chunks = valid_chunks(batch.alignment)
 
         def by_hand(params):
-            student_logits = logits(*student(params, batch.student_ids))[..., : pair.student.size]
+            student_logits = logits(*student(params, batch.student.ids))[..., : pair.student.size]
             log_p = jax.nn.log_softmax(student_logits[:, :-1], axis=-1)
-            labels, counted = batch.student_ids[:, 1:], batch.student_mask[:, 1:]
+            labels, counted = batch.student.ids[:, 1:], batch.student.mask[:, 1:]
             ce = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
             ce = jnp.where(counted, ce, 0).sum() / counted.sum()
             values = projection_kl(
                 student_logits, teacher_logits, batch.alignment, projection,
-                temperature=2.0, top_k=100, teacher_mask=batch.teacher_mask,
+                temperature=2.0, top_k=100, teacher_mask=batch.teacher.mask,
             )  # fmt: skip
             kd = jnp.where(chunks, values, 0).sum() / chunks.sum()
             scale = jax.lax.stop_gradient(jnp.minimum(ce / kd, loss.max_scale))

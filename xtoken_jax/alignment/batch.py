@@ -26,6 +26,25 @@ class Alignment:
     valid: jax.Array | np.ndarray
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenRows:
+    """One side of a batch; numpy arrays until they are put on devices.
+
+    Attributes:
+        ids: int32 [B, T].
+        mask: bool [B, T], True where there is a token and not padding.
+        targets: bool [B, T], the tokens whose prediction is to be learnt: not padding, not a
+            prompt, not the first of a document.
+        segments: int32 [B, T], the document of the row that a token belongs to, from 1; 0 for padding.
+    """
+
+    ids: jax.Array
+    mask: jax.Array
+    targets: jax.Array
+    segments: jax.Array
+
+
 def next_token_chunks(chunks: jax.Array) -> jax.Array:
     """Chunk ids by position: the logits at position p belong to the chunk of token p + 1.
 

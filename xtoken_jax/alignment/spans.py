@@ -6,30 +6,55 @@ same bytes: every boundary that both tokenizers share ends one (X-Token, section
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tokenizers
 
+from xtoken_jax.alignment.locate import Located, locate
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 
 @dataclass(frozen=True)
-class Spans:
-    """One text, encoded and aligned.
+class Side:
+    """The tokens of one side of an aligned row.
 
     Attributes:
-        student_ids, teacher_ids: int32 [T_s], [T_t].
-        student_chunks, teacher_chunks: int32 [T_s], [T_t], the chunk of each token, rising
-            from 0, or -1 for a token that is in none.
+        ids: int32 [T].
+        chunks: int32 [T], the chunk of each token, rising from 0, or -1 for a token in none.
+        targets: bool [T], the tokens that are to be learnt: not those of a prompt.
+        segments: int32 [T], which document of the row a token belongs to, rising from 0.
+    """
+
+    ids: np.ndarray
+    chunks: np.ndarray
+    targets: np.ndarray
+    segments: np.ndarray
+
+    @classmethod
+    def of(cls, ids: np.ndarray, chunks: np.ndarray) -> Side:
+        """One document, all of it to be learnt."""
+        return cls(ids, chunks, np.ones(len(ids), bool), np.zeros(len(ids), np.int32))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Side:
+        return Side(self.ids[part], self.chunks[part], self.targets[part], self.segments[part])
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A row, encoded by both tokenizers and aligned.
+
+    Attributes:
+        student, teacher: the tokens of both sides.
         chunk_count: C.
         exact: bool [C], both sides of the chunk are the same bytes.
     """
 
-    student_ids: np.ndarray
-    teacher_ids: np.ndarray
-    student_chunks: np.ndarray
-    teacher_chunks: np.ndarray
+    student: Side
+    teacher: Side
     chunk_count: int
     exact: np.ndarray
 
@@ -39,93 +64,119 @@ def walk(student_spans: np.ndarray, teacher_spans: np.ndarray) -> tuple[np.ndarr
 
     Args:
         student_spans: int [T_s, 2], start and end of each token in the text, in one unit
-            for both sides (bytes or characters), not falling. A token with start = end
-            covers no text and is a gap.
+            for both sides, not falling. Tokens may leave text out between them and may share
+            a span, but not overlap otherwise. A token with start = end is a gap.
         teacher_spans: int [T_t, 2].
 
     Returns:
         int32 chunk ids [T_s] and [T_t], -1 for gaps and for text that only one side
-        covers, and the number of chunks. Linear in the number of tokens but for a sort.
+        covers, and the number of chunks. Linear in the length of the text.
     """
-    edges = np.intersect1d(student_spans, teacher_spans)
-    student_block, teacher_block = (_block_of(spans, edges) for spans in (student_spans, teacher_spans))
-    blocks = np.intersect1d(student_block, teacher_block)
-    blocks = blocks[blocks >= 0]
-
-    def number(block: np.ndarray) -> np.ndarray:
-        place = np.searchsorted(blocks, block)
-        known = np.append(blocks, -2)[place] == block
-        return np.where(known, place, -1).astype(np.int32)
-
-    return number(student_block), number(teacher_block), len(blocks)
-
-
-def _block_of(spans: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The interval (edges[i], edges[i+1]] each token ends in; -1 if it is empty or leaves it."""
-    if not len(edges) or not len(spans):
-        return np.full(len(spans), -1)
-    block = np.searchsorted(edges, spans[:, 1], side="left") - 1
-    starts_inside = spans[:, 0] >= edges[np.maximum(block, 0)]
-    inside = (spans[:, 1] > spans[:, 0]) & (block >= 0) & (spans[:, 1] <= edges[-1]) & starts_inside
-    return np.where(inside, block, -1)
+    edges = np.ones(1 + max(student_spans.max(initial=-1), teacher_spans.max(initial=-1)), bool)
+    for spans in (student_spans, teacher_spans):
+        boundary = np.zeros_like(edges)
+        boundary[spans] = True
+        edges &= boundary
+    block_of = np.cumsum(edges)  # 0 before the first edge, then 1, 2, ...
+    blocks = []
+    for spans in (student_spans, teacher_spans):
+        # A gap is in no block, nor is what starts before the first edge or ends behind the last.
+        inside = spans[:, 1] > spans[:, 0]
+        block = block_of[spans[:, 0]]
+        inside &= (block > 0) & (block < (block_of[-1] if len(block_of) else 0))
+        blocks.append(np.where(inside, block, 0))
+    both = np.ones(int(block_of[-1]) + 1 if len(block_of) else 1, bool)
+    for block in blocks:
+        both &= np.bincount(block, minlength=len(both)) > 0
+    both[0] = False
+    number = np.where(both, np.cumsum(both) - 1, -1).astype(np.int32)
+    return number[blocks[0]], number[blocks[1]], int(both.sum())
 
 
-def align_encodings(
-    pair: TokenizerPair, text: str, student: tokenizers.Encoding, teacher: tokenizers.Encoding
-) -> Spans:
-    """Align two encodings of `text` made without special tokens.
+def align_texts(pair: TokenizerPair, texts: Sequence[str]) -> list[Spans]:
+    """Encode each text with both tokenizers, without special tokens, and align."""
+    return align_located(pair, locate(pair.student, texts), locate(pair.teacher, texts))
 
-    Where the bytes of both sides' tokens spell the text, the walk is over bytes and exact.
-    Where a tokenizer normalizes (NFC, lower case) or adds (a dummy prefix space), the walk
-    is over the characters of the text that each token came from, and a chunk is `exact`
-    only if its two byte strings are equal.
+
+def align_located(pair: TokenizerPair, student: Located, teacher: Located) -> list[Spans]:
+    """Align the same texts, located with the student's and with the teacher's tokenizer.
+
+    The texts that both sides spell are walked all at once; their chunks are exact. Any other is
+    walked alone, and its chunks are exact where their two byte strings are equal.
+
+    Returns:
+        One Spans a text.
     """
-    raw = text.encode()
-    sides = [(pair.student, student), (pair.teacher, teacher)]
-    ids = [np.asarray(encoding.ids, np.int32) for _, encoding in sides]
-    faithful = all(tokenizer.token_bytes.join(i) == raw for (tokenizer, _), i in zip(sides, ids, strict=True))
-    spans = [
-        _byte_spans(tokenizer, i) if faithful else _character_spans(tokenizer, i, encoding)
-        for (tokenizer, encoding), i in zip(sides, ids, strict=True)
-    ]
-    student_chunks, teacher_chunks, count = walk(*spans)
-    if faithful:
-        exact = np.ones(count, bool)
-    else:
-        pieces = [
-            _chunk_bytes(tokenizer, i, chunks, count)
-            for (tokenizer, _), i, chunks in zip(sides, ids, (student_chunks, teacher_chunks), strict=True)
+    sides = (student, teacher)
+    ends = np.zeros(int(student.text_starts[-1]) + 1, bool)
+    ends[teacher.ends] = True
+    closes = [ends[student.ends], None]
+    ends[teacher.ends] = False
+    ends[student.ends] = True
+    closes[1] = ends[teacher.ends]
+
+    chunks, counts = [], []
+    for side, closing in zip(sides, closes, strict=True):
+        closed = np.cumsum(closing, dtype=np.int32)
+        before = np.concatenate([[0], closed]).astype(np.int32)[side.offsets]
+        counts.append(np.diff(before))
+        chunks.append(closed - closing - np.repeat(before[:-1], np.diff(side.offsets)))
+
+    rows = []
+    plain = student.plain & teacher.plain
+    for b in range(len(plain)):
+        here = [slice(side.offsets[b], side.offsets[b + 1]) for side in sides]
+        if plain[b]:
+            count = int(counts[0][b])
+            parts = [c[part] for c, part in zip(chunks, here, strict=True)]
+            exact = np.ones(count, bool)
+        else:
+            begin = student.text_starts[b]
+            spans = [
+                np.stack([side.starts[part], side.ends[part]], axis=1) - begin
+                for side, part in zip(sides, here, strict=True)
+            ]
+            *parts, count = walk(*spans)
+            exact = _exact(pair, sides, here, parts, count)
+        first, second = (Side.of(side.ids[part], c) for side, part, c in zip(sides, here, parts, strict=True))
+        rows.append(Spans(first, second, count, exact))
+    return rows
+
+
+def _exact(
+    pair: TokenizerPair,
+    sides: tuple[Located, Located],
+    here: Sequence[slice],
+    chunks: Sequence[np.ndarray],
+    count: int,
+) -> np.ndarray:
+    """bool [C]: which chunks are the same bytes on both sides."""
+    sizes, doubtful = [], np.zeros(count, bool)
+    for side, tokenizer, part, chunk in zip(sides, (pair.student, pair.teacher), here, chunks, strict=True):
+        inside = chunk >= 0
+        lengths = tokenizer.token_bytes.lengths[side.ids[part]]
+        sizes.append(np.bincount(chunk[inside], lengths[inside], count))
+        # Text that one side leaves out inside a chunk makes its size differ from the chunk's extent.
+        first, last = np.full(count, np.iinfo(np.int64).max), np.zeros(count, np.int64)
+        np.minimum.at(first, chunk[inside], side.starts[part][inside])
+        np.maximum.at(last, chunk[inside], side.ends[part][inside])
+        doubtful |= last - first != sizes[-1]
+        doubtful[chunk[inside & ~side.faithful[part]]] = True
+    exact = (sizes[0] == sizes[1]) & ~doubtful
+    candidates = np.flatnonzero((sizes[0] == sizes[1]) & doubtful)
+    if len(candidates):
+        written = [
+            _chunk_bytes(tokenizer, side.ids[part], chunk)
+            for side, tokenizer, part, chunk in zip(
+                sides, (pair.student, pair.teacher), here, chunks, strict=True
+            )
         ]
-        exact = np.array([s == t for s, t in zip(*pieces, strict=True)], bool)
-    return Spans(ids[0], ids[1], student_chunks, teacher_chunks, count, exact)
+        exact[candidates] = [written[0][c] == written[1][c] for c in candidates.tolist()]
+    return exact
 
 
-def _byte_spans(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    ends = np.cumsum(tokenizer.token_bytes.lengths[ids], dtype=np.int64)
-    return np.stack([ends - tokenizer.token_bytes.lengths[ids], ends], axis=1)
-
-
-def _character_spans(tokenizer: Tokenizer, ids: np.ndarray, encoding: tokenizers.Encoding) -> np.ndarray:
-    """Character spans that do not overlap: tokens that share a character end where the last one does."""
-    spans = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-    if not len(spans):
-        return spans
-    ends = np.maximum.accumulate(spans[:, 1])
-    # A piece of a character has the whole character's offsets. Joined to the token after it,
-    # it opens no boundary inside the character.
-    starts = spans[:, 0].copy()
-    shared = np.flatnonzero(starts[1:] < ends[:-1])
-    for i in shared[::-1]:
-        ends[i] = ends[i + 1]
-    for i in shared:
-        starts[i + 1] = starts[i]
-    gap = tokenizer.token_bytes.lengths[ids] == 0
-    return np.stack([np.where(gap, ends, starts), ends], axis=1)
-
-
-def _chunk_bytes(tokenizer: Tokenizer, ids: np.ndarray, chunks: np.ndarray, count: int) -> list[bytes]:
-    pieces = [b""] * count
+def _chunk_bytes(tokenizer: Tokenizer, ids: np.ndarray, chunks: np.ndarray) -> dict[int, bytes]:
+    pieces: dict[int, bytes] = {}
     for i, chunk in zip(ids.tolist(), chunks.tolist(), strict=True):
-        if chunk >= 0:
-            pieces[chunk] += tokenizer.token_bytes.table[i] or b""
+        pieces[chunk] = pieces.get(chunk, b"") + tokenizer.token_bytes.contents[i]
     return pieces

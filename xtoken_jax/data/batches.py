@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import grain
 import jax
 
-from xtoken_jax.alignment.align import align_texts, collate, cut, pad, row_mask, with_document_marks
-from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.alignment.spans import Spans
+from xtoken_jax.alignment.align import collate, token_rows
+from xtoken_jax.alignment.batch import Alignment, TokenRows
+from xtoken_jax.alignment.rows import cut, with_document_marks
+from xtoken_jax.alignment.spans import Spans, align_texts
 from xtoken_jax.data.sources import SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import TokenizerPair
@@ -59,15 +59,12 @@ class Batch:
     """One batch on both sides.
 
     Attributes:
-        student_ids, teacher_ids: int32 [B, T_s], [B, T_t].
-        student_mask, teacher_mask: bool, True where there is a token and not padding.
+        student, teacher: TokenRows of [B, T_s] and [B, T_t].
         alignment: chunk ids of the tokens and which chunks count.
     """
 
-    student_ids: jax.Array
-    student_mask: jax.Array
-    teacher_ids: jax.Array
-    teacher_mask: jax.Array
+    student: TokenRows
+    teacher: TokenRows
     alignment: Alignment
 
 
@@ -87,7 +84,7 @@ def read_windows(
             for first in range(0, len(documents), _TEXTS_AT_ONCE)
             for spans in align_texts(pair, documents[first : first + _TEXTS_AT_ONCE])
             for window in cut(with_document_marks(pair, spans), config.student_length, config.teacher_length)
-            if len(window.student_ids) > 1
+            if len(window.student) > 1
         ]
         if not windows[name]:
             raise UserError(f"source {name!r}: its text is too short, no row has two tokens")
@@ -96,14 +93,11 @@ def read_windows(
 
 def make_batch(pair: TokenizerPair, rows: Sequence[Spans], config: DataConfig) -> Batch:
     """Pad and stack aligned windows; numpy arrays until they are put on devices."""
-    student, teacher = [r.student_ids for r in rows], [r.teacher_ids for r in rows]
-    arrays: dict[str, Any] = {
-        "student_ids": pad(student, config.student_length, pair.student.pad_id),
-        "student_mask": row_mask(student, config.student_length),
-        "teacher_ids": pad(teacher, config.teacher_length, pair.teacher.pad_id),
-        "teacher_mask": row_mask(teacher, config.teacher_length),
-    }
-    return Batch(**arrays, alignment=collate(rows, config.student_length, config.teacher_length))
+    return Batch(
+        token_rows([r.student for r in rows], config.student_length, pair.student.pad_id),
+        token_rows([r.teacher for r in rows], config.teacher_length, pair.teacher.pad_id),
+        collate(rows, config.student_length, config.teacher_length),
+    )
 
 
 def training_batches(

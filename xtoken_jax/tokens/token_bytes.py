@@ -53,8 +53,8 @@ class TokenBytes:
         unused: ids that are kept in reserve, such as `<unused7>`. A text may spell one, so
             that it can have bytes; it takes no part in W.
         length_proves: which texts are known to be spelled by their tokens once the number of
-            bytes agrees (with a dummy blank in front: is one more), because the tokenizer can
-            only leave something out: "any", "ascii" (it composes accents) or "none".
+            bytes agrees, because the tokenizer can leave something out but never write anything
+            else: "any", "ascii" (it composes accents) or "none".
     """
 
     kind: str
@@ -109,31 +109,40 @@ def _kind(tokenizer_json: dict[str, Any], where: str) -> str:
     )
 
 
-# Steps that split a text or drop parts of it, but never write other bytes.
-_SPLITTERS = {"Sequence", "ByteLevel", "Split", "Metaspace", "Digits", "Punctuation", "UnicodeScripts"}
-_SPLITTERS |= {"Whitespace", "WhitespaceSplit", "CharDelimiterSplit", "FixedLength"}
+# Steps that split a text, and can drop parts of it, but never write bytes of their own.
+_SPLITTERS = {"Sequence", "Split", "Digits", "Punctuation", "UnicodeScripts", "FixedLength"}
+_SPLITTERS |= {"Whitespace", "WhitespaceSplit", "CharDelimiterSplit"}
+
+
+def _steps(node: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the list of its steps."""
+    if not node:
+        return []
+    if node.get("type") == "Sequence":
+        return [step for child in node.get(parts, []) for step in _steps(child, parts)]
+    return [node]
 
 
 def _length_proves(tokenizer_json: dict[str, Any], kind: str) -> str:
-    if kind == "wordpiece" or not _node_types(tokenizer_json.get("pre_tokenizer")) - {""} <= _SPLITTERS:
+    if kind == "wordpiece":
         return "none"
-    steps = [tokenizer_json.get("normalizer") or {}]
-    proves = "any"
-    while steps:
-        step = steps.pop()
-        match step.get("type"):
-            case None:
+    for step in _steps(tokenizer_json.get("pre_tokenizer"), "pretokenizers"):
+        match step["type"]:
+            case "ByteLevel" if not step.get("add_prefix_space", True):
                 pass
-            case "Sequence":
-                steps += step["normalizers"]
+            case "Metaspace" if step.get("prepend_scheme", "always") == "never":
+                pass
+            case name if name not in _SPLITTERS:
+                return "none"
+    proves = "any"
+    for step in _steps(tokenizer_json.get("normalizer"), "normalizers"):
+        match step["type"]:
             case "NFC" | "NFD" | "NFKC" | "NFKD":
                 proves = "ascii"
             # A written `▁` comes out as a blank, two bytes shorter, so that the length tells.
             case "Replace" if kind == "sentencepiece" and step["pattern"] == {"String": " "}:
                 if step["content"] != _SENTENCEPIECE_SPACE:
                     return "none"
-            case "Prepend" if kind == "sentencepiece" and step["prepend"] == _SENTENCEPIECE_SPACE:
-                pass
             case _:
                 return "none"
     return proves

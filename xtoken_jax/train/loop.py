@@ -124,7 +124,7 @@ def train(
             pending: Metrics | None = None
             for number in range(first + 1, config.steps + 1):
                 batch: Batch = next(batches)
-                tokens += int(batch.student_mask.sum())
+                tokens += int(batch.student.mask.sum())
                 batch = jax.device_put(batch, sharding)
                 state, metrics = step(state, teacher_params, tables, batch)
                 # The step before has ended by now: reading its metrics does not hold up this one.

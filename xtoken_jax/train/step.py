@@ -96,14 +96,16 @@ def make_step(
         params: Params, teacher_params: Params | None, tables: LossTables | None, batch: Batch
     ) -> tuple[jax.Array, Metrics]:
         # Rows are padded on the right, so causality alone keeps padding out of sight.
-        student_logits = logits(*student(params, batch.student_ids))[..., :student_size]
-        ce_values, ce_mask = next_token_cross_entropy(student_logits, batch.student_ids, batch.student_mask)
+        student_logits = logits(*student(params, batch.student.ids))[..., :student_size]
+        ce_values, ce_mask = next_token_cross_entropy(
+            student_logits, batch.student.ids, batch.student.targets
+        )
         ce = masked_mean(ce_values, ce_mask)
         metrics = {"ce": ce}
         if distil is None or teacher is None or teacher_params is None or tables is None:
             return ce, {"loss": ce, **metrics}
-        teacher_logits = jax.lax.stop_gradient(logits(*teacher(teacher_params, batch.teacher_ids)))
-        values = distil(student_logits, teacher_logits, batch.alignment, tables, batch.teacher_mask)
+        teacher_logits = jax.lax.stop_gradient(logits(*teacher(teacher_params, batch.teacher.ids)))
+        values = distil(student_logits, teacher_logits, batch.alignment, tables, batch.teacher.mask)
         chunks = valid_chunks(batch.alignment)
         kd = masked_mean(values, chunks)
         total, scale = total_loss(
