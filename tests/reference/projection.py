@@ -1,5 +1,7 @@
 """W as lists, built, multiplied with and read from in loops of Python floats."""
 
+import math
+
 
 def build(
     student_table,
@@ -62,6 +64,32 @@ def finish(row, entries, scale_trick):
         kept.sort(key=lambda item: -round(item[1], 12))
     total = sum(weight for _, weight in kept)
     return [(j, weight / total) for j, weight in kept]
+
+
+def project(vector, rows, columns):
+    """A vector over the student's tokens times W, at some columns; rows as `build` gives them."""
+    whole = {}
+    for mass, row in zip(vector, rows, strict=True):
+        for j, weight in row:
+            whole[j] = whole.get(j, 0.0) + float(mass) * weight
+    return [whole.get(j, 0.0) for j in columns]
+
+
+def project_back(vector, rows):
+    """A vector over the teacher's tokens times the transposed W."""
+    return [sum(float(vector[j]) * weight for j, weight in row if j < len(vector)) for row in rows]
+
+
+def softmax_rows(logits, indices):
+    """Rows of W from log-weights, over the entries that have an index."""
+    rows = []
+    for row, ids in zip(logits, indices, strict=True):
+        kept = [(int(j), float(logit)) for j, logit in zip(ids, row, strict=True) if j >= 0]
+        top = max((logit for _, logit in kept), default=0.0)
+        raw = [(j, math.exp(logit - top)) for j, logit in kept]
+        total = sum(weight for _, weight in raw)
+        rows.append([(j, weight / total) for j, weight in raw])
+    return rows
 
 
 def characters(content):

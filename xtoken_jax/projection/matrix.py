@@ -32,28 +32,44 @@ class Projection:
         """V_s of the student's tokenizer, the number of rows."""
         return self.indices.shape[0]
 
-    def project(self, probabilities: jax.Array, columns: jax.Array, width: int) -> jax.Array:
-        """probabilities @ W, on a subset of the teacher's columns.
+    def project(
+        self, probabilities: jax.Array, columns: jax.Array | None = None, width: int | None = None
+    ) -> jax.Array:
+        """probabilities @ W, all of it or a subset of the teacher's columns.
 
         Args:
             probabilities: float32 [..., V_s].
-            columns: int32 [n], the teacher ids wanted, without repetition.
-            width: V_t or more, one past the highest id in use.
+            columns: int32 [n], the teacher ids wanted, without repetition. None: 0 .. width - 1.
+            width: V_t or more, one past the highest id in use. None: `teacher_size`.
 
         Returns:
             float32 [..., n]. Mass that W sends elsewhere is dropped.
         """
-        count = columns.shape[0]
-        # A slot for every teacher id; slot `count` collects what is not wanted. Index -1 of
-        # a padded entry reads the last element, which is that slot.
-        slots = jnp.full(width + 1, count, jnp.int32).at[columns].set(jnp.arange(count, dtype=jnp.int32))
+        width = _width(self.teacher_size, width)
+        slots, count = _slots(columns, width)
         flat = probabilities.reshape(-1, probabilities.shape[-1]).T
         total = jnp.zeros((count + 1, flat.shape[1]), flat.dtype)
-        # Rows of `flat` are contiguous, so each entry adds one run of memory to another.
+        # Rows of `flat` are contiguous, so each entry adds one run of memory to another. Index
+        # -1 of a padded entry reads the last slot, which is that of what is not wanted.
         indices, weights = jnp.asarray(self.indices), jnp.asarray(self.weights)
         for k in range(indices.shape[1]):
             total = total.at[slots[indices[:, k]]].add(weights[:, k, None] * flat)
         return total[:count].T.reshape(*probabilities.shape[:-1], count)
+
+    @property
+    def T(self) -> TransposedProjection:  # noqa: N802
+        """W^T as a view: `W.T.project(values)` is values @ W^T, and `W.T.T` is W."""
+        return TransposedProjection(self)
+
+    def learnable(self) -> LearnableProjection:
+        """W with weights that can be trained, on the entries that it has; it starts as this W."""
+        weights = jnp.asarray(self.weights)
+        support = (jnp.asarray(self.indices) >= 0) & (weights > 0)
+        return LearnableProjection(
+            logits=jnp.where(support, jnp.log(jnp.where(support, weights, 1.0)), 0.0),
+            indices=jnp.where(support, jnp.asarray(self.indices), -1),
+            teacher_size=self.teacher_size,
+        )
 
     def split(self) -> SplitProjection:
         """The same W for fast projection: one-to-one rows apart from the rest (host)."""
@@ -98,18 +114,101 @@ class SplitProjection:
     student_size: int = field(metadata={"static": True})
     teacher_size: int | None = field(metadata={"static": True})
 
-    def project(self, probabilities: jax.Array, columns: jax.Array, width: int) -> jax.Array:
+    def project(
+        self, probabilities: jax.Array, columns: jax.Array | None = None, width: int | None = None
+    ) -> jax.Array:
         """As `Projection.project`."""
-        count = columns.shape[0]
-        # Ids past the width read the last slot, which is that of what is not wanted.
-        slots = jnp.full(width + 1, count, jnp.int32).at[columns].set(jnp.arange(count, dtype=jnp.int32))
+        width = _width(self.teacher_size, width)
+        slots, count = _slots(columns, width)
+        if columns is None:
+            columns = jnp.arange(width, dtype=jnp.int32)
         flat = jnp.asarray(probabilities).reshape(-1, probabilities.shape[-1]).T
         source = jnp.asarray(self.source).at[columns].get(mode="fill", fill_value=self.student_size)
         total = flat.at[source].get(mode="fill", fill_value=0.0)
-        # Entries outside the wanted columns have the slot past the end, where adding does nothing.
+        # Entries outside the wanted columns have the slot past the end, where adding does nothing;
+        # ids past the width read the last slot, which is that one.
         entries = jnp.asarray(self.weights)[:, None] * flat[jnp.asarray(self.rows)]
         total = total.at[slots[jnp.asarray(self.columns)]].add(entries, mode="drop")
         return total.T.reshape(*probabilities.shape[:-1], count)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TransposedProjection:
+    """W^T [V_t, V_s], read from W; made by `Projection.T`.
+
+    Attributes:
+        projection: W.
+    """
+
+    projection: Projection
+
+    @property
+    def T(self) -> Projection:  # noqa: N802
+        """W itself."""
+        return self.projection
+
+    def project(self, values: jax.Array) -> jax.Array:
+        """values @ W^T: what a student token is worth where teacher tokens are worth `values`.
+
+        It is the gradient of `Projection.project`, and its gradient is that.
+
+        Args:
+            values: float32 [..., V_t]; columns that are missing count as 0.
+
+        Returns:
+            float32 [..., V_s].
+        """
+        indices, weights = jnp.asarray(self.projection.indices), jnp.asarray(self.projection.weights)
+        flat = jnp.asarray(values).reshape(-1, values.shape[-1]).T
+        # A negative index would count from the end, so padding reads past it.
+        places = jnp.where(indices < 0, flat.shape[0], indices)
+        total = jnp.zeros((indices.shape[0], flat.shape[1]), flat.dtype)
+        for k in range(indices.shape[1]):
+            read = flat.at[places[:, k]].get(mode="fill", fill_value=0.0)
+            total = total + weights[:, k, None] * read
+        return total.T.reshape(*values.shape[:-1], indices.shape[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LearnableProjection:
+    """W with trained weights on a fixed support (X-Token, section 4; P-KL only).
+
+    Only `logits` is trained, for example with `dataclasses.replace(w, logits=logits)` inside the
+    loss: W stays as sparse as it was, and its rows non-negative and normalized. Made by
+    `Projection.learnable`.
+
+    Attributes:
+        logits: float32 [V_s, K], log-weights; what stands on padded places has no effect.
+        indices: int32 [V_s, K], teacher ids, -1 as padding.
+        teacher_size: as in `Projection`.
+    """
+
+    logits: Array
+    indices: Array
+    teacher_size: int | None = field(default=None, metadata={"static": True})
+
+    @property
+    def student_size(self) -> int:
+        """V_s of the student's tokenizer, the number of rows."""
+        return self.indices.shape[0]
+
+    def projection(self) -> Projection:
+        """W as it now is: the softmax of each row over its entries; empty rows stay empty."""
+        support = jnp.asarray(self.indices) >= 0
+        # No -inf and no division by 0 anywhere, so that padded places get a gradient of exactly 0.
+        logits = jnp.where(support, self.logits, jnp.finfo(self.logits.dtype).min)
+        top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+        raw = jnp.where(support, jnp.exp(logits - top), 0.0)
+        total = raw.sum(-1, keepdims=True)
+        return Projection(self.indices, raw / jnp.where(total > 0, total, 1.0), self.teacher_size)
+
+    def project(
+        self, probabilities: jax.Array, columns: jax.Array | None = None, width: int | None = None
+    ) -> jax.Array:
+        """As `Projection.project`, with a gradient to the logits."""
+        return self.projection().project(probabilities, columns, width)
 
 
 @jax.tree_util.register_dataclass
@@ -170,3 +269,19 @@ def _size(projection: Projection, teacher_size: int | None) -> int:
     if size is None:
         raise ValueError("teacher_size is needed: the projection does not carry the size of its teacher")
     return size
+
+
+def _width(teacher_size: int | None, width: int | None) -> int:
+    size = teacher_size if width is None else width
+    if size is None:
+        raise ValueError("width is needed: the projection does not carry the size of its teacher")
+    return size
+
+
+def _slots(columns: jax.Array | None, width: int) -> tuple[jax.Array, int]:
+    """A slot for every teacher id, int32 [width + 1], and how many there are: n for what is not wanted."""
+    if columns is None:
+        return jnp.arange(width + 1, dtype=jnp.int32), width
+    count = columns.shape[0]
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    return jnp.full(width + 1, count, jnp.int32).at[columns].set(numbers), count

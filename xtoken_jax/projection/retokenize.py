@@ -65,11 +65,11 @@ def _sentencepiece(model: tokenizers.models.Model) -> Callable[[bytes], list[int
         runs = _UNSPELLED.split(content.decode("utf-8", errors="surrogateescape"))
         for place, run in enumerate(runs):
             if place % 2:
-                raw = run.encode("utf-8", errors="surrogateescape")
-                found = [model.token_to_id(f"<0x{byte:02X}>") for byte in raw]
-                if None in found:
-                    return []
-                ids += found
+                for byte in run.encode("utf-8", errors="surrogateescape"):
+                    token_id = model.token_to_id(f"<0x{byte:02X}>")
+                    if token_id is None:
+                        return []
+                    ids.append(token_id)
             elif run:
                 ids += [token.id for token in model.tokenize(run.replace(" ", "▁"))]
         return ids

@@ -61,7 +61,7 @@ def _markers(tokenizer: Tokenizer) -> set[int]:
 def _special(tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
     tokens = tokenizer.token_bytes
     for token_id in sorted(tokens.special - tokens.unused):
-        yield token_id, tokenizer.backend.id_to_token(token_id)
+        yield token_id, tokenizer.backend.id_to_token(token_id) or ""
 
 
 def _words(spelling: str) -> set[str]:
