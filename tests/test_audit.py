@@ -112,6 +112,7 @@ def test_counts_by_hand(pair):
         "other": (others, others),
         "special: eos": (1, 1),
     }
+    assert sum(c.size for c in audit.classes) == pair.student.size
     by_name = {c.name: c for c in audit.classes}
     (fallen,) = by_name["2-digit numerals"].missing
     assert (fallen.text, [text for text, _ in fallen.pieces]) == ("45", ["4", "5"])
@@ -165,6 +166,15 @@ def test_named_tokens_decide(tmp_path):
     audit = xtoken_jax.audit(pair, critical_text=" (abx1")
     assert (audit.named.size, audit.named.common) == (3, 1)
     assert xtoken_jax.audit(pair, critical_tokens=["<eos>"]).named.common == 1
+
+
+def test_named_tokens_without_a_row_are_told():
+    """BOS, which the teacher does not have: P-KL cannot teach it either."""
+    audit = xtoken_jax.audit(
+        trained.pair(trained.three_digits, trained.single_digits), critical_tokens=["<|begin|>"]
+    )
+    assert "named by you (0 of 1 common) fall out" in audit.reason
+    assert "(1 of them have none, and no loss teaches these)" in audit.reason
 
 
 def test_a_named_token_that_the_student_splits_is_refused(pair):

@@ -18,7 +18,7 @@ from matplotlib.path import Path as Curve
 from xtoken_jax.coverage import Audit, ClassCoverage
 from xtoken_jax.errors import UserError
 from xtoken_jax.projection.matrix import Partition, Projection
-from xtoken_jax.token_classes import class_names
+from xtoken_jax.token_classes import SCRIPTS, class_names
 from xtoken_jax.token_rows import TokenRow, find_token, row_of, short_name, token_text, visible
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
@@ -180,13 +180,9 @@ def _telling_rows(pair: TokenizerPair, projection: Projection) -> list[int]:
     fallen: dict[str, list[int]] = {name: [] for name in (*_DEFAULT_CLASSES, _BEYOND_ASCII)}
     kept: dict[str, list[int]] = {name: [] for name in fallen}
     for token_id, name in enumerate(class_names(pair.student)):
-        content = pair.student.bytes_of(token_id)
-        if (
-            content
-            and not content.isascii()
-            and _drawable(text := token_text(pair.student, token_id)) == text
-        ):
-            name = _BEYOND_ASCII
+        if name in SCRIPTS:
+            text = token_text(pair.student, token_id)
+            name = _BEYOND_ASCII if _drawable(text) == text else name
         if name in fallen and pieces[token_id]:
             (kept if token_id in common else fallen)[name].append(token_id)
     groups = [(fallen[name] or kept[name])[:100] for name in fallen]

@@ -153,6 +153,7 @@ def audit(
     named_ids = {_critical_id(student, token) for token in critical_tokens}
     if critical_text is not None:
         named_ids.update(_encode(student, critical_text, "critical_text").tolist())
+    named_ids -= student.token_bytes.unused  # a text may spell one, no model was trained on it
     names = class_names(student)
     members: dict[str, list[int]] = {name: [] for name in CRITICAL}
     for token_id, name in enumerate(names):
@@ -209,9 +210,12 @@ def _recommend(
     if fallen:
         missing = [row for c in fallen for row in c.missing if row.pieces]
         example = f", such as {describe_row(max(missing, key=lambda r: len(r.pieces)))}" if missing else ""
+        nowhere = sum(c.empty for c in fallen)
+        lost = f" ({nowhere} of them have none, and no loss teaches these)" if nowhere else ""
         return "p_kl", (
             f"{_listed([counted(c) for c in fallen], 'and')} fall out of the common vocabulary, and H-KL "
-            f"would push them down at every step; P-KL sends each to the teacher's pieces{example}{absent}"
+            "would push them down at every step; P-KL sends each to the teacher's pieces"
+            f"{example}{lost}{absent}"
         )
     kept = _listed([counted(c) for c in critical if c.size], "and")
     start = f"{kept} stay in the common vocabulary" if kept else "no critical token falls out"

@@ -34,11 +34,12 @@ _WIDTH = re.compile(r"^(FULLWIDTH|HALFWIDTH|EXTENDED) ")
 _BORROWED = ("MATHEMATICAL", "COMBINING", "VARIATION", "MODIFIER")
 _LETTERLIKE_SYMBOLS = range(0x2100, 0x2150)  # double-struck capitals, the litre, the Planck constant
 
+SCRIPTS = tuple(dict.fromkeys(_SCRIPTS.values()))
 TEXT_CLASSES = (
     "1-digit numerals", "2-digit numerals", "3-digit numerals", "longer numerals",
     "ASCII punctuation", "punctuation runs",
     "words with leading space", "words", "code and mixed", "whitespace runs",
-    *dict.fromkeys(_SCRIPTS.values()), "other scripts", "emoji and symbols", "pieces of characters",
+    *SCRIPTS, "other scripts", "emoji and symbols", "pieces of characters",
     "other",
 )  # fmt: skip
 CRITICAL = ("2-digit numerals", "3-digit numerals", "ASCII punctuation")
