@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
@@ -23,7 +22,8 @@ class Located:
             text has start = end; tokens that write characters together, without spelling them,
             share one span.
         faithful: bool [N], the token's bytes are those of its span.
-        plain: bool [B], all tokens of the text are faithful and cover it from end to end.
+        plain: bool [B], the tokens of the text spell it.
+        dummy: bool [B], they spell it behind one blank more: that of the first token.
         text_starts: int64 [B + 1], where each text begins in the joined bytes.
     """
 
@@ -33,6 +33,7 @@ class Located:
     ends: np.ndarray
     faithful: np.ndarray
     plain: np.ndarray
+    dummy: np.ndarray
     text_starts: np.ndarray
 
     @property
@@ -55,12 +56,15 @@ def to_bytes(texts: Sequence[str]) -> list[bytes]:
     return raw
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without special tokens."""
-    return [e.ids for e in tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of each text, int32 [T], without special tokens."""
+    encodings = tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(e.ids, np.int32) for e in encodings]
 
 
-def locate(tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[list[int]] | None = None) -> Located:
+def locate(
+    tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[np.ndarray] | None = None
+) -> Located:
     """Place every token of every text.
 
     A text that its tokens spell is placed by counting their bytes, one with a dummy blank in
@@ -80,17 +84,18 @@ def locate(tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[list[in
     encoded = encode(tokenizer, texts) if encoded is None else encoded
     counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
     offsets = _running(counts)
-    ids = np.fromiter(chain.from_iterable(encoded), np.int32, int(offsets[-1]))
+    ids = np.concatenate(encoded) if len(encoded) else np.zeros(0, np.int32)
     lengths = tokenizer.token_bytes.lengths[ids]
     ends = np.cumsum(lengths, dtype=np.int64)
     spelled = np.diff(np.concatenate([[0], ends])[offsets])
     text_starts = _running(np.fromiter(map(len, raw), np.int64, len(raw)))
 
-    plain = spelled == np.diff(text_starts)
-    dummy = np.zeros(len(raw), bool)
-    for b in _unproved(tokenizer, raw, plain):
-        written = b"".join(map(tokenizer.token_bytes.contents.__getitem__, encoded[b]))
-        plain[b], dummy[b] = written == raw[b], written == b" " + raw[b]
+    extra = spelled - np.diff(text_starts)
+    plain, dummy = extra == 0, extra == 1
+    unproved = (plain | dummy) & ~_proved(tokenizer, raw)
+    if unproved.any():
+        wrong = _misspelled(tokenizer, raw, ids, counts, spelled, unproved, dummy)
+        plain[wrong] = dummy[wrong] = False
 
     # From the count of bytes so far to the place in the texts.
     shift = text_starts[:-1] - (np.cumsum(spelled) - spelled) - dummy
@@ -105,19 +110,41 @@ def locate(tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[list[in
         starts[here], ends[here], faithful[here] = _by_characters(tokenizer, texts[b], raw[b], ids[here])
         starts[here] += text_starts[b]
         ends[here] += text_starts[b]
-    return Located(ids, offsets, starts, ends, faithful, plain, text_starts)
+    return Located(ids, offsets, starts, ends, faithful, plain, dummy, text_starts)
 
 
 def _running(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _unproved(tokenizer: Tokenizer, raw: list[bytes], equal: np.ndarray) -> list[int]:
-    """The texts for which the number of bytes does not settle whether the tokens spell them."""
-    proves = tokenizer.token_bytes.length_proves
-    if proves == "any":
-        return np.flatnonzero(~equal).tolist()
-    return [b for b in range(len(raw)) if not (equal[b] and proves == "ascii" and raw[b].isascii())]
+def _proved(tokenizer: Tokenizer, raw: list[bytes]) -> np.ndarray:
+    """bool [B]: the texts for which the number of bytes proves that the tokens spell them."""
+    match tokenizer.token_bytes.length_proves:
+        case "any":
+            return np.ones(len(raw), bool)
+        case "ascii":
+            return np.fromiter((content.isascii() for content in raw), bool, len(raw))
+        case _:
+            return np.zeros(len(raw), bool)
+
+
+def _misspelled(
+    tokenizer: Tokenizer,
+    raw: list[bytes],
+    ids: np.ndarray,
+    counts: np.ndarray,
+    spelled: np.ndarray,
+    chosen: np.ndarray,
+    dummy: np.ndarray,
+) -> np.ndarray:
+    """Of the chosen texts, those whose tokens do not spell them (behind a blank where `dummy`)."""
+    places = np.flatnonzero(chosen)
+    written = tokenizer.token_bytes.written(ids[np.repeat(chosen, counts)])
+    wanted = b"".join(b" " + raw[b] if dummy[b] else raw[b] for b in places.tolist())
+    differs = written != np.frombuffer(wanted, np.uint8)
+    if not differs.any():
+        return places[:0]
+    return places[np.bincount(np.repeat(np.arange(len(places)), spelled[places]), differs, len(places)) > 0]
 
 
 def _by_characters(
@@ -148,7 +175,7 @@ def _by_characters(
     before = np.concatenate([[0], np.maximum.accumulate(group_end)[:-1]])
     group_start = np.where(size == group_end - before, before, group_start)
 
-    written = np.frombuffer(tokenizer.token_bytes.join(ids), np.uint8)
+    written = tokenizer.token_bytes.written(ids)
     place = np.arange(len(written)) + np.repeat(group_start - (np.cumsum(size) - size), size)
     there = np.frombuffer(raw, np.uint8)[np.minimum(place, len(raw) - 1)] if len(raw) else written
     wrong = np.bincount(np.repeat(np.arange(len(size)), size), written != there, len(size))

@@ -101,46 +101,65 @@ def align_texts(pair: TokenizerPair, texts: Sequence[str]) -> list[Spans]:
 def align_located(pair: TokenizerPair, student: Located, teacher: Located) -> list[Spans]:
     """Align the same texts, located with the student's and with the teacher's tokenizer.
 
-    The texts that both sides spell are walked all at once; their chunks are exact. Any other is
-    walked alone, and its chunks are exact where their two byte strings are equal.
+    Texts that both sides spell (but for a dummy blank) are walked all at once, and their chunks
+    are exact. Any other is walked alone, and its chunks are exact where their two byte strings
+    are equal.
 
     Returns:
         One Spans a text.
     """
     sides = (student, teacher)
-    ends = np.zeros(int(student.text_starts[-1]) + 1, bool)
-    ends[teacher.ends] = True
-    closes = [ends[student.ends], None]
-    ends[teacher.ends] = False
-    ends[student.ends] = True
-    closes[1] = ends[teacher.ends]
-
-    chunks, counts = [], []
-    for side, closing in zip(sides, closes, strict=True):
-        closed = np.cumsum(closing, dtype=np.int32)
-        before = np.concatenate([[0], closed]).astype(np.int32)[side.offsets]
-        counts.append(np.diff(before))
-        chunks.append(closed - closing - np.repeat(before[:-1], np.diff(side.offsets)))
-
+    tiled = (student.plain | student.dummy) & (teacher.plain | teacher.dummy)
+    student_chunks, teacher_chunks, counts = _walk_tiled(student, teacher)
     rows = []
-    plain = student.plain & teacher.plain
-    for b in range(len(plain)):
+    for b in range(len(tiled)):
         here = [slice(side.offsets[b], side.offsets[b + 1]) for side in sides]
-        if plain[b]:
-            count = int(counts[0][b])
-            parts = [c[part] for c, part in zip(chunks, here, strict=True)]
-            exact = np.ones(count, bool)
+        if tiled[b]:
+            parts, count = [student_chunks[here[0]], teacher_chunks[here[1]]], int(counts[b])
         else:
-            begin = student.text_starts[b]
-            spans = [
-                np.stack([side.starts[part], side.ends[part]], axis=1) - begin
-                for side, part in zip(sides, here, strict=True)
-            ]
-            *parts, count = walk(*spans)
+            *parts, count = walk(
+                *(
+                    np.stack([side.starts[part], side.ends[part]], axis=1) - side.text_starts[b]
+                    for side, part in zip(sides, here, strict=True)
+                )
+            )
+        exact = np.ones(count, bool)
+        if not tiled[b]:
             exact = _exact(pair, sides, here, parts, count)
+        elif count and (student.dummy[b] or teacher.dummy[b]):
+            exact[0] = _opens_alike(pair, sides, here, parts)
         first, second = (Side.of(side.ids[part], c) for side, part, c in zip(sides, here, parts, strict=True))
         rows.append(Spans(first, second, count, exact))
     return rows
+
+
+def _walk_tiled(student: Located, teacher: Located) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Chunk ids int32 of both sides, counted within each text, and chunks a text; right for texts whose
+    tokens tile them."""
+    boundary = np.zeros(int(student.text_starts[-1]) + 1, bool)
+    chunks, counts = [], np.zeros(0, np.int32)
+    for side, other in ((student, teacher), (teacher, student)):
+        boundary[other.ends] = True
+        covers = side.ends > side.starts
+        closes = boundary[side.ends] & covers
+        boundary[other.ends] = False
+        closed = np.cumsum(closes, dtype=np.int32)
+        before = np.concatenate([[0], closed])[side.offsets].astype(np.int32)
+        numbered = closed - closes - np.repeat(before[:-1], np.diff(side.offsets))
+        chunks.append(np.where(covers, numbered, np.int32(-1)))
+        counts = np.diff(before)
+    return chunks[0], chunks[1], counts
+
+
+def _opens_alike(
+    pair: TokenizerPair, sides: tuple[Located, Located], here: Sequence[slice], chunks: Sequence[np.ndarray]
+) -> bool:
+    """Whether the first chunk is the same bytes on both sides."""
+    written = []
+    for side, tokenizer, part, chunk in zip(sides, (pair.student, pair.teacher), here, chunks, strict=True):
+        first = np.flatnonzero(chunk[: np.searchsorted(chunk, 1)] == 0)
+        written.append(tokenizer.token_bytes.join(side.ids[part][first]))
+    return written[0] == written[1]
 
 
 def _exact(
