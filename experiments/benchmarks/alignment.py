@@ -27,9 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xtoken_jax.alignment.align import align_texts
 from xtoken_jax.alignment.locate import encode, locate
-from xtoken_jax.alignment.spans import align_located
+from xtoken_jax.alignment.spans import align_located, align_texts
 from xtoken_jax.hub import cache_folder
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
