@@ -17,41 +17,51 @@ if TYPE_CHECKING:
     from xtoken_jax.alignment.batch import Alignment
     from xtoken_jax.coverage import Audit, audit
     from xtoken_jax.errors import UserError
-    from xtoken_jax.projection.build import build_projection
+    from xtoken_jax.projection.build import ProjectionOptions, build_projection
+    from xtoken_jax.projection.cache import cached_projection
     from xtoken_jax.projection.files import load_projection, save_projection
-    from xtoken_jax.projection.matrix import Partition, Projection
+    from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection
+    from xtoken_jax.projection.sharded import shard_projection
     from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 _MODULES = {
     "Alignment": "alignment.batch",
     "Audit": "coverage",
+    "LearnableProjection": "projection.matrix",
     "Partition": "projection.matrix",
     "Projection": "projection.matrix",
+    "ProjectionOptions": "projection.build",
     "Tokenizer": "tokens.tokenizer",
     "TokenizerPair": "tokens.tokenizer",
     "UserError": "errors",
     "align": "alignment.align",
     "audit": "coverage",
     "build_projection": "projection.build",
+    "cached_projection": "projection.cache",
     "load_projection": "projection.files",
     "losses": "losses",
     "save_projection": "projection.files",
+    "shard_projection": "projection.sharded",
 }
 
 __all__ = [
     "Alignment",
     "Audit",
+    "LearnableProjection",
     "Partition",
     "Projection",
+    "ProjectionOptions",
     "Tokenizer",
     "TokenizerPair",
     "UserError",
     "align",
     "audit",
     "build_projection",
+    "cached_projection",
     "load_projection",
     "losses",
     "save_projection",
+    "shard_projection",
 ]
 
 

@@ -126,6 +126,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     takes_pair(sub)
     sub.add_argument("--out", required=True, type=Path, metavar="FILE", help="W.safetensors to write")
+    sub.add_argument("--entries", type=int, default=4, metavar="K", help="entries a row at most (4)")
+    sub.add_argument(
+        "--reverse", action="store_true", help="also re-tokenize the teacher's tokens with the student"
+    )
+    sub.add_argument(
+        "--scale-trick",
+        action="store_true",
+        help="set the last of K entries to 0.2, as the official tool can",
+    )
+    sub.add_argument(
+        "--similar-special",
+        action="store_true",
+        help="match special tokens without a common role by spelling",
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command(
@@ -231,34 +245,47 @@ def _read_texts(path: str) -> list[str]:
 
 
 def _project(options: argparse.Namespace, console: Console) -> None:
-    import numpy as np
+    import time
+    from dataclasses import asdict
 
-    from xtoken_jax.projection.build import build_projection
+    from xtoken_jax.projection.build import ProjectionOptions, build_projection
+    from xtoken_jax.projection.counts import count_rows
     from xtoken_jax.projection.files import save_projection
     from xtoken_jax.tokens.tokenizer import TokenizerPair
 
+    how = ProjectionOptions(
+        options.entries, options.reverse, options.scale_trick, options.similar_special
+    )  # refused before anything is loaded
     pair = TokenizerPair.load(options.student, options.teacher)
-    projection = build_projection(pair)
+    start = time.perf_counter()
+    projection = build_projection(pair, **asdict(how))
+    seconds = time.perf_counter() - start
     try:
-        save_projection(options.out, projection, pair)
+        save_projection(options.out, projection, pair, how)
     except OSError as error:
         raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
-    entries = (np.asarray(projection.indices) >= 0).sum(1)
-    counts = {
-        "rows": len(entries),
-        "exact": int((np.asarray(projection.weights)[:, 0] == 1).sum()),
-        "several": int((entries > 1).sum()),
-        "empty": int((entries == 0).sum()),
-        "teacher_size": pair.teacher.size,
-        "file": str(options.out),
-    }
+    counts = count_rows(pair, projection)
+    size, teacher_size = pair.student.size, pair.teacher.size
     if options.json:
-        _print_json(counts)
+        shape = {"rows": size, "teacher_size": teacher_size}
+        rest = {"options": asdict(how), "seconds": round(seconds, 3), "file": str(options.out)}
+        _print_json({**shape, **counts, **rest})
         return
-    console.print(
-        f"W [{counts['rows']:,} x {counts['teacher_size']:,}]: {counts['exact']:,} rows of one entry, "
-        f"{counts['several']:,} of several, {counts['empty']:,} empty -> {options.out}"
-    )
+    table = Table(title=f"W [{size:,} x {teacher_size:,}], {how.entries} entries a row at most")
+    table.add_column("student tokens that have")
+    table.add_column("rows", justify="right")
+    for kind, text in (
+        ("bytes", "the same bytes as a teacher token"),
+        ("role", "the same role as one"),
+        ("similar", "special, a similar spelling"),
+        ("several", "several teacher tokens"),
+        ("repeated", "one teacher token without being its equal, such as 222 -> 2"),
+        ("empty", "none: their mass is dropped"),
+    ):
+        if counts[kind] or kind != "similar":
+            table.add_row(text, f"{counts[kind]:,}")
+    Console(highlight=False, soft_wrap=True).print(table)
+    console.print(f"built in {seconds:.2f} s -> {options.out}")
 
 
 def _align(options: argparse.Namespace, console: Console) -> None:
