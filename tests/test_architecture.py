@@ -24,12 +24,9 @@ ALLOWED = {
     "projection.matrix": set(),
     "projection": {"tokens"},
     # What tokens stand for, and rows of W as text.
-    "token_classes": {"tokens"},
-    "token_rows": {"tokens", "projection"},
-    "coverage": {"tokens", "projection", "token_classes", "token_rows"},
-    # How an audit is shown.
-    "audit_table": {"coverage", "token_classes", "token_rows"},
-    "audit_pictures": {"tokens", "projection", "coverage", "token_classes", "token_rows"},
+    "coverage": {"tokens", "projection"},
+    # What a person looks at.
+    "display": {"tokens", "alignment", "projection", "coverage"},
     "data": {"tokens", "alignment"},
     "models": {"mesh"},
     # It compares the tokenizer's size with the model's vocabulary.

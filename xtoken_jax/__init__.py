@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from xtoken_jax import losses
     from xtoken_jax.alignment.align import align
     from xtoken_jax.alignment.batch import Alignment
-    from xtoken_jax.coverage import Audit, audit
+    from xtoken_jax.coverage.audit import Audit, audit
     from xtoken_jax.errors import UserError
     from xtoken_jax.projection.build import ProjectionOptions, build_projection
     from xtoken_jax.projection.cache import cached_projection
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Alignment": "alignment.batch",
-    "Audit": "coverage",
+    "Audit": "coverage.audit",
     "LearnableProjection": "projection.matrix",
     "Partition": "projection.matrix",
     "Projection": "projection.matrix",
@@ -35,7 +35,7 @@ _MODULES = {
     "TokenizerPair": "tokens.tokenizer",
     "UserError": "errors",
     "align": "alignment.align",
-    "audit": "coverage",
+    "audit": "coverage.audit",
     "build_projection": "projection.build",
     "cached_projection": "projection.cache",
     "load_projection": "projection.files",

@@ -7,13 +7,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from xtoken_jax import __version__
 from xtoken_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 _DISTILL_HELP = """\
 arguments are key=value pairs:
@@ -61,6 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"xtoken: interrupted{resumes * (options.command == 'distill')}", file=sys.stderr)
         return 130
     return 0
+
+
+def _load_pair(options: argparse.Namespace, console: Console) -> TokenizerPair:
+    """The two tokenizers, said on stderr what they are."""
+    from xtoken_jax.tokens.tokenizer import TokenizerPair
+
+    with console.status("loading the tokenizers"):
+        pair = TokenizerPair.load(options.student, options.teacher)
+    for side, tokenizer in (("student", pair.student), ("teacher", pair.teacher)):
+        console.print(f"{side}  {tokenizer.name}: {tokenizer.describe()}", markup=False)
+        if tokenizer.warning:
+            console.print(f"warning: {tokenizer.name}: {tokenizer.warning}", markup=False, style="yellow")
+    return pair
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,6 +168,13 @@ def _parser() -> argparse.ArgumentParser:
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text itself")
     source.add_argument("--file", type=Path, help="a UTF-8 file")
+    source.add_argument(
+        "--chat",
+        type=Path,
+        metavar="FILE.json",
+        help='a list of messages {"role": ..., "content": ...}, rendered by each side\'s chat template',
+    )
+    sub.add_argument("--marks", action="store_true", help="with BOS and EOS, as in training")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command(
@@ -213,15 +236,14 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
 
 
 def _audit(options: argparse.Namespace, console: Console) -> None:
-    from xtoken_jax.audit_table import show_audit
-    from xtoken_jax.coverage import audit
+    from xtoken_jax.coverage.audit import audit
+    from xtoken_jax.display.audit_table import show_audit
     from xtoken_jax.projection.build import build_projection
-    from xtoken_jax.tokens.tokenizer import TokenizerPair
 
     critical_text, text = (
         None if path is None else _read_texts(path) for path in (options.critical_file, options.text_file)
     )
-    pair = TokenizerPair.load(options.student, options.teacher)
+    pair = _load_pair(options, console)
     projection = build_projection(pair)
     found = audit(pair, projection, critical_tokens=options.critical, critical_text=critical_text, text=text)
     if options.json:
@@ -229,7 +251,7 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
     else:
         show_audit(found, Console(highlight=False, soft_wrap=True))
     if options.picture:
-        from xtoken_jax.audit_pictures import draw_audit, draw_row
+        from xtoken_jax.display.audit_pictures import draw_audit, draw_row
 
         rows = options.picture.with_stem(options.picture.stem + "-rows")
         draw_audit(found, options.picture)
@@ -251,12 +273,11 @@ def _project(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.projection.build import ProjectionOptions, build_projection
     from xtoken_jax.projection.counts import count_rows
     from xtoken_jax.projection.files import save_projection
-    from xtoken_jax.tokens.tokenizer import TokenizerPair
 
     how = ProjectionOptions(
         options.entries, options.reverse, options.scale_trick, options.similar_special
     )  # refused before anything is loaded
-    pair = TokenizerPair.load(options.student, options.teacher)
+    pair = _load_pair(options, console)
     start = time.perf_counter()
     projection = build_projection(pair, **asdict(how))
     seconds = time.perf_counter() - start
@@ -289,46 +310,36 @@ def _project(options: argparse.Namespace, console: Console) -> None:
 
 
 def _align(options: argparse.Namespace, console: Console) -> None:
+    from dataclasses import asdict
+
+    from xtoken_jax.alignment.chat import align_chats
+    from xtoken_jax.alignment.rows import with_document_marks
     from xtoken_jax.alignment.spans import align_texts
-    from xtoken_jax.tokens.tokenizer import TokenizerPair
+    from xtoken_jax.display.alignment_table import columns, show_alignment
 
-    text = options.text
-    if text is None:
+    file = options.file or options.chat
+    if file is None:
+        text = options.text
+    else:
         try:
-            text = options.file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{options.file}: cannot be read as UTF-8 text ({error})") from error
-    pair = TokenizerPair.load(options.student, options.teacher)
-    (spans,) = align_texts(pair, [text])
-    sides = (
-        (pair.student, spans.student.ids, spans.student.chunks),
-        (pair.teacher, spans.teacher.ids, spans.teacher.chunks),
-    )
-    shown: list[list[list[str]]] = []
-    for tokenizer, ids, chunks in sides:
-        pieces: list[list[str]] = [[] for _ in range(spans.chunk_count)]
-        for i, chunk in zip(ids.tolist(), chunks.tolist(), strict=True):
-            if chunk >= 0:
-                pieces[chunk].append(_visible(tokenizer.bytes_of(i) or b""))
-        shown.append(pieces)
-    rows = list(zip(*shown, spans.exact.tolist(), strict=True))
+            raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+    pair = _load_pair(options, console)
+    if options.chat:
+        try:
+            messages = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{file}: not valid JSON ({error}); wanted is a list of messages") from error
+        (spans,) = align_chats(pair, [messages["messages"] if isinstance(messages, dict) else messages])
+    else:
+        (spans,) = align_texts(pair, [text])
+    if options.marks:
+        spans = with_document_marks(pair, spans)
     if options.json:
-        _print_json([{"student": s, "teacher": t, "exact": e} for s, t, e in rows])
-        return
-    out = Console(highlight=False)
-    for student, teacher, exact in rows:
-        style = "red" if not exact else "yellow" if len(student) != 1 or len(teacher) != 1 else None
-        out.print("|".join(student).ljust(28) + "|".join(teacher), style=style, markup=False)
-    gaps = sum(int((chunks < 0).sum()) for _, _, chunks in sides)
-    out.print(
-        f"{len(spans.student.ids)} student tokens, {len(spans.teacher.ids)} teacher tokens, "
-        f"{spans.chunk_count} chunks, {gaps} tokens in none"
-    )
-
-
-def _visible(content: bytes) -> str:
-    text = content.decode("utf-8", errors="backslashreplace")
-    return "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
+        _print_json([asdict(column) for column in columns(pair, spans)])
+    else:
+        show_alignment(pair, spans, Console(highlight=False))
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:

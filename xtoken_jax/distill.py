@@ -15,7 +15,7 @@ from rich.console import Console
 
 from xtoken_jax.alignment.spans import Spans
 from xtoken_jax.config import Experiment
-from xtoken_jax.coverage import audit
+from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data import arithmetic
 from xtoken_jax.data.batches import DataConfig, read_windows, training_batches
 from xtoken_jax.data.sources import SourceKind

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import tokenizers
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import Tokenizer
@@ -105,9 +106,13 @@ def locate(
     first = offsets[:-1][dummy]
     starts[first] += 1
     faithful[first] = False
-    for b in np.flatnonzero(~plain & ~dummy).tolist():
+    others = np.flatnonzero(~plain & ~dummy).tolist()
+    again = tokenizer.encode_batch([texts[b] for b in others]) if others else []
+    for b, encoding in zip(others, again, strict=True):
         here = slice(offsets[b], offsets[b + 1])
-        starts[here], ends[here], faithful[here] = _by_characters(tokenizer, texts[b], raw[b], ids[here])
+        if encoding.ids != encoded[b].tolist():
+            raise ValueError(f"text {b}: the ids given for it are not those of {tokenizer.name}")
+        starts[here], ends[here], faithful[here] = by_characters(tokenizer, texts[b], raw[b], encoding)
         starts[here] += text_starts[b]
         ends[here] += text_starts[b]
     return Located(ids, offsets, starts, ends, faithful, plain, dummy, text_starts)
@@ -147,13 +152,11 @@ def _misspelled(
     return places[np.bincount(np.repeat(np.arange(len(places)), spelled[places]), differs, len(places)) > 0]
 
 
-def _by_characters(
-    tokenizer: Tokenizer, text: str, raw: bytes, ids: np.ndarray
+def by_characters(
+    tokenizer: Tokenizer, text: str, raw: bytes, encoding: tokenizers.Encoding
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Starts, ends (bytes of this text) and faithful of the tokens of a text they do not spell."""
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-    if encoding.ids != ids.tolist():
-        raise ValueError(f"{tokenizer.name}: one text was encoded in two ways")
+    """Starts, ends (bytes of this text) and faithful of the tokens of one text, from character offsets."""
+    ids = np.array(encoding.ids, np.int32)
     character_ends = np.cumsum(_utf8_lengths(text), dtype=np.int64)
     byte_of = np.concatenate([[0], character_ends])
     starts, ends = byte_of[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]

@@ -59,7 +59,7 @@ def compare_auto_tokenizer(folder: Path, backend: tokenizers.Tokenizer, fingerpr
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_import() -> Iterator[None]:
     """transformers says on import what it could not find; none of it matters to a tokenizer."""
     before = os.environ.get("TRANSFORMERS_VERBOSITY")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -73,7 +73,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _difference(folder: Path, backend: tokenizers.Tokenizer, named: str | None) -> str | None:
-    with _quiet():
+    with quiet_import():
         from transformers import AutoTokenizer
         from transformers.utils import logging
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,13 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
         """Encodings (ids and character offsets) of several texts, without special tokens."""
         return self.backend.encode_batch(texts, add_special_tokens=False)
+
+    @cached_property
+    def markup_backend(self) -> tokenizers.Tokenizer:
+        """A second backend, to which a special token spelled out is that token: for rendered templates."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of a run of ids; bytes that are not UTF-8 show as U+FFFD."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from xtoken_jax.coverage.token_classes import CRITICAL, class_names, sort_key
+from xtoken_jax.coverage.token_rows import TokenRow, describe_row, find_token, row_of, token_text
 from xtoken_jax.errors import UserError
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.matrix import Partition, Projection
-from xtoken_jax.token_classes import CRITICAL, class_names, sort_key
-from xtoken_jax.token_rows import TokenRow, describe_row, find_token, row_of, token_text
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 NAMED = "named by you"

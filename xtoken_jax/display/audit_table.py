@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xtoken_jax.coverage import Audit, TextShare
-from xtoken_jax.token_classes import UNUSED
-from xtoken_jax.token_rows import describe_row, short_name, visible
+from xtoken_jax.coverage.audit import Audit, TextShare
+from xtoken_jax.coverage.token_classes import UNUSED
+from xtoken_jax.coverage.token_rows import describe_row, short_name, visible
 
 _LONGEST = 16  # characters of a token, so that a run of dashes leaves room for its neighbours
 

@@ -15,11 +15,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 
-from xtoken_jax.coverage import Audit, ClassCoverage
+from xtoken_jax.coverage.audit import Audit, ClassCoverage
+from xtoken_jax.coverage.token_classes import SCRIPTS, class_names
+from xtoken_jax.coverage.token_rows import TokenRow, find_token, row_of, short_name, token_text, visible
 from xtoken_jax.errors import UserError
 from xtoken_jax.projection.matrix import Partition, Projection
-from xtoken_jax.token_classes import SCRIPTS, class_names
-from xtoken_jax.token_rows import TokenRow, find_token, row_of, short_name, token_text, visible
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 # matplotlib's own font has no Han, Kana, Hangul, Thai or Devanagari; one of these is taken where installed.

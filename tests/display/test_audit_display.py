@@ -11,9 +11,9 @@ from rich.console import Console
 from tokens import trained
 
 import xtoken_jax
-from xtoken_jax.audit_pictures import draw_audit, draw_row
-from xtoken_jax.audit_table import show_audit
 from xtoken_jax.cli import main
+from xtoken_jax.display.audit_pictures import draw_audit, draw_row
+from xtoken_jax.display.audit_table import show_audit
 from xtoken_jax.errors import UserError
 from xtoken_jax.projection.build import build_projection
 

@@ -3,7 +3,7 @@
 import pytest
 from tokens import trained
 
-from xtoken_jax.token_classes import TEXT_CLASSES, class_names, sort_key, text_class
+from xtoken_jax.coverage.token_classes import TEXT_CLASSES, class_names, sort_key, text_class
 
 EXAMPLES = {
     "1-digit numerals": ["7", " 7"],

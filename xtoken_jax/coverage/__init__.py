@@ -1,0 +1,1 @@
+"""Which of a student's tokens a teacher shares, by class, and the loss that follows."""
