@@ -10,6 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from projection.random_w import random_w
 
+from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.projection_kl import projection_kl
 from xtoken_jax.mesh import MeshConfig, make_mesh
 from xtoken_jax.projection.sharded import shard_projection
 
@@ -116,3 +118,27 @@ def test_the_rows_can_be_those_of_padded_logits():
         for rows in (60, 56, 81):
             with pytest.raises(ValueError, match=f"rows={rows}"):
                 shard_projection(w, mesh, "tensor", rows=rows)
+
+
+def test_p_kl_takes_every_form_of_w():
+    mesh = make_mesh(MESHES[1])
+    w = random_w(3, 61, V_T)
+    chunks = np.array([[0, 0, 1, 2, 3, 3], [0, 1, 1, 2, 3, -1]], np.int32)
+    alignment = Alignment(chunks, chunks[:, ::-1].copy(), np.ones((2, 4), bool))
+    logits = [jnp.asarray(RNG.normal(size=(2, 6, size)), jnp.float32) for size in (64, V_T)]
+
+    @jax.jit
+    def value_and_gradient(student, teacher, alignment, w):
+        def loss(student):
+            return projection_kl(student, teacher, alignment, w, top_k=16).sum()
+
+        return jax.value_and_grad(loss)(student)
+
+    with jax.set_mesh(mesh):
+        expected = value_and_gradient(*logits, alignment, w)
+        assert np.abs(expected[1]).max() > 1e-3
+        sharded = shard_projection(w, mesh, "tensor")
+        for form in (w.split(), w.learnable(), sharded, sharded.learnable()):
+            found = value_and_gradient(*logits, alignment, form)
+            np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+            np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-6)

@@ -56,8 +56,8 @@ def build_projection(
        weights to the rows of its pieces, in its own column. `similar_special`: so do special
        tokens spelled alike. Rows of 1 and 2 stay as they are.
     5. A row keeps its K heaviest entries (equal weights: the lowest teacher id) and is
-       normalized. `scale_trick`: a row of 3 or 4 with all K entries first has the last
-       one set to 0.2, and is sorted again.
+       normalized. `scale_trick`: where all K are there, the last one is first set to 0.2
+       and the row sorted again; not in rows of 1 and 2.
 
     Rows without a mapping stay empty. Unused ids take no part, nor do byte-fallback tokens of
     characters that have a token of their own: no tokenizer gives them, and they would take the
