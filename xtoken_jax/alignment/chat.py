@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import tokenizers
 
-from xtoken_jax.alignment.locate import Located, by_characters, to_bytes
+from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets
 from xtoken_jax.alignment.spans import Spans, align_located
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.auto_tokenizer import quiet_import
@@ -18,10 +20,10 @@ from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 Conversation = Sequence[dict[str, Any]]
 
 # A template may take a message apart at its thinking, keep it, or drop it from earlier turns.
-_THINKING = re.compile(r"(\s*</?think>\s*)")
-# What stands for piece i of the contents when it is looked up where a template puts it; private-use
-# characters, which no template strips.
-_PLACE = re.compile("\ue000([0-9]+)\ue001")
+_THINKING = re.compile(r"(</?think>)")
+# Characters of private use, which no template strips: a number between two of them stands for a piece
+# when it is looked up where a template puts it.
+_MARKS = range(0xF0000, 0xFFFFE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Region:
-    """Where a piece stands in a rendered conversation, in characters, and how much of it was stripped."""
+    """Where a piece stands in a rendered conversation (characters, then bytes), and the number of
+    characters that the template took off its front."""
 
     piece: int
     start: int
@@ -102,10 +105,29 @@ def _pieces(conversation: Conversation, place: int) -> list[_Piece]:
         content = message.get("content")
         if content is not None and not isinstance(content, str):
             raise UserError(f"{where}: its content is no text ({content!r:.80})")
-        if "\ue000" in (content or ""):
-            raise UserError(f"{where}: U+E000 is used to find messages in a template; leave it out")
-        found += [_Piece(m, part) for part in _THINKING.split(content or "")[::2] if part.strip()]
+        found += [_Piece(m, part) for part in _parts(content or "")[1::2] if part]
     return found
+
+
+def _parts(content: str) -> list[str]:
+    """A content cut up: between pieces, piece, between pieces, ..., between pieces.
+
+    With thinking marked in it, the blanks around the markers stand between the pieces; else it is
+    one piece with its blanks. A piece of blanks alone is empty.
+    """
+    texts = _THINKING.split(content)
+    if len(texts) == 1:
+        return ["", content, ""] if content.strip() else [content, "", ""]
+    parts = [""]
+    for place, text in enumerate(texts):
+        if place % 2:
+            parts[-1] += text
+        else:
+            piece = text.strip()
+            before, after = text.split(piece, 1) if piece else (text, "")
+            parts[-1] += before
+            parts += [piece, after]
+    return parts
 
 
 def _locate(
@@ -122,21 +144,23 @@ def _locate(
         )
     ids, spans, faithful, learnt = [], [], [], []
     sizes: list[int] = []
-    for b, conversation in enumerate(conversations):
-        where = f"conversation {b}"
-        text = render(tokenizer, template, conversation, where)
-        regions = _regions(tokenizer, template, conversation, pieces[b], text, where)
-        row = _encode(tokenizer, text, regions)
+    texts = [render(tokenizer, template, c, f"conversation {b}") for b, c in enumerate(conversations)]
+    encodings = tokenizer.markup_backend.encode_batch(texts, add_special_tokens=False) if texts else []
+    for b, (conversation, text, encoding) in enumerate(zip(conversations, texts, encodings, strict=True)):
+        found = _regions(tokenizer, template, conversation, pieces[b], text, f"conversation {b}")
+        offset = byte_offsets(text)
+        regions = [replace(r, start=int(offset[r.start]), end=int(offset[r.end])) for r in found]
+        row = _encode(tokenizer, text, encoding, regions)
         ids.append(row[0])
         faithful.append(row[2])
-        place, size = _in_pieces(row[1], text, regions, pieces[b])
+        place, size = _in_pieces(row[1], regions, pieces[b])
         spans.append(place + sum(sizes))
+        sizes.append(size)
         learnt.append(
             np.ones(len(row[0]), bool)
             if targets == "all"
-            else _of_assistant(tokenizer, row[0], row[1], text, regions, pieces[b], conversation)
+            else _of_assistant(tokenizer, row[0], row[1], text.encode(), regions, pieces[b], conversation)
         )
-        sizes.append(size)
     counts = np.array([len(row) for row in ids], np.int64)
     starts, ends = np.concatenate(spans or [np.zeros((0, 2), np.int64)]).T
     never = np.zeros(len(ids), bool)
@@ -180,13 +204,15 @@ def _regions(
     where: str,
 ) -> list[_Region]:
     """Where the pieces stand in the rendered text: rendered once more with places in their stead."""
+    said = set().union(*(message.get("content") or "" for message in conversation))
+    mark = next(chr(point) for point in _MARKS if chr(point) not in said)
     number = iter(range(len(pieces)))
     marked = []
     for message in conversation:
-        parts = _THINKING.split(message.get("content") or "")
-        parts[::2] = [f"\ue000{next(number)}\ue001" if part.strip() else part for part in parts[::2]]
+        parts = _parts(message.get("content") or "")
+        parts[1::2] = [f"{mark}{next(number)}{mark}" if piece else "" for piece in parts[1::2]]
         marked.append({**message, "content": "".join(parts)} if message.get("content") else message)
-    markup = _PLACE.split(render(tokenizer, template, marked, where))
+    markup = re.split(f"{mark}([0-9]+){mark}", render(tokenizer, template, marked, where))
     regions: list[_Region] = []
     at = len(markup[0])
     if not text.startswith(markup[0]):
@@ -221,82 +247,71 @@ def _variants(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _encode(
-    tokenizer: Tokenizer, text: str, regions: list[_Region]
+    tokenizer: Tokenizer, text: str, encoding: tokenizers.Encoding, regions: list[_Region]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, byte spans [T, 2] and faithful of a rendered conversation.
 
     It is encoded as one text, so that markup and content merge as they do in use. A content that
     spells a special token is the exception: there each content is encoded by itself, as text.
     """
-    whole = _encoded(tokenizer, text, markup=True)
+    raw = text.encode()
+    whole = _placed(tokenizer, text, raw, encoding)
     special = np.isin(whole[0], list(tokenizer.token_bytes.special))
-    offset = _byte_offsets(text)
-    inside = np.zeros(len(whole[0]), bool)
-    for region in regions:
-        # A token without text of its own keeps its place as start = end, behind what it covers.
-        inside |= (whole[1][:, 1] > offset[region.start]) & (whole[1][:, 1] <= offset[region.end])
-    if not (special & inside).any():
+    ends = whole[1][special, 1]  # a token without text of its own stands at the end of what it covers
+    if not any(((ends > region.start) & (ends <= region.end)).any() for region in regions):
         return whole
-    parts, at = [], 0
-    for region in regions:
-        parts += [(at, text[at : region.start], True), (region.start, text[region.start : region.end], False)]
-        at = region.end
-    parts.append((at, text[at:], True))
-    rows = [(offset[start], _encoded(tokenizer, part, markup=markup)) for start, part, markup in parts]
-    return (
-        np.concatenate([row[0] for _, row in rows]),
-        np.concatenate([row[1] + start for start, row in rows]),
-        np.concatenate([row[2] for _, row in rows]),
-    )
+    borders = [0, *(border for region in regions for border in (region.start, region.end)), len(raw)]
+    rows = []
+    for place, (start, end) in enumerate(pairwise(borders)):
+        part = raw[start:end].decode()
+        backend = tokenizer.backend if place % 2 else tokenizer.markup_backend
+        row = _placed(tokenizer, part, raw[start:end], backend.encode(part, add_special_tokens=False))
+        rows.append((row[0], row[1] + start, row[2]))
+    first, second, third = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return first, second, third
 
 
-def _encoded(tokenizer: Tokenizer, text: str, *, markup: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    (raw,) = to_bytes([text])
-    backend = tokenizer.markup_backend if markup else tokenizer.backend
-    encoding = backend.encode(text, add_special_tokens=False)
+def _placed(
+    tokenizer: Tokenizer, text: str, raw: bytes, encoding: tokenizers.Encoding
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     starts, ends, faithful = by_characters(tokenizer, text, raw, encoding)
     return np.array(encoding.ids, np.int32), np.stack([starts, ends], axis=1), faithful
 
 
-def _byte_offsets(text: str) -> list[int]:
-    """Where each character of a text begins in its bytes, and its end."""
-    return np.cumsum([0, *(len(c.encode()) for c in text)]).tolist()
-
-
-def _in_pieces(
-    spans: np.ndarray, text: str, regions: list[_Region], pieces: list[_Piece]
-) -> tuple[np.ndarray, int]:
+def _in_pieces(spans: np.ndarray, regions: list[_Region], pieces: list[_Piece]) -> tuple[np.ndarray, int]:
     """Spans within the pieces laid end to end, [0, 0] outside of them, and the pieces' total size."""
-    offset = _byte_offsets(text)
     # One unit apart, so that no two pieces share a boundary.
     bases = np.cumsum([0, *(len(piece.text.encode()) + 1 for piece in pieces)]).tolist()
     placed = np.zeros_like(spans)
     for region in regions:
-        start, end = offset[region.start], offset[region.end]
-        here = (spans[:, 0] >= start) & (spans[:, 1] <= end) & (spans[:, 1] > spans[:, 0])
+        here = _inside(spans, region.start, region.end)
         skipped = len(pieces[region.piece].text[: region.skipped].encode())
-        placed[here] = spans[here] - start + bases[region.piece] + skipped
+        placed[here] = spans[here] - region.start + bases[region.piece] + skipped
     return placed, bases[-1]
+
+
+def _inside(spans: np.ndarray, start: int, end: int) -> np.ndarray:
+    """bool [T]: the tokens whose text lies between two places."""
+    return (spans[:, 0] >= start) & (spans[:, 1] <= end) & (spans[:, 1] > spans[:, 0])
 
 
 def _of_assistant(
     tokenizer: Tokenizer,
     ids: np.ndarray,
     spans: np.ndarray,
-    text: str,
+    raw: bytes,
     regions: list[_Region],
     pieces: list[_Piece],
     conversation: Conversation,
 ) -> np.ndarray:
     """bool [T]: the tokens of the assistant's contents, and the special token that ends each turn."""
-    offset = _byte_offsets(text)
     learnt = np.zeros(len(ids), bool)
     for m, message in enumerate(conversation):
         own = [region for region in regions if pieces[region.piece].message == m]
         if message["role"] != "assistant" or not own:
             continue
-        start, end = offset[_opening(message["content"], text, own[0].start)], offset[own[-1].end]
-        here = np.flatnonzero((spans[:, 0] >= start) & (spans[:, 1] <= end) & (spans[:, 1] > spans[:, 0]))
+        start = _opening(message["content"].encode(), raw, own[0].start)
+        here = np.flatnonzero(_inside(spans, start, own[-1].end))
         learnt[here] = True
         behind = int(here[-1]) + 1 if len(here) else len(ids)
         if behind < len(ids) and int(ids[behind]) in tokenizer.token_bytes.special:
@@ -304,8 +319,9 @@ def _of_assistant(
     return learnt
 
 
-def _opening(content: str, text: str, start: int) -> int:
+def _opening(content: bytes, raw: bytes, start: int) -> int:
     """Where the assistant's content begins: with what stands in front of its first piece, a `<think>`."""
-    before = _THINKING.split(content)[:2]
-    opening = "".join(before).lstrip() if not before[0].strip() else ""
-    return start - len(opening) if opening and text.endswith(opening, 0, start) else start
+    parts = _parts(content.decode())
+    first = next(i for i in range(1, len(parts), 2) if parts[i])
+    opening = "".join(parts[:first]).lstrip().encode()
+    return start - len(opening) if opening and raw.endswith(opening, 0, start) else start

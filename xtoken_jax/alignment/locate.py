@@ -157,8 +157,7 @@ def by_characters(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Starts, ends (bytes of this text) and faithful of the tokens of one text, from character offsets."""
     ids = np.array(encoding.ids, np.int32)
-    character_ends = np.cumsum(_utf8_lengths(text), dtype=np.int64)
-    byte_of = np.concatenate([[0], character_ends])
+    byte_of = byte_offsets(text)
     starts, ends = byte_of[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
     if not len(ids):
         return starts, ends, np.zeros(0, bool)
@@ -191,6 +190,7 @@ def by_characters(
     return np.where(lengths > 0, starts, ends), ends, faithful
 
 
-def _utf8_lengths(text: str) -> np.ndarray:
+def byte_offsets(text: str) -> np.ndarray:
+    """int64 [n + 1]: where each of the n characters of a text begins in its UTF-8, and the end."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    return 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    return _running(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))
