@@ -182,6 +182,6 @@ def test_audit_project_align(capsys, pair_folders, tmp_path):
     assert out.is_file()
     assert main(["align", *pair, "--text", "12+30=42", "--json"]) == 0
     chunks = json.loads(capsys.readouterr().out)
-    assert chunks[0] == {"student": ["12"], "teacher": ["1", "2"], "exact": True}
+    assert chunks[0] == {"chunk": 0, "student": ["12"], "teacher": ["1", "2"], "exact": True}
     fails(capsys, ["align", *pair, "--file", tmp_path / "none.txt"], "cannot be read")
     fails(capsys, ["audit", "--student", tmp_path / "none", *pair[2:]], "no such folder")

@@ -238,13 +238,13 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
 def _audit(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.coverage.audit import audit
     from xtoken_jax.display.audit_table import show_audit
-    from xtoken_jax.projection.build import build_projection
+    from xtoken_jax.projection.cache import cached_projection
 
     critical_text, text = (
         None if path is None else _read_texts(path) for path in (options.critical_file, options.text_file)
     )
     pair = _load_pair(options, console)
-    projection = build_projection(pair)
+    projection = cached_projection(pair)
     found = audit(pair, projection, critical_tokens=options.critical, critical_text=critical_text, text=text)
     if options.json:
         _print_json(found.to_dict())
@@ -330,8 +330,11 @@ def _align(options: argparse.Namespace, console: Console) -> None:
         try:
             messages = json.loads(text)
         except ValueError as error:
-            raise UserError(f"{file}: not valid JSON ({error}); wanted is a list of messages") from error
-        (spans,) = align_chats(pair, [messages["messages"] if isinstance(messages, dict) else messages])
+            raise UserError(f"{file}: not valid JSON ({error})") from error
+        messages = messages.get("messages") if isinstance(messages, dict) else messages
+        if not isinstance(messages, list):
+            raise UserError(f'{file}: neither a list of messages nor {{"messages": [...]}}')
+        (spans,) = align_chats(pair, [messages])
     else:
         (spans,) = align_texts(pair, [text])
     if options.marks:

@@ -29,7 +29,7 @@ from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import make_mesh, replicated
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model
-from xtoken_jax.projection.build import build_projection
+from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.files import load_projection
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
 from xtoken_jax.runs import claim
@@ -93,7 +93,7 @@ def distill(experiment: Experiment, console: Console) -> Result:
     with jax.set_mesh(mesh):
         pair = _load_pair(experiment)
         key = jax.random.key(experiment.train.seed)
-        console.print(f"student  {experiment.student.path}  ({pair.student.size:,} tokens)")
+        _name(console, "student", pair.student)
         student, start = open_model(experiment.student, pair.student.size, mesh=mesh, key=key)
         kind, teacher = _load_teacher(experiment, pair, mesh, console)
         with console.status("tokenizing and aligning the text"):
@@ -162,6 +162,12 @@ def _load_pair(experiment: Experiment) -> TokenizerPair:
     return TokenizerPair(student, Tokenizer.load(str(experiment.teacher.path)))
 
 
+def _name(console: Console, side: str, tokenizer: Tokenizer) -> None:
+    console.print(f"{side}  {tokenizer.name}\n         {tokenizer.describe()}", markup=False)
+    if tokenizer.warning:
+        console.print(f"warning  {tokenizer.warning}", markup=False, style="yellow")
+
+
 def _load_teacher(
     experiment: Experiment, pair: TokenizerPair, mesh: Mesh, console: Console
 ) -> tuple[LossKind, _Teacher | None]:
@@ -170,10 +176,10 @@ def _load_teacher(
     if kind is LossKind.none:
         console.print("loss     next-token cross-entropy, no teacher")
         return kind, None
-    console.print(f"teacher  {experiment.teacher.path}  ({pair.teacher.size:,} tokens)")
+    _name(console, "teacher", pair.teacher)
     model, params = open_model(experiment.teacher, pair.teacher.size, mesh=mesh, key=jax.random.key(0))
     if experiment.projection is None:
-        projection = build_projection(pair)
+        projection = cached_projection(pair)
     else:
         projection = load_projection(experiment.projection, pair)
     reason = "as configured"
