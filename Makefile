@@ -47,8 +47,10 @@ format: $(VENV)/installed-dev ## rewrite the code in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed ## compiled memory and relative speed of the losses
+bench: $(VENV)/installed ## compiled memory and relative speed: losses, and on fetched tokenizers alignment and W
 	$(BIN)/python experiments/benchmarks/losses.py
+	$(BIN)/python experiments/benchmarks/alignment.py
+	$(BIN)/python experiments/benchmarks/projection.py
 
 clean: ## delete .venv and caches, keep runs
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

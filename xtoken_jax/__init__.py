@@ -13,8 +13,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from xtoken_jax import losses
-    from xtoken_jax.alignment.align import align
-    from xtoken_jax.alignment.batch import Alignment
+    from xtoken_jax.alignment.align import align, collate, token_rows
+    from xtoken_jax.alignment.batch import Alignment, TokenRows
+    from xtoken_jax.alignment.chat import align_chats
+    from xtoken_jax.alignment.prompts import align_completions
+    from xtoken_jax.alignment.rows import pack
     from xtoken_jax.coverage.audit import Audit, audit
     from xtoken_jax.errors import UserError
     from xtoken_jax.projection.build import ProjectionOptions, build_projection
@@ -31,17 +34,23 @@ _MODULES = {
     "Partition": "projection.matrix",
     "Projection": "projection.matrix",
     "ProjectionOptions": "projection.build",
+    "TokenRows": "alignment.batch",
     "Tokenizer": "tokens.tokenizer",
     "TokenizerPair": "tokens.tokenizer",
     "UserError": "errors",
     "align": "alignment.align",
+    "align_chats": "alignment.chat",
+    "align_completions": "alignment.prompts",
     "audit": "coverage.audit",
     "build_projection": "projection.build",
     "cached_projection": "projection.cache",
+    "collate": "alignment.align",
     "load_projection": "projection.files",
     "losses": "losses",
+    "pack": "alignment.rows",
     "save_projection": "projection.files",
     "shard_projection": "projection.sharded",
+    "token_rows": "alignment.align",
 }
 
 __all__ = [
@@ -51,17 +60,23 @@ __all__ = [
     "Partition",
     "Projection",
     "ProjectionOptions",
+    "TokenRows",
     "Tokenizer",
     "TokenizerPair",
     "UserError",
     "align",
+    "align_chats",
+    "align_completions",
     "audit",
     "build_projection",
     "cached_projection",
+    "collate",
     "load_projection",
     "losses",
+    "pack",
     "save_projection",
     "shard_projection",
+    "token_rows",
 ]
 
 
