@@ -14,7 +14,7 @@ from touched import RULES
 from xtoken_jax.alignment.locate import locate
 from xtoken_jax.alignment.spans import align_located
 
-COUNT = 300
+COUNT = 600
 SAMPLE = 6  # texts a kind and pair that go through the twin's loops
 
 

@@ -30,7 +30,7 @@ def projection(teacher):
         ("gptoss", 200019, "Hello world", [13225, 2375]),
         ("gpt4o", 200019, "Hello world", [13225, 2375]),
         ("deepseek_v3", 128815, "Hello world", [19923, 2058]),
-        ("llama2", 32000, "Hello world", [22557, 1526]),
+        ("llama2", 32000, "Hello world", [22557, 1526]),  # as Mistral 7B, whatever its package says
         ("claude", 65000, "Hello world", [10002, 2253]),
         ("bert", 30522, "hello world", [7592, 2088]),
         ("smollm2", 49152, "Gravity is 9", [22007, 6463, 314, 216, 41]),
