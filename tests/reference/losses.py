@@ -129,3 +129,16 @@ def dynamic_total(ce, kd):
     """The value of sg(CE / KD) KD + CE, and the factor."""
     scale = ce / kd if kd != 0 else 1.0
     return scale * kd + ce, scale
+
+
+def jsd(teacher, student, beta):
+    """sum beta exp(t) (t - m) + (1 - beta) exp(s) (s - m), m the logarithm of the mixture."""
+    total = 0.0
+    for a, b in zip(teacher, student, strict=True):
+        p, q = math.exp(a), math.exp(b)
+        mixture = beta * p + (1 - beta) * q
+        if p > 0:
+            total += beta * p * math.log(p / mixture)
+        if q > 0:
+            total += (1 - beta) * q * math.log(q / mixture)
+    return total
