@@ -142,3 +142,24 @@ def jsd(teacher, student, beta):
         if q > 0:
             total += (1 - beta) * q * math.log(q / mixture)
     return total
+
+
+def rank_l1(
+    student_logits, teacher_logits, student_chunks, teacher_chunks, valid, student_size, teacher_size,
+    *, temperature,
+):  # fmt: skip
+    """ULD of every chunk."""
+
+    def value(b, student_positions, teacher_positions):
+        sides = []
+        for logits, positions, size in (
+            (student_logits, student_positions, student_size),
+            (teacher_logits, teacher_positions, teacher_size),
+        ):
+            logs = [log_softmax([z / temperature for z in logits[b][p][:size]]) for p in positions]
+            sides.append(sorted((math.exp(x) for x in mean_over(logs)), reverse=True))
+        longer = max(map(len, sides))
+        student, teacher = (side + [0.0] * (longer - len(side)) for side in sides)
+        return temperature**2 * sum(abs(x - y) for x, y in zip(student, teacher, strict=True))
+
+    return each_chunk(student_chunks, teacher_chunks, valid, value)

@@ -11,6 +11,7 @@ from xtoken_jax.losses.objective import (
     total_loss,
 )
 from xtoken_jax.losses.projection_kl import projection_kl
+from xtoken_jax.losses.rank import rank_l1
 from xtoken_jax.losses.reduce import masked_mean
 from xtoken_jax.losses.same_vocabulary import next_token_cross_entropy
 
@@ -26,6 +27,7 @@ __all__ = [
     "masked_mean",
     "next_token_cross_entropy",
     "projection_kl",
+    "rank_l1",
     "total_loss",
     "valid_chunks",
 ]
