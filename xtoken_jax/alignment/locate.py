@@ -175,13 +175,14 @@ def by_characters(
     # Text in front that no token covers belongs to the group if its tokens spell it too: the blank
     # before a word piece.
     before = np.concatenate([[0], np.maximum.accumulate(group_end)[:-1]])
-    group_start = np.where(size == group_end - before, before, group_start)
+    widened = np.where(size == group_end - before, before, group_start)
 
     written = tokenizer.token_bytes.written(ids)
-    place = np.arange(len(written)) + np.repeat(group_start - (np.cumsum(size) - size), size)
+    place = np.arange(len(written)) + np.repeat(widened - (np.cumsum(size) - size), size)
     there = np.frombuffer(raw, np.uint8)[np.minimum(place, len(raw) - 1)] if len(raw) else written
     wrong = np.bincount(np.repeat(np.arange(len(size)), size), written != there, len(size))
-    spells = (size == group_end - group_start) & (wrong == 0)
+    spells = (size == group_end - widened) & (wrong == 0)
+    group_start = np.where(spells, widened, group_start)
 
     faithful = spells[group] & (lengths > 0)
     counted = np.cumsum(lengths) + (group_start - (np.cumsum(size) - size))[group]

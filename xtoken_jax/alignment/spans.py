@@ -59,7 +59,9 @@ class Spans:
     exact: np.ndarray
 
 
-def walk(student_spans: np.ndarray, teacher_spans: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def walk(
+    student_spans: np.ndarray, teacher_spans: np.ndarray, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Chunk ids from the text spans of two encodings.
 
     Args:
@@ -67,15 +69,22 @@ def walk(student_spans: np.ndarray, teacher_spans: np.ndarray) -> tuple[np.ndarr
             for both sides, not falling. Tokens may leave text out between them and may share
             a span, but not overlap otherwise. A token with start = end is a gap.
         teacher_spans: int [T_t, 2].
+        length: of the text, whose two ends are then boundaries of both sides, covered or not.
 
     Returns:
         int32 chunk ids [T_s] and [T_t], -1 for gaps and for text that only one side
         covers, and the number of chunks. Linear in the length of the text.
     """
-    edges = np.ones(1 + max(student_spans.max(initial=-1), teacher_spans.max(initial=-1)), bool)
+    if length is None:
+        length = max(student_spans.max(initial=-1), teacher_spans.max(initial=-1))
+        ends = []
+    else:
+        ends = [0, length]
+    edges = np.ones(1 + length, bool)
     for spans in (student_spans, teacher_spans):
         boundary = np.zeros_like(edges)
         boundary[spans] = True
+        boundary[ends] = True
         edges &= boundary
     block_of = np.cumsum(edges)  # 0 before the first edge, then 1, 2, ...
     blocks = []
@@ -121,7 +130,8 @@ def align_located(pair: TokenizerPair, student: Located, teacher: Located) -> li
                 *(
                     np.stack([side.starts[part], side.ends[part]], axis=1) - side.text_starts[b]
                     for side, part in zip(sides, here, strict=True)
-                )
+                ),
+                length=int(student.text_starts[b + 1] - student.text_starts[b]),
             )
         exact = np.ones(count, bool)
         if not tiled[b]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import mean_by_chunk, valid_chunks
+from xtoken_jax.losses.chunks import Merging, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
-from xtoken_jax.projection.matrix import Array, Partition
+from xtoken_jax.losses.sorting import largest, largest_with_places
+from xtoken_jax.projection.matrix import Partition
 
 
 class HybridTerms(NamedTuple):
@@ -29,12 +31,18 @@ def hybrid_kl(
     temperature: float = 1.0,
     uncommon_top_k: int = 8192,
     direction: str = "forward",
-    common_weight: float = 1.0,
-    uncommon_weight: float = 1.0,
+    beta: float = 0.5,
+    merge: str = "mean",
+    student_ids: jax.Array | None = None,
+    teacher_ids: jax.Array | None = None,
+    common_weight: float | None = 1.0,
+    uncommon_weight: float | None = 1.0,
 ) -> jax.Array:
     """GOLD with `Partition.strict`, H-KL with `Partition.relaxed`, for every chunk.
 
-    The weighted sum of `hybrid_terms`; see there for arguments and formula.
+    The weighted sum of `hybrid_terms`; see there for arguments and formula. A weight of None is
+    TRL's: the matched share of the teacher's vocabulary for the common part, the rest of it for
+    the uncommon one.
 
     Returns:
         float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
@@ -47,7 +55,14 @@ def hybrid_kl(
         temperature=temperature,
         uncommon_top_k=uncommon_top_k,
         direction=direction,
+        beta=beta,
+        merge=merge,
+        student_ids=student_ids,
+        teacher_ids=teacher_ids,
     )
+    matched = partition.common_teacher.shape[0] / _sizes(partition)[1]
+    common_weight = matched if common_weight is None else common_weight
+    uncommon_weight = 1 - matched if uncommon_weight is None else uncommon_weight
     return common_weight * terms.common + uncommon_weight * terms.uncommon
 
 
@@ -60,6 +75,10 @@ def hybrid_terms(
     temperature: float = 1.0,
     uncommon_top_k: int = 8192,
     direction: str = "forward",
+    beta: float = 0.5,
+    merge: str = "mean",
+    student_ids: jax.Array | None = None,
+    teacher_ids: jax.Array | None = None,
 ) -> HybridTerms:
     """KL on common pairs and sorted L1 on the rest (GOLD; X-Token, section 4).
 
@@ -70,35 +89,176 @@ def hybrid_terms(
 
     Args:
         student_logits: float [B, T_s, >= V_s]; columns past the partition's ids do not count.
-        teacher_logits: float [B, T_t, >= V_t].
+        teacher_logits: float [B, T_t, >= V_t]. They get no gradient.
         alignment: chunk ids of tokens and `valid` [B, C].
         partition: common pairs and the rest, which together are all ids of both tokenizers.
         temperature: tau > 0.
         uncommon_top_k: entries of the sorted comparison at most.
-        direction: of the common KL.
+        direction: of the common part: "forward", "reverse" or "jsd" (TRL; `kl_terms`).
+        beta: of "jsd".
+        merge: "mean"; "first" or "last" (TRL, the paper's text): the distribution at the chunk's
+            first (last) position times the probabilities of the actual tokens at its others.
+        student_ids, teacher_ids: int32 [B, T_s], [B, T_t], for "first" and "last".
 
     Returns:
         HybridTerms.
+
+    Raises:
+        ValueError: another merge or direction, or "first" or "last" without the ids.
+
+    Example:
+        >>> import numpy as np
+        >>> partition = Partition(*np.array([[0], [1], [1], [0]], np.int32))  # 0 is the teacher's 1
+        >>> ids = jnp.array([[-1, 0]])  # the second token of each side makes chunk 0
+        >>> alignment = Alignment(ids, ids, jnp.ones((1, 1), bool))
+        >>> student, teacher = jnp.log(jnp.array([[[[0.5, 0.5]] * 2], [[[0.25, 0.75]] * 2]]))
+        >>> terms = hybrid_terms(student, teacher, alignment, partition)
+        >>> [round(part.item(), 4) for part in terms]
+        [0.3041, 0.25]
     """
+    if merge not in ("mean", "first", "last"):
+        raise ValueError(f"merge={merge!r}: choose mean, first or last")
+    if merge != "mean" and (student_ids is None or teacher_ids is None):
+        raise ValueError(f"merge={merge!r} needs student_ids and teacher_ids")
     count = alignment.valid.shape[1]
-    common_count = partition.common_student.shape[0]
-
-    def chunk_means(logits: jax.Array, size: int, chunks: Array) -> jax.Array:
-        logits = jnp.asarray(logits[..., :size], jnp.float32) / temperature
-        return mean_by_chunk(jax.nn.log_softmax(logits, axis=-1), jnp.asarray(chunks), count)
-
-    student_size = common_count + partition.uncommon_student.shape[0]
-    teacher_size = common_count + partition.uncommon_teacher.shape[0]
-    student = chunk_means(student_logits, student_size, alignment.student_chunks)
-    teacher = chunk_means(teacher_logits, teacher_size, alignment.teacher_chunks)
-
-    common = kl_terms(
-        teacher[..., partition.common_teacher], student[..., partition.common_student], direction
-    ).sum(-1)
-    largest = min(partition.uncommon_student.shape[0], partition.uncommon_teacher.shape[0], uncommon_top_k)
-    sides = ((student, partition.uncommon_student), (teacher, partition.uncommon_teacher))
-    tops = [jax.lax.top_k(jnp.exp(side[..., ids]), largest)[0] for side, ids in sides]
-    uncommon = jnp.abs(tops[0] - tops[1]).sum(-1)
-
+    student_size, teacher_size = _sizes(partition)
+    student, teacher = (
+        jnp.asarray(logits[..., :size], jnp.float32).reshape(-1, size) / temperature
+        for logits, size in ((student_logits, student_size), (teacher_logits, teacher_size))
+    )
+    student_next, teacher_next = (
+        None if merge == "mean" or ids is None else next_tokens(ids) for ids in (student_ids, teacher_ids)
+    )
+    student_merging, teacher_merging = (
+        Merging.of(chunks, count, merge) for chunks in (alignment.student_chunks, alignment.teacher_chunks)
+    )
+    target = hybrid_target(teacher, teacher_next, teacher_merging, partition, uncommon_top_k)
+    parts = hybrid_chunks(student, student_next, student_merging, target, direction, beta)
     valid = valid_chunks(alignment)
-    return HybridTerms(*(jnp.where(valid, part * temperature**2, 0.0) for part in (common, uncommon)))
+    return HybridTerms(
+        *(jnp.where(valid, part.reshape(valid.shape) * temperature**2, 0.0) for part in parts)
+    )
+
+
+def _sizes(partition: Partition) -> tuple[int, int]:
+    common = partition.common_student.shape[0]
+    return common + partition.uncommon_student.shape[0], common + partition.uncommon_teacher.shape[0]
+
+
+class HybridTarget(NamedTuple):
+    """What the student's chunks are compared with.
+
+    Attributes:
+        common: float32 [K, V_s], the teacher's log-probability of each student token's partner, -inf
+            for a token without one.
+        largest: float32 [K, u], the teacher's u largest uncommon probabilities, falling.
+        paired: bool [V_s], the tokens that have a partner.
+        uncommon: int32 [|U_s|], the student's other tokens.
+    """
+
+    common: jax.Array
+    largest: jax.Array
+    paired: jax.Array
+    uncommon: jax.Array
+
+
+def hybrid_target(
+    logits: jax.Array,
+    next_ids: jax.Array | None,
+    merging: Merging,
+    partition: Partition,
+    uncommon_top_k: int,
+) -> HybridTarget:
+    """The teacher's side: logits float32 [N_t, V_t], divided by the temperature, merged; no gradient."""
+    merged, _ = merged_log_softmax(jax.lax.stop_gradient(logits), next_ids, merging)
+    size = _sizes(partition)[0]
+    partner = jnp.full(size, logits.shape[-1], jnp.int32).at[jnp.asarray(partition.common_student)].set(
+        jnp.asarray(partition.common_teacher)
+    )
+    common = merged.at[:, partner].get(mode="fill", fill_value=-jnp.inf)
+    entries = min(partition.uncommon_student.shape[0], partition.uncommon_teacher.shape[0], uncommon_top_k)
+    top = largest(jnp.exp(merged[:, jnp.asarray(partition.uncommon_teacher)]), entries)
+    # A gather inside of a fused sum of exponentials would be computed entry by entry.
+    common, top = jax.lax.optimization_barrier((common, top))
+    return HybridTarget(common, top, partner < logits.shape[-1], jnp.asarray(partition.uncommon_student))
+
+
+def merged_log_softmax(
+    logits: jax.Array, next_ids: jax.Array | None, merging: Merging
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of chunks.
+
+    Args:
+        logits: float32 [N, V].
+        next_ids: int32 [N], the token that each position predicts, for "first" and "last".
+        merging: of the N positions into K chunks.
+
+    Returns:
+        float32 [K, V], and the log-normalizer of each position [N].
+    """
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    offset = merging.merge(normalizer[:, None])
+    if next_ids is not None:
+        actual = jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0] - normalizer
+        offset = offset - merging.other_tokens(actual)[:, None]
+    return merging.merge(logits) - offset, normalizer
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def hybrid_chunks(
+    logits: jax.Array,
+    next_ids: jax.Array | None,
+    merging: Merging,
+    target: HybridTarget,
+    direction: str,
+    beta: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The common and the uncommon part of each chunk, float32 [K], of student logits float32 [N, V_s]."""
+    return _forward(logits, next_ids, merging, target, direction, beta)[0]
+
+
+def _forward(
+    logits: jax.Array,
+    next_ids: jax.Array | None,
+    merging: Merging,
+    target: HybridTarget,
+    direction: str,
+    beta: float,
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    merged, normalizer = merged_log_softmax(logits, next_ids, merging)
+    common = _common_terms(merged, target, direction, beta).sum(-1)
+    own = jnp.exp(merged[:, target.uncommon])
+    entries = target.largest.shape[-1]
+    top, places = largest_with_places(own, entries)
+    difference = top - target.largest
+    uncommon = jnp.abs(difference).sum(-1)
+    return (common, uncommon), (logits, next_ids, merging, target, merged, normalizer, difference, places)
+
+
+def _common_terms(merged: jax.Array, target: HybridTarget, direction: str, beta: float) -> jax.Array:
+    # A token without a partner is absent on both sides.
+    own = jnp.where(target.paired[None, :], merged, -jnp.inf)
+    return kl_terms(target.common, own, direction, beta=beta)
+
+
+def _backward(direction: str, beta: float, residuals: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
+    logits, next_ids, merging, target, merged, normalizer, difference, places = residuals
+    by_common, by_uncommon = (g[:, None] for g in gradients)
+    _, pull = jax.vjp(lambda s: _common_terms(s, target, direction, beta), merged)
+    (slope,) = pull(jnp.broadcast_to(by_common, merged.shape))
+    # d |a - b| / d log a = sign(a - b) a, at the rank of a.
+    top = target.largest + difference
+    rows = jnp.arange(len(merged), dtype=jnp.int32)[:, None]
+    slope = slope.at[rows, target.uncommon[places]].set(by_uncommon * jnp.sign(difference) * top)
+
+    total = slope.sum(-1)
+    softmax = jnp.exp(logits - normalizer[:, None])
+    if next_ids is None:
+        return merging.spread(slope) - softmax * merging.spread(total[:, None]), None, None, None
+    others = merging.spread_other(total)
+    gradient = merging.spread(slope) - softmax * (merging.spread(total[:, None]) + others[:, None])
+    positions = jnp.arange(len(logits), dtype=jnp.int32)
+    return gradient.at[positions, next_ids].add(others), None, None, None
+
+
+hybrid_chunks.defvjp(_forward, _backward)

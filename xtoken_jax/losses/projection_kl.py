@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import mean_by_chunk, valid_chunks
+from xtoken_jax.losses.chunks import MERGES, Merging, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
-from xtoken_jax.projection.matrix import Projection, SplitProjection
+from xtoken_jax.projection.matrix import LearnableProjection, Projection, SplitProjection
+from xtoken_jax.projection.sharded import ShardedProjection
+
+AnyProjection = Projection | SplitProjection | LearnableProjection | ShardedProjection
 
 _EPSILON = 1e-10  # official implementation
 
@@ -17,12 +22,15 @@ def projection_kl(
     student_logits: jax.Array,
     teacher_logits: jax.Array,
     alignment: Alignment,
-    projection: Projection | SplitProjection,
+    projection: AnyProjection,
     *,
     temperature: float = 1.0,
     top_k: int = 8192,
     direction: str = "forward",
+    beta: float = 0.5,
     merge: str = "mean",
+    student_ids: jax.Array | None = None,
+    teacher_ids: jax.Array | None = None,
     teacher_mask: jax.Array | None = None,
 ) -> jax.Array:
     """P-KL of every chunk (X-Token, arXiv 2605.21699, section 4).
@@ -33,51 +41,143 @@ def projection_kl(
 
     Args:
         student_logits: float [B, T_s, >= V_s]; columns past W's rows do not count.
-        teacher_logits: float [B, T_t, >= V_t]; columns past `projection.teacher_size` do not.
+        teacher_logits: float [B, T_t, >= V_t]; columns past `projection.teacher_size` do not. They
+            get no gradient.
         alignment: chunk ids of tokens, [B, T_s] and [B, T_t], and `valid` [B, C].
-        projection: W [V_s, V_t]; `Projection.split()` of it is faster and gives the same.
+        projection: W [V_s, V_t]; `Projection.split()` of it is fastest and gives the same,
+            `Projection.learnable()` gets a gradient of its own.
         temperature: tau > 0.
         top_k: columns compared; those with the highest teacher logit anywhere in the batch.
-        direction: "forward" or "reverse" KL.
+        direction: "forward" or "reverse" KL, or "jsd" (`kl_terms`).
+        beta: of "jsd".
         merge: "mean", the official one, whose teacher side sums to at most 1, so that the
             value can be negative on chunks of several tokens; "mean_normalized" makes it a
-            distribution again, and the value a KL.
+            distribution again, and the value a KL. "first" and "last": the distributions at the
+            chunk's first (last) position, the teacher's times the probabilities that it gives
+            to the actual tokens at the other positions; the student's is normalized anyhow.
+        student_ids: not read; for the same call as `hybrid_kl`.
+        teacher_ids: int32 [B, T_t], for "first" and "last".
         teacher_mask: bool [B, T_t], real teacher positions; others do not choose columns.
             None: every position does, as in the official implementation.
 
     Returns:
         float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
+
+    Raises:
+        ValueError: another merge or direction, or "first" or "last" without `teacher_ids`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from xtoken_jax.alignment.batch import Alignment
+        >>> from xtoken_jax.projection.matrix import Projection
+        >>> W = Projection(jnp.array([[0], [1], [0]]), jnp.ones((3, 1)), teacher_size=2)
+        >>> ids = jnp.array([[-1, 0]])  # the second token of each side makes chunk 0
+        >>> alignment = Alignment(ids, ids, jnp.ones((1, 1), bool))
+        >>> student, teacher = jnp.zeros((1, 2, 3)), jnp.array([[[1.0, 1.0], [0.0, 0.0]]])
+        >>> print(projection_kl(student, teacher, alignment, W).round(4))
+        [[0.0589]]
     """
-    if merge not in ("mean", "mean_normalized"):
-        raise ValueError(f"merge={merge!r}: choose 'mean' or 'mean_normalized'")
+    if merge not in MERGES:
+        raise ValueError(f"merge={merge!r}: choose one of {', '.join(MERGES)}")
     count = alignment.valid.shape[1]
-    student_logits = jnp.asarray(student_logits[..., : projection.student_size], jnp.float32)
-    teacher_logits = jnp.asarray(teacher_logits[..., : projection.teacher_size], jnp.float32)
-    width = teacher_logits.shape[-1]
-    columns = _top_columns(teacher_logits, teacher_mask, min(top_k, width))
+    student = _flat(student_logits, projection.student_size) / temperature
+    teacher = jax.lax.stop_gradient(_flat(teacher_logits, projection.teacher_size)) / temperature
+    mask = None if teacher_mask is None else jnp.asarray(teacher_mask).reshape(-1)
+    columns = top_columns(teacher, mask, min(top_k, teacher.shape[-1]))
 
-    teacher = jax.nn.log_softmax(teacher_logits[..., columns] / temperature, axis=-1)
-    teacher = mean_by_chunk(teacher, jnp.asarray(alignment.teacher_chunks), count)
+    merging = Merging.of(alignment.teacher_chunks, count, merge)
+    target = merging.merge(jax.nn.log_softmax(teacher[:, columns], axis=-1))
     if merge == "mean_normalized":
-        teacher = jax.nn.log_softmax(teacher, axis=-1)
+        target = jax.nn.log_softmax(target, axis=-1)
+    if merge in ("first", "last"):
+        if teacher_ids is None:
+            raise ValueError(f"merge={merge!r} needs teacher_ids")
+        actual = jnp.take_along_axis(teacher, next_tokens(teacher_ids)[:, None], axis=-1)[:, 0]
+        others = merging.other_tokens(actual - jax.nn.logsumexp(teacher, axis=-1))
+        target = target + others[:, None]
 
-    student = jax.nn.softmax(student_logits / temperature, axis=-1)
-    # The projection is linear, so averaging first gives the same and projects fewer rows.
-    student = mean_by_chunk(student, jnp.asarray(alignment.student_chunks), count)
-    student = projection.project(student, columns, width)
-    student = student / (student.sum(-1, keepdims=True) + _EPSILON)
-    student = jnp.log(student + _EPSILON)
-
-    values = kl_terms(teacher, student, direction).sum(-1) * temperature**2
-    return jnp.where(valid_chunks(alignment), values, 0.0)
+    projected = projected_softmax(student, projection, columns, teacher.shape[-1])
+    # The projection is linear: merging behind it gives the same as before it, over fewer columns.
+    projected = Merging.of(alignment.student_chunks, count, merge).merge(projected)
+    values = chunk_values(projected, target, direction, beta) * temperature**2
+    return jnp.where(valid_chunks(alignment), values.reshape(alignment.valid.shape), 0.0)
 
 
-def _top_columns(logits: jax.Array, mask: jax.Array | None, count: int) -> jax.Array:
-    """int32 [count]: the columns whose maximum over the (real) positions is highest."""
+def chunk_values(projected: jax.Array, target: jax.Array, direction: str, beta: float) -> jax.Array:
+    """float32 [K]: the divergence of each chunk, from the student's projected probabilities [K, n] and
+    the teacher's log-probabilities [K, n]."""
+    normalized = projected / (projected.sum(-1, keepdims=True) + _EPSILON)
+    return kl_terms(target, jnp.log(normalized + _EPSILON), direction, beta=beta).sum(-1)
+
+
+def projected_softmax(
+    logits: jax.Array, projection: AnyProjection, columns: jax.Array, width: int
+) -> jax.Array:
+    """softmax(logits) W at some of the columns.
+
+    Args:
+        logits: float32 [N, V_s], divided by the temperature.
+        projection: W in any form. A fixed one takes the fast way, which computes of the softmax
+            what the columns need and keeps nothing of its size for the gradient.
+        columns: int32 [n].
+        width: V_t or more, one past the highest teacher id.
+
+    Returns:
+        float32 [N, n].
+    """
+    if isinstance(projection, SplitProjection):
+        return _projected(logits, projection, columns, width)
+    return projection.project(jax.nn.softmax(logits, axis=-1), columns, width)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _projected(logits: jax.Array, projection: SplitProjection, columns: jax.Array, width: int) -> jax.Array:
+    return _projected_forward(logits, projection, columns, width)[0]
+
+
+def _projected_forward(
+    logits: jax.Array, projection: SplitProjection, columns: jax.Array, width: int
+) -> tuple[jax.Array, tuple]:
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    projected = projection.project_softmax(logits, normalizer, columns, width)
+    return projected, (logits, normalizer, projected, projection, columns)
+
+
+def _projected_backward(width: int, residuals: tuple, gradient: jax.Array) -> tuple:
+    logits, normalizer, projected, projection, columns = residuals
+    # d/dz_i of sum_v g_v q_v = p_i ((W g)_i - sum_v q_v g_v).
+    mean = jnp.sum(projected * gradient, axis=-1, keepdims=True)
+    pulled = projection.pull_back(gradient, columns, width)
+    return jnp.exp(logits - normalizer[:, None]) * (pulled - mean), None, None
+
+
+_projected.defvjp(_projected_forward, _projected_backward)
+
+
+def _flat(logits: jax.Array, size: int | None) -> jax.Array:
+    """float32 [B * T, size]: positions in one row, without columns past the tokenizer's."""
+    logits = jnp.asarray(logits[..., :size], jnp.float32)
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def top_columns(logits: jax.Array, mask: jax.Array | None, count: int) -> jax.Array:
+    """int32 [count]: the columns of logits [N, V] whose maximum over the (real) positions is highest."""
     width = logits.shape[-1]
     if count == width:
         return jnp.arange(width, dtype=jnp.int32)
-    logits = jax.lax.stop_gradient(logits)
     if mask is not None:
-        logits = jnp.where(mask[..., None], logits, -jnp.inf)
-    return jax.lax.top_k(logits.max(axis=(0, 1)), count)[1].astype(jnp.int32)
+        logits = jnp.where(mask[:, None], logits, -jnp.inf)
+    return jax.lax.top_k(highest(logits), count)[1].astype(jnp.int32)
+
+
+def highest(logits: jax.Array) -> jax.Array:
+    """float [V]: the maximum over positions of [N, V]."""
+    # XLA's CPU backend reduces over leading axes slowly, and compares two halves fast.
+    return jax.lax.platform_dependent(logits, cpu=_by_halves, default=lambda x: x.max(axis=0))
+
+
+def _by_halves(logits: jax.Array) -> jax.Array:
+    while len(logits) > 1:
+        half = (len(logits) + 1) // 2
+        logits = jnp.maximum(logits[:half], logits[len(logits) - half :])
+    return logits[0]

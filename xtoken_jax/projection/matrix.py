@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -80,14 +81,14 @@ class Projection:
         source = np.full(size, len(indices), np.int32)
         source[targets] = alone[first]
         # What remains: pieces of several, and student tokens that share a teacher token.
-        rest = indices >= 0
+        rest = indices[:, 0] >= 0
         rest[alone[first]] = False
-        rows, entries = np.nonzero(rest)
+        rows = np.flatnonzero(rest)
         return SplitProjection(
             source,
             rows.astype(np.int32),
-            indices[rows, entries],
-            weights[rows, entries],
+            indices[rows],
+            weights[rows],
             self.student_size,
             self.teacher_size,
         )
@@ -96,20 +97,21 @@ class Projection:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SplitProjection:
-    """W in two parts: columns that copy one student token, and single entries.
+    """W in two parts: columns that copy one student token, and the other rows.
 
     Most rows of a real W have one entry, so that a gather does most of the work; made by
     `Projection.split`, with the same values and gradients.
 
     Attributes:
         source: int32 [V_t], the student id that a teacher id copies, V_s for none.
-        rows, columns, weights: int32 [n], int32 [n], float32 [n], all other entries of W.
+        rows: int32 [R], the student ids that are no source and have a row.
+        indices, weights: int32 and float32 [R, K], their rows of W.
         student_size, teacher_size: as in `Projection`.
     """
 
     source: Array
     rows: Array
-    columns: Array
+    indices: Array
     weights: Array
     student_size: int = field(metadata={"static": True})
     teacher_size: int | None = field(metadata={"static": True})
@@ -118,18 +120,78 @@ class SplitProjection:
         self, probabilities: jax.Array, columns: jax.Array | None = None, width: int | None = None
     ) -> jax.Array:
         """As `Projection.project`."""
+        flat = jnp.asarray(probabilities).reshape(-1, probabilities.shape[-1])
+        total = self._project(flat, lambda chosen: chosen, 0.0, columns, width)
+        return total.reshape(*probabilities.shape[:-1], -1)
+
+    def project_softmax(
+        self,
+        logits: jax.Array,
+        log_normalizer: jax.Array,
+        columns: jax.Array | None = None,
+        width: int | None = None,
+    ) -> jax.Array:
+        """`project` of exp(logits - log_normalizer), of which it computes what the columns need.
+
+        Args:
+            logits: float32 [N, V_s].
+            log_normalizer: float32 [N].
+            columns, width: as in `Projection.project`.
+
+        Returns:
+            float32 [N, n].
+        """
+        normalizer = log_normalizer[:, None]
+        return self._project(logits, lambda chosen: jnp.exp(chosen - normalizer), -jnp.inf, columns, width)
+
+    def _project(
+        self,
+        values: jax.Array,
+        transform: Callable[[jax.Array], jax.Array],
+        absent: float,
+        columns: jax.Array | None,
+        width: int | None,
+    ) -> jax.Array:
+        """transform(values [N, V_s]) @ W at the columns; `absent` is what transforms to 0."""
         width = _width(self.teacher_size, width)
         slots, count = _slots(columns, width)
         if columns is None:
             columns = jnp.arange(width, dtype=jnp.int32)
-        flat = jnp.asarray(probabilities).reshape(-1, probabilities.shape[-1]).T
         source = jnp.asarray(self.source).at[columns].get(mode="fill", fill_value=self.student_size)
-        total = flat.at[source].get(mode="fill", fill_value=0.0)
-        # Entries outside the wanted columns have the slot past the end, where adding does nothing;
-        # ids past the width read the last slot, which is that one.
-        entries = jnp.asarray(self.weights)[:, None] * flat[jnp.asarray(self.rows)]
-        total = total.at[slots[jnp.asarray(self.columns)]].add(entries, mode="drop")
-        return total.T.reshape(*probabilities.shape[:-1], count)
+        copied = transform(values.at[:, source].get(mode="fill", fill_value=absent))
+        others = transform(values[:, jnp.asarray(self.rows)]).T
+        # Each entry adds one run of memory to another. Those outside the wanted columns have the slot
+        # past the end, where adding does nothing; index -1 reads the last slot, which is that one.
+        total = jnp.zeros((count, len(values)), values.dtype)
+        for k in range(self.indices.shape[1]):
+            share = jnp.asarray(self.weights)[:, k, None] * others
+            total = total.at[slots[jnp.asarray(self.indices)[:, k]]].add(share, mode="drop")
+        return copied + total.T
+
+    def pull_back(
+        self, values: jax.Array, columns: jax.Array | None = None, width: int | None = None
+    ) -> jax.Array:
+        """values @ W^T: the transpose of `project`.
+
+        Args:
+            values: float32 [N, n], of the columns.
+            columns, width: as in `Projection.project`.
+
+        Returns:
+            float32 [N, V_s].
+        """
+        width = _width(self.teacher_size, width)
+        slots, count = _slots(columns, width)
+        values = jnp.pad(values, ((0, 0), (0, 1)))  # what is not wanted is worth 0
+        indices, weights = jnp.asarray(self.indices), jnp.asarray(self.weights)
+        others = sum(weights[None, :, k] * values[:, slots[indices[:, k]]] for k in range(indices.shape[1]))
+        # One table, in which every student token has its place.
+        rows, size = jnp.asarray(self.rows), self.student_size
+        place = jnp.full(size, count, jnp.int32)
+        taken = jnp.arange(len(self.source), dtype=jnp.int32)
+        place = place.at[jnp.asarray(self.source)].set(slots[jnp.minimum(taken, width)], mode="drop")
+        place = place.at[rows].set(count + 1 + jnp.arange(len(rows), dtype=jnp.int32))
+        return jnp.concatenate([values, others], axis=1)[:, place]
 
 
 @jax.tree_util.register_dataclass
