@@ -163,3 +163,18 @@ def rank_l1(
         return temperature**2 * sum(abs(x - y) for x, y in zip(student, teacher, strict=True))
 
     return each_chunk(student_chunks, teacher_chunks, valid, value)
+
+
+def same_vocabulary_kl(
+    student_logits, teacher_logits, mask, size, *, temperature, top_k, direction, beta=0.5, teacher_mask=None
+):  # fmt: skip
+    """[B][T - 1] divergences by position; None where the next token does not count."""
+    columns = top_columns(teacher_logits, teacher_mask, size, top_k or size)
+
+    def value(b, p):
+        sides = (teacher_logits[b][p], student_logits[b][p])
+        teacher, student = (log_softmax([z[v] / temperature for v in columns]) for z in sides)
+        found = jsd(teacher, student, beta) if direction == "jsd" else kl(teacher, student, direction)
+        return temperature**2 * found
+
+    return [[value(b, p) if row[p + 1] else None for p in range(len(row) - 1)] for b, row in enumerate(mask)]

@@ -13,7 +13,7 @@ from xtoken_jax.losses.objective import (
 from xtoken_jax.losses.projection_kl import projection_kl
 from xtoken_jax.losses.rank import rank_l1
 from xtoken_jax.losses.reduce import masked_mean
-from xtoken_jax.losses.same_vocabulary import next_token_cross_entropy
+from xtoken_jax.losses.same_vocabulary import next_token_cross_entropy, same_vocabulary_kl
 
 __all__ = [
     "HybridTerms",
@@ -28,6 +28,7 @@ __all__ = [
     "next_token_cross_entropy",
     "projection_kl",
     "rank_l1",
+    "same_vocabulary_kl",
     "total_loss",
     "valid_chunks",
 ]

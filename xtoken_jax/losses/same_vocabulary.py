@@ -1,9 +1,12 @@
-"""Losses over one vocabulary: next-token cross-entropy."""
+"""Losses over one vocabulary: next-token cross-entropy, and a teacher with the student's tokenizer."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from xtoken_jax.losses.divergence import kl_terms
+from xtoken_jax.losses.projection_kl import top_columns
 
 
 def next_token_cross_entropy(
@@ -23,3 +26,63 @@ def next_token_cross_entropy(
     labels = token_ids[:, 1:, None]
     chosen = jnp.take_along_axis(logits, labels, axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.asarray(token_mask[:, 1:], bool)
+
+
+def same_vocabulary_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    token_mask: jax.Array,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    direction: str = "forward",
+    beta: float = 0.5,
+    size: int | None = None,
+    teacher_mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Distillation from a teacher that shares the student's tokenizer (Hinton et al., arXiv 1503.02531).
+
+    With s and t = log_softmax(z / tau) within the columns, tau^2 sum_v exp(t_v) (t_v - s_v) of every
+    position that has a next token: `projection_kl` under W = 1 and one chunk a token, up to the
+    1e-10 that P-KL adds to the student's probabilities.
+
+    Args:
+        student_logits: float [B, T, >= V].
+        teacher_logits: float [B, T, >= V], of the same tokens; gets no gradient.
+        token_mask: bool [B, T], tokens that count as labels.
+        temperature: tau > 0.
+        top_k: columns compared; those with the highest teacher logit anywhere in the batch. None: all.
+        direction: "forward" or "reverse" KL, or "jsd" (`kl_terms`).
+        beta: of "jsd".
+        size: V of the tokenizer, past which lm_heads may be padded, each in its own way. None: both
+            logits have its width.
+        teacher_mask: bool [B, T], real positions; others do not choose columns. None: every one does.
+
+    Returns:
+        values float32 [B, T - 1], times tau^2, 0 where masked, and the bool [B, T - 1] mask.
+
+    Raises:
+        ValueError: logits of different shapes, once cut to `size`.
+
+    Example:
+        >>> student, teacher = jnp.zeros((1, 2, 3)), jnp.array([[[1.0, 1.0, 9.0], [0.0, 0.0, 9.0]]])
+        >>> values, mask = same_vocabulary_kl(student, teacher, jnp.ones((1, 2), bool), size=2)
+        >>> values.tolist(), mask.tolist()
+        ([[0.0]], [[True]])
+    """
+    student = jnp.asarray(student_logits[..., :size], jnp.float32)
+    teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits[..., :size], jnp.float32))
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student logits {student.shape} and teacher logits {teacher.shape} differ in shape; with one "
+            "tokenizer, give its size to cut padded columns off"
+        )
+    width = student.shape[-1]
+    if top_k is not None and top_k < width:
+        real = None if teacher_mask is None else jnp.asarray(teacher_mask).reshape(-1)
+        columns = top_columns(teacher.reshape(-1, width), real, top_k)
+        student, teacher = student[..., columns], teacher[..., columns]
+    student, teacher = (jax.nn.log_softmax(z[:, :-1] / temperature, axis=-1) for z in (student, teacher))
+    mask = jnp.asarray(token_mask[:, 1:], bool)
+    values = kl_terms(teacher, student, direction, beta=beta).sum(-1) * temperature**2
+    return jnp.where(mask, values, 0.0), mask
