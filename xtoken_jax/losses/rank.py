@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import mean_by_chunk, valid_chunks
+from xtoken_jax.losses.sorting import largest, largest_with_places
 from xtoken_jax.projection.matrix import Array
 
 
@@ -59,16 +60,15 @@ def rank_l1(
 @jax.custom_vjp
 def _sorted_l1(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """float32 [B, C] of non-negative [B, C, V_s] and [B, C, V_t]."""
-    return jnp.abs(_difference(jnp.sort(_bits(student)), jnp.sort(_bits(teacher)))).sum(-1)
+    return jnp.abs(_difference(*(largest(side, side.shape[-1]) for side in (student, teacher)))).sum(-1)
 
 
 def _forward(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
     # |p_k - q_k| has the slope sign(p_k - q_k), which belongs to the token of rank k.
-    ids = jax.lax.broadcasted_iota(jnp.int32, student.shape, student.ndim - 1)
-    ordered, order = jax.lax.sort((_bits(student), ids), num_keys=1)
-    difference = _difference(ordered, jnp.sort(_bits(teacher)))
-    sign = jnp.sign(difference[..., difference.shape[-1] - student.shape[-1] :])
-    slope = jnp.put_along_axis(jnp.zeros_like(student), order, sign, axis=-1, inplace=False)
+    ordered, places = largest_with_places(student, student.shape[-1])
+    difference = _difference(ordered, largest(teacher, teacher.shape[-1]))
+    sign = jnp.sign(difference[..., : student.shape[-1]])
+    slope = jnp.put_along_axis(jnp.zeros_like(student), places, sign, axis=-1, inplace=False)
     return jnp.abs(difference).sum(-1), slope
 
 
@@ -79,16 +79,11 @@ def _backward(slope: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
 _sorted_l1.defvjp(_forward, _backward)
 
 
-def _bits(values: jax.Array) -> jax.Array:
-    """Non-negative float32 as int32 of the same order, which XLA sorts several times as fast on a CPU."""
-    return jax.lax.bitcast_convert_type(values, jnp.int32)
-
-
 def _difference(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """student - teacher of ascending bits; equal ranks meet at the end, so zeros are put in front."""
+    """By rank, the shorter filled up with zeros."""
     width = max(student.shape[-1], teacher.shape[-1])
-    sides = []
-    for side in (student, teacher):
-        padding = [(0, 0)] * (side.ndim - 1) + [(width - side.shape[-1], 0)]
-        sides.append(jax.lax.bitcast_convert_type(jnp.pad(side, padding), jnp.float32))
-    return sides[0] - sides[1]
+    student, teacher = (
+        jnp.pad(side, [(0, 0)] * (side.ndim - 1) + [(0, width - side.shape[-1])])
+        for side in (student, teacher)
+    )
+    return student - teacher
