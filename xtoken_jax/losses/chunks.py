@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -42,30 +43,21 @@ def mean_by_chunk(values: jax.Array, chunks: jax.Array, count: int) -> jax.Array
 
 
 def _sum_by_chunk(values: jax.Array, position_chunks: jax.Array, count: int) -> jax.Array:
-    batch, _, width = values.shape
-    segment = _segments(position_chunks, count)
-    total = jax.ops.segment_sum(values.reshape(-1, width), segment, batch * count + 1)
-    return total[: batch * count].reshape(batch, count, width)
-
-
-def _segments(position_chunks: jax.Array, count: int) -> jax.Array:
-    """int32 [B * T]: one numbering of chunks for the whole batch; B * C for positions without a chunk."""
-    batch = position_chunks.shape[0]
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     inside = (position_chunks >= 0) & (position_chunks < count)
-    return jnp.where(inside, rows * count + position_chunks, batch * count).reshape(-1)
+    segments = jnp.where(inside, position_chunks, count)
+    return _by_row(jax.ops.segment_sum, values, segments, count)[:, :count]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Merging:
-    """How N positions make K chunks.
+    """How the positions of B rows make C chunks each.
 
     Attributes:
-        segments: int32 [N], the chunk of each position, K for none.
-        weights: float32 [N], its share in the chunk: 1/n of n positions under "mean"; 1 for the
+        segments: int32 [B, T], the chunk of each position in its row, C for none.
+        weights: float32 [B, T], its share in the chunk: 1/n of n positions under "mean"; 1 for the
             chosen position and 0 for the others under "first" and "last".
-        count: K.
+        count: C.
     """
 
     segments: jax.Array
@@ -74,39 +66,85 @@ class Merging:
 
     @classmethod
     def of(cls, chunks: jax.Array, count: int, merge: str) -> Merging:
-        """From chunk ids int32 [B, T] by token: N = B T, K = B C, after the next-token shift."""
-        return cls.of_segments(_segments(next_token_chunks(jnp.asarray(chunks)), count), len(chunks) * count, merge)
+        """From chunk ids int32 [B, T] by token, after the next-token shift."""
+        position_chunks = next_token_chunks(jnp.asarray(chunks))
+        inside = (position_chunks >= 0) & (position_chunks < count)
+        return cls.of_segments(jnp.where(inside, position_chunks, count), count, merge)
 
     @classmethod
     def of_segments(cls, segments: jax.Array, count: int, merge: str) -> Merging:
-        """From the chunk of each position, int32 [N]."""
+        """From the chunk of each position, int32 [B, T], `count` for none."""
         if merge in ("mean", "mean_normalized"):
-            number = jax.ops.segment_sum(jnp.ones(segments.shape, jnp.float32), segments, count + 1)
-            weights = 1 / number[segments]
+            number = _by_row(jax.ops.segment_sum, jnp.ones(segments.shape, jnp.float32), segments, count)
+            weights = 1 / jnp.take_along_axis(number, segments, axis=1)
         else:
-            places = jnp.arange(len(segments), dtype=jnp.int32)
+            places = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
             choose = jax.ops.segment_min if merge == "first" else jax.ops.segment_max
-            weights = (choose(places, segments, count + 1)[segments] == places).astype(jnp.float32)
+            chosen = _by_row(choose, places, segments, count)
+            weights = (jnp.take_along_axis(chosen, segments, axis=1) == places).astype(jnp.float32)
         return cls(segments, jnp.where(segments < count, weights, 0.0), count)
 
     def merge(self, values: jax.Array) -> jax.Array:
-        """float [N, n] -> [K, n], weighted; 0 for a chunk without positions."""
+        """float [B T, n] -> [B C, n], weighted; 0 for a chunk without positions."""
+        values = values.reshape(*self.segments.shape, values.shape[-1])
         # A position of no weight may hold -inf, which 0 times would make NaN.
-        shares = jnp.where(self.weights[:, None] > 0, self.weights[:, None] * values, 0.0)
-        return jax.ops.segment_sum(shares, self.segments, self.count + 1)[: self.count]
+        weights = self.weights[..., None]
+        shares = jnp.where(weights > 0, weights * values, 0.0)
+        merged = _by_row(jax.ops.segment_sum, shares, self.segments, self.count)[:, : self.count]
+        return merged.reshape(-1, values.shape[-1])
+
+    def merge_wide(self, values: jax.Array) -> jax.Array:
+        """`merge` for wide rows, without a derivative of its own."""
+        # XLA's CPU backend is slow to add one row to another by a scatter, and most chunks have one
+        # position: those rows are copied at once, the few others added one by one.
+        return jax.lax.platform_dependent(values, self, cpu=_merge_rows, default=lambda x, m: m.merge(x))
 
     def spread(self, values: jax.Array) -> jax.Array:
-        """[K, n] -> [N, n]: the transpose of `merge`."""
-        return self.weights[:, None] * values.at[self.segments].get(mode="fill", fill_value=0.0)
+        """[B C, n] -> [B T, n]: the transpose of `merge`."""
+        values = values.reshape(len(self.segments), self.count, values.shape[-1])
+        spread = jax.vmap(lambda v, s: v.at[s].get(mode="fill", fill_value=0.0))(values, self.segments)
+        return (self.weights[..., None] * spread).reshape(-1, values.shape[-1])
 
     def other_tokens(self, log_probabilities: jax.Array) -> jax.Array:
-        """float [N], of each position's actual token, -> [K]: the sum over the positions not chosen."""
-        rest = jnp.where(self.weights > 0, 0.0, log_probabilities)
-        return jax.ops.segment_sum(rest, self.segments, self.count + 1)[: self.count]
+        """float [B T], of each position's actual token, -> [B C]: the sum over the positions not chosen."""
+        rest = jnp.where(self.weights > 0, 0.0, log_probabilities.reshape(self.weights.shape))
+        return _by_row(jax.ops.segment_sum, rest, self.segments, self.count)[:, : self.count].reshape(-1)
 
     def spread_other(self, values: jax.Array) -> jax.Array:
-        """[K] -> [N]: the transpose of `other_tokens`."""
-        return jnp.where(self.weights > 0, 0.0, values.at[self.segments].get(mode="fill", fill_value=0.0))
+        """[B C] -> [B T]: the transpose of `other_tokens`."""
+        values = jnp.pad(values.reshape(-1, self.count), ((0, 0), (0, 1)))
+        spread = jnp.take_along_axis(values, self.segments, axis=1)
+        return jnp.where(self.weights > 0, 0.0, spread).reshape(-1)
+
+
+def _by_row(
+    reduce: Callable[..., jax.Array], values: jax.Array, segments: jax.Array, count: int
+) -> jax.Array:
+    """[B, count + 1, ...]: row by row, so that rows split over devices stay where they are."""
+    return jax.vmap(lambda v, s: reduce(v, s, count + 1))(values, segments)
+
+
+def _merge_rows(values: jax.Array, merging: Merging) -> jax.Array:
+    rows, count = len(merging.segments), len(merging.segments) * merging.count
+    first_chunk = merging.count * jnp.arange(rows, dtype=jnp.int32)[:, None]
+    segments = jnp.where(merging.segments < merging.count, first_chunk + merging.segments, count).reshape(-1)
+    weights = merging.weights.reshape(-1)
+    places = jnp.arange(len(segments), dtype=jnp.int32)
+    # The first position with a share in each chunk; N where there is none.
+    sharing = jnp.where(weights > 0, segments, count)
+    first = jax.ops.segment_min(places, sharing, count + 1)[:count]
+    shares = weights.at[first].get(mode="fill", fill_value=0.0)[:, None]
+    merged = jnp.where(shares > 0, shares * values.at[first].get(mode="clip"), 0.0)
+    more = (sharing < count) & (first.at[sharing].get(mode="clip") != places)
+    order = jnp.nonzero(more, size=len(places), fill_value=0)[0]
+
+    def add(i: jax.Array, merged: jax.Array) -> jax.Array:
+        place = order[i]
+        row = jax.lax.dynamic_slice_in_dim(merged, segments[place], 1)
+        row = row + weights[place] * jax.lax.dynamic_slice_in_dim(values, place, 1)
+        return jax.lax.dynamic_update_slice_in_dim(merged, row, segments[place], 0)
+
+    return jax.lax.fori_loop(0, more.sum(), add, merged)
 
 
 def next_tokens(ids: jax.Array) -> jax.Array:

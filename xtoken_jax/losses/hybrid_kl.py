@@ -135,9 +135,7 @@ def hybrid_terms(
     target = hybrid_target(teacher, teacher_next, teacher_merging, partition, uncommon_top_k)
     parts = hybrid_chunks(student, student_next, student_merging, target, direction, beta)
     valid = valid_chunks(alignment)
-    return HybridTerms(
-        *(jnp.where(valid, part.reshape(valid.shape) * temperature**2, 0.0) for part in parts)
-    )
+    return HybridTerms(*(jnp.where(valid, part.reshape(valid.shape) * temperature**2, 0.0) for part in parts))
 
 
 def _sizes(partition: Partition) -> tuple[int, int]:
@@ -172,8 +170,10 @@ def hybrid_target(
     """The teacher's side: logits float32 [N_t, V_t], divided by the temperature, merged; no gradient."""
     merged, _ = merged_log_softmax(jax.lax.stop_gradient(logits), next_ids, merging)
     size = _sizes(partition)[0]
-    partner = jnp.full(size, logits.shape[-1], jnp.int32).at[jnp.asarray(partition.common_student)].set(
-        jnp.asarray(partition.common_teacher)
+    partner = (
+        jnp.full(size, logits.shape[-1], jnp.int32)
+        .at[jnp.asarray(partition.common_student)]
+        .set(jnp.asarray(partition.common_teacher))
     )
     common = merged.at[:, partner].get(mode="fill", fill_value=-jnp.inf)
     entries = min(partition.uncommon_student.shape[0], partition.uncommon_teacher.shape[0], uncommon_top_k)
@@ -201,7 +201,7 @@ def merged_log_softmax(
     if next_ids is not None:
         actual = jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0] - normalizer
         offset = offset - merging.other_tokens(actual)[:, None]
-    return merging.merge(logits) - offset, normalizer
+    return merging.merge_wide(logits) - offset, normalizer
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
