@@ -169,9 +169,14 @@ def hybrid_target(
 ) -> HybridTarget:
     """The teacher's side: logits float32 [N_t, V_t], divided by the temperature, merged; no gradient."""
     merged, _ = merged_log_softmax(jax.lax.stop_gradient(logits), next_ids, merging)
+    return target_of_merged(merged, partition, uncommon_top_k)
+
+
+def target_of_merged(merged: jax.Array, partition: Partition, uncommon_top_k: int) -> HybridTarget:
+    """From the teacher's log-probabilities of chunks, float32 [K, V_t]."""
     size = _sizes(partition)[0]
     partner = (
-        jnp.full(size, logits.shape[-1], jnp.int32)
+        jnp.full(size, merged.shape[-1], jnp.int32)
         .at[jnp.asarray(partition.common_student)]
         .set(jnp.asarray(partition.common_teacher))
     )
@@ -180,7 +185,7 @@ def hybrid_target(
     top = largest(jnp.exp(merged[:, jnp.asarray(partition.uncommon_teacher)]), entries)
     # A gather inside of a fused sum of exponentials would be computed entry by entry.
     common, top = jax.lax.optimization_barrier((common, top))
-    return HybridTarget(common, top, partner < logits.shape[-1], jnp.asarray(partition.uncommon_student))
+    return HybridTarget(common, top, partner < merged.shape[-1], jnp.asarray(partition.uncommon_student))
 
 
 def merged_log_softmax(
@@ -226,13 +231,43 @@ def _forward(
     beta: float,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     merged, normalizer = merged_log_softmax(logits, next_ids, merging)
+    terms, ranks = terms_of_merged(merged, target, direction, beta)
+    return terms, (logits, next_ids, merging, target, merged, normalizer, *ranks)
+
+
+def terms_of_merged(
+    merged: jax.Array, target: HybridTarget, direction: str, beta: float
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The two parts, float32 [K], of the student's log-probabilities of chunks, float32 [K, V_s].
+
+    Also what `slope_of_merged` needs: by rank, the differences of the uncommon probabilities [K, u],
+    and which of `target.uncommon` has that rank, int32 [K, u].
+    """
     common = _common_terms(merged, target, direction, beta).sum(-1)
     own = jnp.exp(merged[:, target.uncommon])
     entries = target.largest.shape[-1]
     top, places = largest_with_places(own, entries)
     difference = top - target.largest
-    uncommon = jnp.abs(difference).sum(-1)
-    return (common, uncommon), (logits, next_ids, merging, target, merged, normalizer, difference, places)
+    return (common, jnp.abs(difference).sum(-1)), (difference, places)
+
+
+def slope_of_merged(
+    merged: jax.Array,
+    target: HybridTarget,
+    ranks: tuple[jax.Array, jax.Array],
+    gradients: tuple[jax.Array, jax.Array],
+    direction: str,
+    beta: float,
+) -> jax.Array:
+    """The gradient of `terms_of_merged` by `merged`, float32 [K, V_s], from that of its parts, [K] each."""
+    difference, places = ranks
+    by_common, by_uncommon = (g[:, None] for g in gradients)
+    _, pull = jax.vjp(lambda s: _common_terms(s, target, direction, beta), merged)
+    (slope,) = pull(jnp.broadcast_to(by_common, merged.shape))
+    # d |a - b| / d log a = sign(a - b) a, at the rank of a.
+    top = target.largest + difference
+    rows = jnp.arange(len(merged), dtype=jnp.int32)[:, None]
+    return slope.at[rows, target.uncommon[places]].set(by_uncommon * jnp.sign(difference) * top)
 
 
 def _common_terms(merged: jax.Array, target: HybridTarget, direction: str, beta: float) -> jax.Array:
@@ -242,15 +277,8 @@ def _common_terms(merged: jax.Array, target: HybridTarget, direction: str, beta:
 
 
 def _backward(direction: str, beta: float, residuals: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
-    logits, next_ids, merging, target, merged, normalizer, difference, places = residuals
-    by_common, by_uncommon = (g[:, None] for g in gradients)
-    _, pull = jax.vjp(lambda s: _common_terms(s, target, direction, beta), merged)
-    (slope,) = pull(jnp.broadcast_to(by_common, merged.shape))
-    # d |a - b| / d log a = sign(a - b) a, at the rank of a.
-    top = target.largest + difference
-    rows = jnp.arange(len(merged), dtype=jnp.int32)[:, None]
-    slope = slope.at[rows, target.uncommon[places]].set(by_uncommon * jnp.sign(difference) * top)
-
+    logits, next_ids, merging, target, merged, normalizer, *ranks = residuals
+    slope = slope_of_merged(merged, target, (ranks[0], ranks[1]), gradients, direction, beta)
     total = slope.sum(-1)
     softmax = jnp.exp(logits - normalizer[:, None])
     if next_ids is None:
