@@ -1,34 +1,53 @@
 """Distillation losses as pure functions of arrays; they need nothing but jax."""
 
 from xtoken_jax.losses.chunks import valid_chunks
+from xtoken_jax.losses.config import LossConfig, LossKind, TeachersConfig
 from xtoken_jax.losses.hybrid_kl import HybridTerms, hybrid_kl, hybrid_terms
 from xtoken_jax.losses.objective import (
-    LossConfig,
-    LossKind,
     distillation_loss,
     dynamic_scale,
+    kd_scale_capped,
     loss_tables,
     total_loss,
 )
 from xtoken_jax.losses.projection_kl import projection_kl
 from xtoken_jax.losses.rank import rank_l1
 from xtoken_jax.losses.reduce import masked_mean
-from xtoken_jax.losses.same_vocabulary import next_token_cross_entropy, same_vocabulary_kl
+from xtoken_jax.losses.same_vocabulary import (
+    next_token_cross_entropy,
+    same_vocabulary_kl,
+    same_vocabulary_kl_by_chunk,
+)
+from xtoken_jax.losses.teachers import (
+    TeacherScores,
+    TeacherTerm,
+    average_logits,
+    combine_teachers,
+    teacher_scores,
+)
 
 __all__ = [
     "HybridTerms",
     "LossConfig",
     "LossKind",
+    "TeacherScores",
+    "TeacherTerm",
+    "TeachersConfig",
+    "average_logits",
+    "combine_teachers",
     "distillation_loss",
     "dynamic_scale",
     "hybrid_kl",
     "hybrid_terms",
+    "kd_scale_capped",
     "loss_tables",
     "masked_mean",
     "next_token_cross_entropy",
     "projection_kl",
     "rank_l1",
     "same_vocabulary_kl",
+    "same_vocabulary_kl_by_chunk",
+    "teacher_scores",
     "total_loss",
     "valid_chunks",
 ]

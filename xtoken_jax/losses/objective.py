@@ -2,126 +2,179 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from functools import partial
-from typing import cast
+import sys
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.errors import UserError
+from xtoken_jax.losses.config import Direction, LossConfig, LossKind, Merge
 from xtoken_jax.losses.hybrid_kl import hybrid_kl
 from xtoken_jax.losses.projection_kl import projection_kl
-from xtoken_jax.projection.matrix import Partition, Projection, SplitProjection
+from xtoken_jax.losses.rank import rank_l1
+from xtoken_jax.losses.same_vocabulary import same_vocabulary_kl_by_chunk
+from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection, SplitProjection
+
+__all__ = [
+    "Direction",
+    "DistillationLoss",
+    "LossConfig",
+    "LossKind",
+    "LossTables",
+    "Merge",
+    "VocabularySizes",
+    "distillation_loss",
+    "dynamic_scale",
+    "kd_scale_capped",
+    "loss_tables",
+    "total_loss",
+]
 
 
-class LossKind(Enum):
-    """The distillation term; "auto" leaves the choice to the audit, "none" trains without a teacher."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VocabularySizes:
+    """V_s and V_t of the tokenizers, all that ULD and same-vocabulary distillation need to know."""
 
-    auto = "auto"
-    p_kl = "p_kl"
-    h_kl = "h_kl"
-    gold = "gold"
-    none = "none"
-
-
-class Direction(Enum):
-    """Of the KL: weighed by the teacher (forward) or by the student (reverse)."""
-
-    forward = "forward"
-    reverse = "reverse"
+    student: int = field(metadata={"static": True})
+    teacher: int | None = field(metadata={"static": True})
 
 
-class Merge(Enum):
-    """How a chunk's positions become one distribution under P-KL."""
-
-    mean = "mean"
-    mean_normalized = "mean_normalized"
+# What the distillation term reads beside logits: W, the partition made from it, or sizes.
+LossTables = SplitProjection | LearnableProjection | Partition | VocabularySizes
 
 
-@dataclass
-class LossConfig:
-    """The objective.
+class DistillationLoss(Protocol):
+    """A term of one teacher, float32 [B, C]."""
 
-    Attributes:
-        kind: auto, p_kl, h_kl, gold or none.
-        temperature: tau > 0, on both sides; the term is multiplied by tau^2.
-        top_k: teacher columns that P-KL compares.
-        uncommon_top_k: sorted entries that GOLD and H-KL compare.
-        direction: forward or reverse KL.
-        merge: mean or mean_normalized, for P-KL.
-        dynamic_scaling: scale the term to the size of cross-entropy; else the two weights hold.
-        max_scale: highest dynamic factor; null for the official, unbounded one.
-        kd_weight, ce_weight: without dynamic scaling.
-    """
-
-    kind: LossKind = LossKind.auto
-    temperature: float = 1.0
-    top_k: int = 8192
-    uncommon_top_k: int = 8192
-    direction: Direction = Direction.forward
-    merge: Merge = Merge.mean
-    dynamic_scaling: bool = True
-    max_scale: float | None = 10.0
-    kd_weight: float = 1.0
-    ce_weight: float = 0.1
-
-    def validate(self) -> None:
-        """Raise UserError for values that make no sense."""
-        if not self.temperature > 0:
-            raise UserError(f"loss.temperature={self.temperature}: must be above 0")
-        for name in ("top_k", "uncommon_top_k"):
-            if getattr(self, name) < 1:
-                raise UserError(f"loss.{name}={getattr(self, name)}: must be at least 1")
-        if self.max_scale is not None and not self.max_scale > 0:
-            raise UserError(f"loss.max_scale={self.max_scale}: must be above 0, or null for no bound")
-        if self.kd_weight < 0 or self.ce_weight < 0:
-            raise UserError(f"loss weights must not be negative: {self.kd_weight}, {self.ce_weight}")
-
-
-# What the distillation term reads beside logits: W, or the partition made from it.
-LossTables = SplitProjection | Partition
-DistillationLoss = Callable[[jax.Array, jax.Array, Alignment, LossTables, jax.Array], jax.Array]
+    def __call__(
+        self,
+        student_logits: jax.Array,
+        teacher_logits: jax.Array,
+        alignment: Alignment,
+        tables: LossTables,
+        teacher_mask: jax.Array | None,
+        *,
+        student_ids: jax.Array | None = None,
+        teacher_ids: jax.Array | None = None,
+    ) -> jax.Array: ...
 
 
 def distillation_loss(config: LossConfig) -> DistillationLoss:
     """The chosen term: (student_logits, teacher_logits, alignment, tables, teacher_mask) -> [B, C].
 
+    Merges "first" and "last" also read student_ids [B, T_s] and teacher_ids [B, T_t].
+
     Raises:
+        UserError: settings that the kind does not go with.
         ValueError: "auto" or "none", which name no term.
     """
-    direction = config.direction.value
-    if config.kind is LossKind.p_kl:
-        merge = config.merge.value
-        term = partial(
-            projection_kl,
-            temperature=config.temperature,
+    kind, tau, beta = config.kind, config.temperature, config.beta
+    direction, merge = config.direction.value, config.merge.value
+    if kind in (LossKind.auto, LossKind.none):
+        raise ValueError(f"{kind} is not a distillation term")
+    config.validate_merge()
+
+    def term(
+        student_logits: jax.Array,
+        teacher_logits: jax.Array,
+        alignment: Alignment,
+        tables: LossTables,
+        teacher_mask: jax.Array | None,
+        *,
+        student_ids: jax.Array | None = None,
+        teacher_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        logits = (student_logits, teacher_logits)
+        if kind is LossKind.p_kl:
+            return projection_kl(
+                *logits,
+                alignment,
+                cast(SplitProjection | LearnableProjection, tables),
+                temperature=tau,
+                top_k=sys.maxsize if config.top_k is None else config.top_k,
+                direction=direction,
+                beta=beta,
+                merge=merge,
+                teacher_ids=teacher_ids,
+                teacher_mask=teacher_mask,
+            )
+        if kind in (LossKind.gold, LossKind.h_kl):
+            return hybrid_kl(
+                *logits,
+                alignment,
+                cast(Partition, tables),
+                temperature=tau,
+                uncommon_top_k=config.uncommon_top_k,
+                direction=direction,
+                beta=beta,
+                merge=merge,
+                student_ids=student_ids,
+                teacher_ids=teacher_ids,
+                common_weight=config.common_weight,
+                uncommon_weight=config.uncommon_weight,
+            )
+        sizes = cast(VocabularySizes, tables)
+        if kind is LossKind.uld:
+            return rank_l1(
+                *logits, alignment, temperature=tau, student_size=sizes.student, teacher_size=sizes.teacher
+            )
+        return same_vocabulary_kl_by_chunk(
+            *logits,
+            alignment,
+            temperature=tau,
             top_k=config.top_k,
             direction=direction,
-            merge=merge,
+            beta=beta,
+            size=sizes.student,
+            teacher_mask=teacher_mask,
         )
-        return lambda s, t, alignment, tables, mask: term(
-            s, t, alignment, cast(SplitProjection, tables), teacher_mask=mask
-        )
-    if config.kind in (LossKind.gold, LossKind.h_kl):
-        hybrid = partial(
-            hybrid_kl,
-            temperature=config.temperature,
-            uncommon_top_k=config.uncommon_top_k,
-            direction=direction,
-        )
-        return lambda s, t, alignment, tables, mask: hybrid(s, t, alignment, cast(Partition, tables))
-    raise ValueError(f"{config.kind} is not a distillation term")
+
+    return term
 
 
-def loss_tables(kind: LossKind, projection: Projection) -> LossTables:
-    """What `distillation_loss` of this kind reads: W split for speed, or a partition (host)."""
+def loss_tables(kind: LossKind, projection: Projection | LearnableProjection) -> LossTables:
+    """What `distillation_loss` of this kind reads (host): W split for speed, a partition, or sizes.
+
+    Raises:
+        UserError: a learnable W for another kind than P-KL, or a teacher of another tokenizer for
+            same_vocabulary.
+    """
+    if isinstance(projection, LearnableProjection):
+        if kind is not LossKind.p_kl:
+            raise UserError(
+                f"loss.kind={kind.value}: a learnable W gets no gradient from it; only p_kl trains W"
+            )
+        return projection
     if kind is LossKind.p_kl:
         return projection.split()
+    if kind is LossKind.same_vocabulary:
+        _check_same_vocabulary(projection)
+    if kind in (LossKind.uld, LossKind.same_vocabulary):
+        return VocabularySizes(projection.student_size, projection.teacher_size)
     return Partition.strict(projection) if kind is LossKind.gold else Partition.relaxed(projection)
+
+
+def _check_same_vocabulary(projection: Projection) -> None:
+    """W of one tokenizer with itself sends a token to itself, or to the lowest id of the same text."""
+    size = projection.student_size
+    indices, weights = np.asarray(projection.indices), np.asarray(projection.weights)
+    reason = ""
+    if projection.teacher_size not in (None, size):
+        reason = f"the student's tokenizer has {size} tokens and the teacher's {projection.teacher_size}"
+    else:
+        first = indices[:, 0]
+        exact = (first >= 0) & (first <= np.arange(size)) & (weights[:, 0] == 1.0)
+        exact[exact] = first[first[exact]] == first[exact]
+        other = np.flatnonzero((first >= 0) & ~exact)
+        if len(other):
+            reason = f"{len(other)} student tokens, the first of them {other[0]}, are not the teacher's"
+    if reason:
+        raise UserError(f"loss.kind=same_vocabulary: {reason}; use auto, p_kl or h_kl")
 
 
 def dynamic_scale(ce: jax.Array, kd: jax.Array, max_scale: float | None = None) -> jax.Array:
@@ -145,6 +198,21 @@ def dynamic_scale(ce: jax.Array, kd: jax.Array, max_scale: float | None = None) 
     return jnp.where(kd == 0, 1.0, jnp.where(kd < ce / max_scale, max_scale, ratio))
 
 
+def kd_scale_capped(ce: jax.Array, kd: jax.Array, max_scale: float | None = None) -> jax.Array:
+    """Whether KD is too near 0, or below it, for `dynamic_scale` to make it as large as cross-entropy.
+
+    A run in which this stays True says little by its loss: `max_scale` then stands for the factor or,
+    without one, a negative factor turns the gradient around.
+
+    Args:
+        ce, kd, max_scale: as in `dynamic_scale`.
+
+    Returns:
+        bool scalar.
+    """
+    return (kd != 0) & ((kd < 0) if max_scale is None else (kd < ce / max_scale))
+
+
 def total_loss(
     ce: jax.Array,
     kd: jax.Array,
@@ -160,7 +228,7 @@ def total_loss(
         ce: scalar, mean next-token cross-entropy.
         kd: scalar, mean distillation term.
         dynamic_scaling: the first form; the weights then do not enter.
-        max_scale: see `dynamic_scale`.
+        max_scale: see `dynamic_scale`; `kd_scale_capped` says whether it was needed.
 
     Returns:
         The loss and the factor that KD got, float32 scalars.

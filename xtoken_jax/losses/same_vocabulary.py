@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from xtoken_jax.alignment.batch import Alignment, next_token_chunks
+from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.projection_kl import top_columns
 
@@ -77,12 +79,85 @@ def same_vocabulary_kl(
             f"student logits {student.shape} and teacher logits {teacher.shape} differ in shape; with one "
             "tokenizer, give its size to cut padded columns off"
         )
-    width = student.shape[-1]
-    if top_k is not None and top_k < width:
-        real = None if teacher_mask is None else jnp.asarray(teacher_mask).reshape(-1)
-        columns = top_columns(teacher.reshape(-1, width), real, top_k)
-        student, teacher = student[..., columns], teacher[..., columns]
-    student, teacher = (jax.nn.log_softmax(z[:, :-1] / temperature, axis=-1) for z in (student, teacher))
     mask = jnp.asarray(token_mask[:, 1:], bool)
-    values = kl_terms(teacher, student, direction, beta=beta).sum(-1) * temperature**2
+    columns = _columns(teacher, teacher_mask, top_k)
+    values = _divergence(student[:, :-1], teacher[:, :-1], columns, temperature, direction, beta)
     return jnp.where(mask, values, 0.0), mask
+
+
+def same_vocabulary_kl_by_chunk(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alignment: Alignment,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    direction: str = "forward",
+    beta: float = 0.5,
+    size: int | None = None,
+    teacher_mask: jax.Array | None = None,
+) -> jax.Array:
+    """`same_vocabulary_kl` in a batch that comes with an alignment, whose chunks are single tokens.
+
+    Rows then need neither the same length nor the same beginning on both sides, such as the chat
+    templates of a base model and of an instructed one.
+
+    Args:
+        student_logits: float [B, T_s, >= V].
+        teacher_logits: float [B, T_t, >= V]; gets no gradient.
+        alignment: chunk ids of tokens and `valid` [B, C]. Of a chunk of several tokens, the first
+            that has a position on each side is compared.
+        temperature, top_k, direction, beta, size: as in `same_vocabulary_kl`.
+        teacher_mask: bool [B, T_t], likewise.
+
+    Returns:
+        float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
+    """
+    valid = valid_chunks(alignment)
+    student_logits = jnp.asarray(student_logits[..., :size], jnp.float32)
+    teacher_logits = jax.lax.stop_gradient(jnp.asarray(teacher_logits[..., :size], jnp.float32))
+    columns = _columns(teacher_logits, teacher_mask, top_k)
+    student, teacher = (
+        jnp.take_along_axis(logits, _first_positions(jnp.asarray(chunks), valid.shape[1])[..., None], axis=1)
+        for logits, chunks in (
+            (student_logits, alignment.student_chunks),
+            (teacher_logits, alignment.teacher_chunks),
+        )
+    )
+    return jnp.where(valid, _divergence(student, teacher, columns, temperature, direction, beta), 0.0)
+
+
+def _columns(teacher: jax.Array, mask: jax.Array | None, top_k: int | None) -> jax.Array | None:
+    """int32 [top_k] of float [B, T, V]; None for all of them."""
+    width = teacher.shape[-1]
+    if top_k is None or top_k >= width:
+        return None
+    real = None if mask is None else jnp.asarray(mask).reshape(-1)
+    return top_columns(teacher.reshape(-1, width), real, top_k)
+
+
+def _divergence(
+    student: jax.Array,
+    teacher: jax.Array,
+    columns: jax.Array | None,
+    temperature: float,
+    direction: str,
+    beta: float,
+) -> jax.Array:
+    """float32 [...] of float32 [..., V] logits, within the columns and times tau^2."""
+    if columns is not None:
+        student, teacher = student[..., columns], teacher[..., columns]
+    s, t = (jax.nn.log_softmax(z / temperature, axis=-1) for z in (student, teacher))
+    return kl_terms(t, s, direction, beta=beta).sum(-1) * temperature**2
+
+
+def _first_positions(chunks: jax.Array, count: int) -> jax.Array:
+    """int32 [B, C]: the first position that predicts a token of each chunk, or 0."""
+    position_chunks = next_token_chunks(chunks)
+    batch, length = chunks.shape
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    # Ids of -1 count from the end, so that what has no chunk goes to a place that is cut off.
+    found = jnp.full((batch, count + 1), length, jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), chunks.shape)
+    found = found.at[rows, position_chunks].min(places, mode="drop")
+    return jnp.where(found < length, found, 0)[:, :count]

@@ -1,0 +1,232 @@
+"""What the objective is made of, with one teacher and with several, and which settings go together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+
+from xtoken_jax.errors import UserError
+
+
+class LossKind(Enum):
+    """The distillation term; "auto" leaves the choice to the audit, "none" trains without a teacher.
+
+    `uld` (Universal Logit Distillation) is `rank_l1`; `same_vocabulary` is for a teacher that shares
+    the student's tokenizer.
+    """
+
+    auto = "auto"
+    p_kl = "p_kl"
+    h_kl = "h_kl"
+    gold = "gold"
+    uld = "uld"
+    same_vocabulary = "same_vocabulary"
+    none = "none"
+
+
+class Direction(Enum):
+    """Of the KL: weighed by the teacher (forward) or the student (reverse); or Jensen-Shannon (jsd)."""
+
+    forward = "forward"
+    reverse = "reverse"
+    jsd = "jsd"
+
+
+class Merge(Enum):
+    """How a chunk's positions become one distribution."""
+
+    mean = "mean"
+    mean_normalized = "mean_normalized"
+    first = "first"
+    last = "last"
+
+
+@dataclass
+class LossConfig:
+    """The objective.
+
+    Attributes:
+        kind: auto, p_kl, h_kl, gold, uld, same_vocabulary or none.
+        temperature: tau > 0, on both sides; the term is multiplied by tau^2.
+        top_k: teacher columns that P-KL and same_vocabulary compare; null for all.
+        uncommon_top_k: sorted entries that GOLD and H-KL compare.
+        direction: forward or reverse KL, or jsd; not for ULD.
+        beta: the teacher's share of jsd's mixture, 0 to 1; TRL's GOLD has 0.5.
+        merge: mean; first or last for P-KL, GOLD and H-KL; mean_normalized for P-KL.
+        common_weight, uncommon_weight: of the two parts of GOLD and H-KL; null for the matched
+            fraction of the teacher's vocabulary and its complement, as in TRL.
+        dynamic_scaling: scale the term to the size of cross-entropy; else the two weights hold.
+        max_scale: highest dynamic factor; null for the official, unbounded one.
+        kd_weight, ce_weight: without dynamic scaling.
+    """
+
+    kind: LossKind = LossKind.auto
+    temperature: float = 1.0
+    top_k: int | None = 8192
+    uncommon_top_k: int = 8192
+    direction: Direction = Direction.forward
+    beta: float = 0.5
+    merge: Merge = Merge.mean
+    common_weight: float | None = 1.0
+    uncommon_weight: float | None = 1.0
+    dynamic_scaling: bool = True
+    max_scale: float | None = 10.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.1
+
+    def validate(self) -> None:
+        """Raise UserError for the first value, or combination of values, that makes no sense."""
+        for name, (holds, rule) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UserError(f"loss.{name}={value}: {rule}")
+        if self.kind is LossKind.none:
+            return  # a sweep's run without a teacher reads none of the rest
+        self._validate_combinations()
+
+    def validate_merge(self) -> None:
+        """Raise UserError where a term that may be meant has no such merge."""
+        for kind in _CHOICES.get(self.kind, (self.kind,)):
+            if self.merge not in _MERGES[kind]:
+                choices = ", ".join(merge.value for merge in _MERGES[kind])
+                auto = ", which auto may choose" if self.kind is LossKind.auto else ""
+                raise UserError(
+                    f"loss.merge={self.merge.value}: not for loss.kind={kind.value}{auto}; choose {choices}"
+                )
+
+    def _validate_combinations(self) -> None:
+        kinds = _CHOICES.get(self.kind, (self.kind,))
+        for name, readers in _READ_BY.items():
+            value = getattr(self, name)
+            if value != _DEFAULTS[name] and not set(readers) & set(kinds):
+                raise UserError(
+                    f"loss.{name}={_shown(value)}: loss.kind={self.kind.value} does not read it; "
+                    f"{', '.join(kind.value for kind in readers)} would"
+                )
+        self.validate_merge()
+        if self.beta != _DEFAULTS["beta"] and self.direction is not Direction.jsd:
+            raise UserError(f"loss.beta={self.beta}: only loss.direction=jsd reads it")
+        if self.common_weight == 0 and self.uncommon_weight == 0:
+            raise UserError("loss.common_weight=0 and loss.uncommon_weight=0 leave nothing to learn from")
+        if not self.dynamic_scaling and self.kd_weight == 0 and self.ce_weight == 0:
+            raise UserError("loss.kd_weight=0 and loss.ce_weight=0 leave nothing to learn from")
+
+
+class Combine(Enum):
+    """How several teachers make one term."""
+
+    sum = "sum"
+    averaged_logits = "averaged_logits"
+    select_teacher = "select_teacher"
+
+
+class Score(Enum):
+    """By what adaptive weights favour a teacher, on its own tokens."""
+
+    negative_ce = "negative_ce"
+    negative_entropy = "negative_entropy"
+    max_probability = "max_probability"
+
+
+@dataclass
+class TeachersConfig:
+    """How several teachers go together (X-Token, section 4).
+
+    Attributes:
+        combine: sum of the teachers' terms; averaged_logits of teachers that share the student's
+            tokenizer; select_teacher for the one with the lowest cross-entropy.
+        weights: alpha of each teacher; null for equal ones. The paper finds fixed weights best.
+        score: negative_ce, negative_entropy or max_probability for adaptive weights; null for fixed.
+        sharpness: a > 0, alpha = softmax over teachers of a * score.
+        scale_by_vocabulary: multiply each term by log V_t / log of the smallest V_t.
+    """
+
+    combine: Combine = Combine.sum
+    weights: list[float] | None = None
+    score: Score | None = None
+    sharpness: float = 1.0
+    scale_by_vocabulary: bool = False
+
+    def validate(self, losses: Sequence[LossConfig]) -> None:
+        """Raise UserError for the first combination with the teachers' own losses that makes no sense."""
+        for loss in losses:
+            loss.validate()
+        if not losses or any(loss.kind is LossKind.none for loss in losses):
+            raise UserError("teachers: each needs a loss of its own, other than none")
+        if self.weights is not None:
+            self._validate_weights(self.weights, len(losses))
+        if self.score is not None and self.combine is not Combine.sum:
+            raise UserError(f"teachers.score={self.score.value}: only teachers.combine=sum reads it")
+        if self.sharpness != 1.0 and self.score is None:
+            raise UserError(f"teachers.sharpness={self.sharpness}: only a teachers.score reads it")
+        if not 0 < self.sharpness < math.inf:
+            raise UserError(f"teachers.sharpness={self.sharpness}: must be above 0")
+        if self.combine is Combine.averaged_logits:
+            self._validate_averaged(losses)
+
+    def _validate_weights(self, weights: list[float], teachers: int) -> None:
+        if len(weights) != teachers:
+            raise UserError(f"teachers.weights={weights}: {teachers} teachers need as many")
+        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
+            raise UserError(f"teachers.weights={weights}: must not be negative, nor all 0")
+        if self.score is not None or self.combine is Combine.select_teacher:
+            reader = "select_teacher" if self.score is None else f"teachers.score={self.score.value}"
+            raise UserError(f"teachers.weights={weights}: {reader} makes weights of its own")
+
+    def _validate_averaged(self, losses: Sequence[LossConfig]) -> None:
+        name = "teachers.combine=averaged_logits"
+        for number, loss in enumerate(losses):
+            if loss.kind is not LossKind.same_vocabulary:
+                raise UserError(
+                    f"{name}: teacher {number} has loss.kind={loss.kind.value}; logits can be averaged of "
+                    "teachers that share the student's tokenizer alone, with same_vocabulary"
+                )
+            if loss.top_k is not None:
+                raise UserError(f"{name}: compares the full vocabulary; set teacher {number}'s top_k to null")
+        if any(loss != losses[0] for loss in losses):
+            raise UserError(f"{name}: makes one loss of all teachers, whose settings must then be equal")
+        if self.scale_by_vocabulary:
+            raise UserError(f"{name}: the vocabularies are equal, so scale_by_vocabulary has no meaning")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    return "null" if value is None else str(value)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(LossConfig)}
+_POSITIVE = (lambda x: 0 < x < math.inf, "must be above 0")
+_WEIGHT = (lambda x: 0 <= x < math.inf, "must not be negative")
+_COUNT = (lambda x: x >= 1, "must be at least 1")
+_RANGES = {
+    "temperature": _POSITIVE,
+    "top_k": _COUNT,
+    "uncommon_top_k": _COUNT,
+    "beta": (lambda x: 0 <= x <= 1, "must be between 0, the forward KL, and 1, the reverse one"),
+    "common_weight": _WEIGHT,
+    "uncommon_weight": _WEIGHT,
+    "max_scale": (lambda x: 0 < x < math.inf, "must be above 0, or null for no bound"),
+    "kd_weight": _WEIGHT,
+    "ce_weight": _WEIGHT,
+}
+
+_CHOICES = {LossKind.auto: (LossKind.p_kl, LossKind.h_kl)}
+_HYBRID = (LossKind.gold, LossKind.h_kl)
+# Settings of only some of the terms. The others in LossConfig are for all.
+_READ_BY = {
+    "top_k": (LossKind.p_kl, LossKind.same_vocabulary),
+    "uncommon_top_k": _HYBRID,
+    "direction": (LossKind.p_kl, *_HYBRID, LossKind.same_vocabulary),
+    "common_weight": _HYBRID,
+    "uncommon_weight": _HYBRID,
+}
+_MERGES = {
+    LossKind.p_kl: tuple(Merge),
+    LossKind.gold: (Merge.mean, Merge.first, Merge.last),
+    LossKind.h_kl: (Merge.mean, Merge.first, Merge.last),
+    LossKind.uld: (Merge.mean,),
+    LossKind.same_vocabulary: (Merge.mean,),
+}

@@ -1,0 +1,185 @@
+"""Several teachers: one distillation term from the terms of all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xtoken_jax.losses.reduce import masked_mean
+
+SCORES = ("negative_ce", "negative_entropy", "max_probability")
+
+
+class TeacherScores(NamedTuple):
+    """How well a teacher knows its own text: float32 scalars, higher is better."""
+
+    negative_ce: jax.Array
+    negative_entropy: jax.Array
+    max_probability: jax.Array
+
+
+class TeacherTerm(NamedTuple):
+    """One teacher's share of the objective.
+
+    Attributes:
+        kd: scalar, the mean over the global batch of its own loss, by its own alignment and W.
+        weight: alpha_m >= 0, where the weights are fixed.
+        scores: `teacher_scores` of the batch, where they are not.
+        vocabulary_size: V_t of its tokenizer, for `scale_by_vocabulary`.
+    """
+
+    kd: jax.Array
+    weight: float = 1.0
+    scores: TeacherScores | None = None
+    vocabulary_size: int | None = None
+
+
+def teacher_scores(
+    logits: jax.Array,
+    token_ids: jax.Array,
+    token_mask: jax.Array,
+    *,
+    size: int | None = None,
+    count: jax.Array | float | None = None,
+) -> TeacherScores:
+    """Means over the teacher's positions of log p(next token), sum p log p and max p (no gradient).
+
+    Under `jax.jit` the scores that nobody reads are not computed.
+
+    Args:
+        logits: float [B, T, >= V].
+        token_ids: int32 [B, T], in the teacher's tokenizer.
+        token_mask: bool [B, T], tokens that count as labels.
+        size: V of its tokenizer; columns from there on do not count. None: all do.
+        count: labels in the global batch, see `masked_mean`.
+
+    Returns:
+        TeacherScores.
+
+    Example:
+        >>> scores = teacher_scores(jnp.zeros((1, 2, 4)), jnp.array([[0, 3]]), jnp.ones((1, 2), bool))
+        >>> [round(float(score), 4) for score in scores]  # -log 4 twice, and a quarter
+        [-1.3863, -1.3863, 0.25]
+    """
+    logits = jax.lax.stop_gradient(jnp.asarray(logits[:, :-1, :size], jnp.float32))
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(log_p, jnp.asarray(token_ids)[:, 1:, None], axis=-1)[..., 0]
+    information = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0).sum(-1)
+    mask = jnp.asarray(token_mask[:, 1:], bool)
+    return TeacherScores(
+        *(masked_mean(values, mask, count) for values in (chosen, information, jnp.exp(log_p.max(-1))))
+    )
+
+
+def combine_teachers(
+    teachers: Sequence[TeacherTerm],
+    *,
+    combine: str = "sum",
+    score: str | None = None,
+    sharpness: float = 1.0,
+    scale_by_vocabulary: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """KD = sum_m alpha_m KD_m (X-Token, section 4); the result goes where one teacher's term would.
+
+    Args:
+        teachers: at least one.
+        combine: "sum", or "select_teacher" for the one of lowest cross-entropy alone.
+        score: None for the fixed weights, which the paper finds best; "negative_ce",
+            "negative_entropy" or "max_probability" for alpha = softmax over teachers of
+            sharpness * score, without a gradient.
+        sharpness: a of the softmax; 0 makes all weights equal.
+        scale_by_vocabulary: multiply KD_m by log V_t,m / log min V_t.
+
+    Returns:
+        KD, float32 scalar, and the alphas float32 [M] without the vocabularies' factors.
+
+    Raises:
+        ValueError: no teacher, another name, or a teacher without what the choice reads.
+
+    Example:
+        >>> terms = [TeacherTerm(jnp.float32(2.0), 0.8), TeacherTerm(jnp.float32(1.0), 0.2)]
+        >>> kd, alphas = combine_teachers(terms)
+        >>> round(float(kd), 4)
+        1.8
+    """
+    if not teachers:
+        raise ValueError("combine_teachers needs at least one teacher")
+    if combine not in ("sum", "select_teacher"):
+        raise ValueError(f"combine={combine!r}: choose 'sum' or 'select_teacher'")
+    if combine == "select_teacher":
+        alphas = jax.nn.one_hot(jnp.argmax(_scores(teachers, "negative_ce")), len(teachers))
+    elif score is None:
+        alphas = jnp.array([teacher.weight for teacher in teachers], jnp.float32)
+    else:
+        alphas = jax.nn.softmax(sharpness * _scores(teachers, score))
+    factors = _vocabulary_factors(teachers) if scale_by_vocabulary else [1.0] * len(teachers)
+    kds = jnp.stack([jnp.asarray(teacher.kd, jnp.float32) for teacher in teachers])
+    # A teacher without weight may be infinite, which 0 times would make NaN.
+    shares = jnp.where(alphas > 0, alphas * jnp.array(factors, jnp.float32) * kds, 0.0)
+    return shares.sum(), alphas
+
+
+def average_logits(
+    teacher_logits: Sequence[jax.Array], weights: Sequence[float], *, size: int | None = None
+) -> jax.Array:
+    """sum_m w_m z_m / sum_m w_m: one teacher out of several that share the student's tokenizer.
+
+    For `same_vocabulary_kl` over the full vocabulary.
+
+    Args:
+        teacher_logits: float [B, T, >= V] each, of the same tokens.
+        weights: >= 0, not all 0.
+        size: V of the tokenizer; columns from there on are cut off. None: all have its width.
+
+    Returns:
+        float32 [B, T, V].
+
+    Raises:
+        ValueError: shapes that differ, which other tokenizers bring about, or weights that make no
+            sense.
+
+    Example:
+        >>> average_logits([jnp.zeros((1, 1, 2)), jnp.ones((1, 1, 3))], [1.0, 3.0], size=2).tolist()
+        [[[0.75, 0.75]]]
+    """
+    if len(weights) != len(teacher_logits) or not teacher_logits:
+        raise ValueError(f"{len(teacher_logits)} teachers and {len(weights)} weights")
+    if not sum(weights) > 0 or min(weights) < 0:
+        raise ValueError(f"weights {list(weights)}: must not be negative, nor all 0")
+    cut = [jnp.asarray(logits[..., :size], jnp.float32) for logits in teacher_logits]
+    shapes = [logits.shape for logits in cut]
+    if len(set(shapes)) > 1 or (size is not None and shapes[0][-1] < size):
+        raise ValueError(
+            f"logits of shapes {shapes} for a tokenizer of size {size}: averaged logits need teachers that "
+            "share the student's tokenizer"
+        )
+    total = sum(weights)
+    average = jnp.zeros_like(cut[0])
+    for logits, weight in zip(cut, weights, strict=True):
+        if weight > 0:  # a teacher without weight may exclude tokens, which 0 times would make NaN
+            average = average + weight / total * logits
+    return average
+
+
+def _scores(teachers: Sequence[TeacherTerm], name: str) -> jax.Array:
+    """float32 [M], without a gradient."""
+    if name not in SCORES:
+        raise ValueError(f"score={name!r}: choose one of {', '.join(SCORES)}")
+    found = [teacher.scores for teacher in teachers]
+    missing = [i for i, scores in enumerate(found) if scores is None]
+    if missing:
+        raise ValueError(f"teachers {missing} come without scores, which {name} needs")
+    return jax.lax.stop_gradient(jnp.stack([getattr(scores, name) for scores in found]))
+
+
+def _vocabulary_factors(teachers: Sequence[TeacherTerm]) -> list[float]:
+    """log V_m / log min V."""
+    sizes = [teacher.vocabulary_size for teacher in teachers]
+    known = [size for size in sizes if size is not None and size > 1]
+    if len(known) < len(sizes):
+        raise ValueError(f"vocabulary sizes {sizes}: scale_by_vocabulary needs each, of 2 tokens or more")
+    return [math.log(size) / math.log(min(known)) for size in known]
