@@ -178,3 +178,29 @@ def same_vocabulary_kl(
         return temperature**2 * found
 
     return [[value(b, p) if row[p + 1] else None for p in range(len(row) - 1)] for b, row in enumerate(mask)]
+
+
+def teacher_scores(logits, ids, mask, size):
+    """Means of log p(next token), sum p log p and max p over the tokens that count."""
+    found = []
+    for b in range(len(ids)):
+        for p in range(len(ids[b]) - 1):
+            if mask[b][p + 1]:
+                log_p = log_softmax(logits[b][p][:size])
+                information = sum(math.exp(x) * x for x in log_p if x > -math.inf)
+                found.append([log_p[ids[b][p + 1]], information, math.exp(max(log_p))])
+    return mean_over(found) if found else [0.0, 0.0, 0.0]
+
+
+def combined_teachers(kds, scores, sizes, *, weights=None, sharpness=1.0, select=False, scale=False):
+    """KD of several teachers and their alphas; `scores` by teacher, unless `weights` are given."""
+    if select:
+        best = max(range(len(kds)), key=lambda m: scores[m])
+        alphas = [1.0 if m == best else 0.0 for m in range(len(kds))]
+    elif weights is None:
+        raw = [math.exp(sharpness * (score - max(scores))) for score in scores]
+        alphas = [x / sum(raw) for x in raw]
+    else:
+        alphas = weights
+    factors = [math.log(size) / math.log(min(sizes)) if scale else 1.0 for size in sizes]
+    return sum(a * f * kd for a, f, kd in zip(alphas, factors, kds, strict=True)), alphas
