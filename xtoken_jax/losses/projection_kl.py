@@ -15,7 +15,7 @@ from xtoken_jax.projection.sharded import ShardedProjection
 
 AnyProjection = Projection | SplitProjection | LearnableProjection | ShardedProjection
 
-_EPSILON = 1e-10  # official implementation
+EPSILON = 1e-10  # official implementation
 
 
 def projection_kl(
@@ -106,8 +106,8 @@ def projection_kl(
 def chunk_values(projected: jax.Array, target: jax.Array, direction: str, beta: float) -> jax.Array:
     """float32 [K]: the divergence of each chunk, from the student's projected probabilities [K, n] and
     the teacher's log-probabilities [K, n]."""
-    normalized = projected / (projected.sum(-1, keepdims=True) + _EPSILON)
-    return kl_terms(target, jnp.log(normalized + _EPSILON), direction, beta=beta).sum(-1)
+    normalized = projected / (projected.sum(-1, keepdims=True) + EPSILON)
+    return kl_terms(target, jnp.log(normalized + EPSILON), direction, beta=beta).sum(-1)
 
 
 def projected_softmax(
