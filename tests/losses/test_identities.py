@@ -1,5 +1,8 @@
 """What must hold whatever the numbers are."""
 
+import importlib
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,8 @@ from xtoken_jax.losses import (
     masked_mean,
     next_token_cross_entropy,
     projection_kl,
+    rank_l1,
+    same_vocabulary_kl,
     total_loss,
     valid_chunks,
 )
@@ -50,7 +55,7 @@ def one_chunk_a_token(batch=B, length=T):
     return Alignment(chunks, chunks, np.ones((batch, length), bool))
 
 
-@pytest.mark.parametrize("merge", ["mean", "mean_normalized"])
+@pytest.mark.parametrize("merge", ["mean", "mean_normalized", "first", "last"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_one_tokenizer_makes_projection_kl_the_ordinary_kl(merge, direction):
     tau = 2.0
@@ -58,7 +63,7 @@ def test_one_tokenizer_makes_projection_kl_the_ordinary_kl(merge, direction):
     identity = Projection(np.arange(V_S, dtype=np.int32)[:, None], np.ones((V_S, 1), np.float32), V_S)
     values = projection_kl(
         student, teacher, one_chunk_a_token(), identity,
-        temperature=tau, direction=direction, merge=merge,
+        temperature=tau, direction=direction, merge=merge, teacher_ids=np.zeros((B, T), np.int32),
     )  # fmt: skip
     s, t = (np.float64(z) / tau for z in (student, teacher))
     s, t = (z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in (s, t))
@@ -66,6 +71,77 @@ def test_one_tokenizer_makes_projection_kl_the_ordinary_kl(merge, direction):
     # Chunk k holds token k, which position k - 1 predicts; nothing predicts the first token.
     np.testing.assert_allclose(values[:, 1:], kl[:, :-1], rtol=1e-5, atol=1e-6)
     assert np.all(np.asarray(values[:, 0]) == 0)
+
+
+@pytest.mark.parametrize("merge", ["mean_normalized", "first", "last"])
+def test_one_tokenizer_and_chunks_of_two_tokens(merge):
+    """A KL at one position, or of the geometric and the arithmetic mean, at the probability of the rest."""
+    student, teacher = random_logits(20, B, T, V_S), random_logits(21, B, T, V_S)
+    ids = np.random.default_rng(22).integers(0, V_S, (B, T))
+    chunks = np.tile(np.array([-1, 0, 0, 1, 1, -1], np.int32), (B, 1))  # positions 0, 1 and 2, 3
+    identity = Projection(np.arange(V_S, dtype=np.int32)[:, None], np.ones((V_S, 1), np.float32), V_S)
+    alignment = Alignment(chunks, chunks, np.ones((B, 2), bool))
+    values = projection_kl(student, teacher, alignment, identity, merge=merge, teacher_ids=ids)
+    s, t = (np.array(jax.nn.log_softmax(z)).astype(np.float64) for z in (student, teacher))
+    for c in range(2):
+        one, two = 2 * c, 2 * c + 1
+        if merge == "mean_normalized":
+            lead = (t[:, one] + t[:, two]) / 2
+            lead -= np.log(np.exp(lead).sum(-1, keepdims=True))
+            other, rest = np.log((np.exp(s[:, one]) + np.exp(s[:, two])) / 2), np.zeros(B)
+        else:
+            chosen, left = (one, two) if merge == "first" else (two, one)
+            lead, other = t[:, chosen], s[:, chosen]
+            rest = t[np.arange(B), left, ids[:, left + 1]]
+        kl = (np.exp(lead) * (lead - other)).sum(-1)
+        np.testing.assert_allclose(values[:, c], np.exp(rest) * (kl + rest), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge", ["mean", "mean_normalized", "first", "last"])
+@pytest.mark.parametrize("split", [False, True])
+def test_the_order_of_the_students_vocabulary_does_not_matter(merge, split):
+    """Values and gradients of the permuted student are those of the student, permuted."""
+    student, teacher, alignment = (
+        random_logits(23, B, T, V_S),
+        random_logits(24, B, T, V_T),
+        random_alignment(25),
+    )
+    rng = np.random.default_rng(26)
+    projection, permutation = random_projection(27), rng.permutation(V_S)
+    student_ids, teacher_ids = rng.integers(0, V_S, (B, T)), rng.integers(0, V_T, (B, T))
+    other = Projection(projection.indices[permutation], projection.weights[permutation], V_T)
+    place = np.argsort(permutation).astype(np.int32)
+    partition = Partition.strict(projection)
+    # Of two student tokens for one teacher token the lower id has it, so the pairs are kept as they are.
+    moved_partition = Partition(
+        place[partition.common_student],
+        partition.common_teacher,
+        place[partition.uncommon_student],
+        partition.uncommon_teacher,
+    )
+
+    def p_kl(student, w, ids):
+        w = w.split() if split else w
+        return projection_kl(student, teacher, alignment, w, top_k=9, merge=merge, teacher_ids=teacher_ids)
+
+    def hybrid(student, partition, ids):
+        return hybrid_kl(
+            student, teacher, alignment, partition, merge=merge, student_ids=ids, teacher_ids=teacher_ids
+        )
+
+    cases = [(p_kl, projection, other)]
+    if merge != "mean_normalized" and not split:
+        cases.append((hybrid, partition, moved_partition))
+    for loss, tables, moved_tables in cases:
+        (value, gradient), (moved, moved_gradient) = (
+            jax.jit(jax.value_and_grad(lambda s, w=w, ids=ids, f=loss: f(s, w, ids).sum()))(s)
+            for s, w, ids in (
+                (student, tables, student_ids),
+                (student[..., permutation], moved_tables, place[student_ids]),
+            )
+        )
+        np.testing.assert_allclose(moved, value, rtol=1e-5)
+        np.testing.assert_allclose(moved_gradient, gradient[..., permutation], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [8192, 5])
@@ -123,6 +199,109 @@ def test_gold_pushes_every_uncommon_student_token_down():
     np.testing.assert_allclose(gradient[:, :-1, uncommon], expected[:, :-1], rtol=1e-4)
     assert np.all(np.asarray(gradient[:, :-1, uncommon]) > 0)
     assert np.all(np.asarray(gradient[:, -1]) == 0)
+
+
+@pytest.mark.parametrize("merge", ["mean", "mean_normalized", "first", "last"])
+def test_projection_kl_can_push_an_uncommon_student_token_up(merge):
+    """Proposition 1 does not hold there: `201` rises where the teacher writes `2`, which GOLD cannot do."""
+    indices = np.array([[0, -1, -1], [1, -1, -1], [2, 0, 1], [3, -1, -1]], np.int32)  # "0", "1", "201", " "
+    weights = np.float32([[1, 0, 0], [1, 0, 0], [0.9, 0.09, 0.01], [1, 0, 0]])
+    projection = Projection(indices, weights, 4)
+    partition = Partition.strict(projection)
+    numeral = int(partition.uncommon_student[0])
+    assert (numeral, partition.uncommon_teacher.tolist()) == (2, [2])
+    alignment = Alignment(*(np.array([[-1, 0]], np.int32),) * 2, np.ones((1, 1), bool))
+    ids = {"student_ids": np.array([[0, 2]]), "teacher_ids": np.array([[0, 2]])}
+    student, two = jnp.zeros((1, 2, 4)), jnp.zeros((1, 2, 4)).at[0, 0, 2].set(4.0)
+
+    @jax.jit
+    @jax.grad
+    def slope(student, teacher):
+        return projection_kl(student, teacher, alignment, projection, merge=merge, **ids).sum()
+
+    assert slope(student, two)[0, 0, numeral] < -0.1
+    # It falls where the teacher writes something else.
+    assert slope(student, jnp.roll(two, 1, axis=-1))[0, 0, numeral] > 0.1
+    if merge == "mean_normalized":
+        return
+
+    @jax.jit
+    @jax.grad
+    def common(student, teacher):
+        return hybrid_terms(student, teacher, alignment, partition, merge=merge, **ids).common.sum()
+
+    for teacher in (two, jnp.roll(two, 1, axis=-1)):
+        assert common(student, teacher)[0, 0, numeral] > 0
+
+
+IN_FLOAT64 = {
+    "p_kl": lambda s, t, a, w, ids, merge: projection_kl(s, t, a, w, merge=merge, top_k=9, **ids),
+    "p_kl split": lambda s, t, a, w, ids, merge: projection_kl(
+        s, t, a, w.split(), direction="reverse", merge=merge, top_k=9, **ids
+    ),
+    "p_kl jsd": lambda s, t, a, w, ids, merge: projection_kl(
+        s, t, a, w.learnable(), direction="jsd", beta=0.3, merge=merge, **ids
+    ),
+    "gold": lambda s, t, a, w, ids, merge: hybrid_kl(
+        s, t, a, Partition.strict(w), merge=merge, uncommon_top_k=3, temperature=1.7, **ids
+    ),
+    "h_kl": lambda s, t, a, w, ids, merge: hybrid_kl(
+        s, t, a, Partition.relaxed(w), direction="jsd", merge=merge, uncommon_weight=None, **ids
+    ),
+    "uld": lambda s, t, a, w, ids, merge: rank_l1(s, t, a),
+    "same vocabulary": lambda s, t, a, w, ids, merge: same_vocabulary_kl(
+        s, t, np.ones((B, T), bool), size=V_S, top_k=9
+    )[0],
+    "ce": lambda s, t, a, w, ids, merge: next_token_cross_entropy(
+        s, ids["student_ids"], np.ones((B, T), bool)
+    )[0],
+}
+LOSSES_AND_MERGES = [
+    (name, merge)
+    for name in IN_FLOAT64
+    for merge in ("mean", "first", "last")
+    if merge == "mean" or "kl" in name or name == "gold"
+]
+
+
+@pytest.fixture
+def everything_in_float64(monkeypatch):
+    """The losses as they are, with float64 where they say float32."""
+    wide = SimpleNamespace(**{**vars(jnp), "float32": jnp.float64})
+    names = ("chunks", "divergence", "hybrid_kl", "projection_kl", "rank", "reduce", "same_vocabulary")
+    modules = [importlib.import_module(f"xtoken_jax.losses.{name}") for name in names]
+    for module in modules:
+        monkeypatch.setattr(module, "jnp", wide)
+        # Sorting by bits knows one width only.
+        if hasattr(module, "largest"):
+            monkeypatch.setattr(module, "largest", lambda x, n: jax.lax.top_k(x, n)[0])
+            monkeypatch.setattr(module, "largest_with_places", lambda x, n: tuple(jax.lax.top_k(x, n)))
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.usefixtures("everything_in_float64")
+@pytest.mark.parametrize(("name", "merge"), LOSSES_AND_MERGES)
+def test_gradients_are_the_finite_differences_of_the_same_code(name, merge):
+    """Those written by hand too, along random directions, in float64."""
+    rng = np.random.default_rng(30)
+    student, teacher = rng.normal(0, 2, (B, T, V_S)), rng.normal(0, 2, (B, T, V_T))
+    ids = {"student_ids": rng.integers(0, V_S, (B, T)), "teacher_ids": rng.integers(0, V_T, (B, T))}
+    alignment, projection = random_alignment(31), random_projection(32)
+
+    @jax.jit
+    def values(student):
+        found = IN_FLOAT64[name](student, jnp.asarray(teacher), alignment, projection, ids, merge)
+        assert found.dtype == jnp.float64
+        return found
+
+    weights = rng.uniform(0.5, 1.5, jax.eval_shape(values, student).shape)
+    gradient = np.asarray(jax.jit(jax.grad(lambda s: jnp.sum(weights * values(s))))(student))
+    assert gradient.dtype == np.float64
+    for _ in range(6):
+        direction = rng.normal(size=student.shape)
+        up, down = (np.sum(weights * np.asarray(values(student + h * direction))) for h in (1e-5, -1e-5))
+        np.testing.assert_allclose(np.sum(gradient * direction), (up - down) / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 def test_masked_mean_does_not_look_outside_the_mask():

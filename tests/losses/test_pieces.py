@@ -228,12 +228,12 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", COLUMNS)
-@pytest.mark.parametrize("width", [V_T, WIDTH])
-def test_the_split_projection_is_the_projection(width, name, seed):
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [(name, width) for name in COLUMNS for width in (V_T, WIDTH) if name != "past" or width == WIDTH],
+)
+def test_the_split_projection_is_the_projection(name, width, seed):
     """project, project_softmax and pull_back, whose inner products agree, against the loop."""
-    if name == "past" and width == V_T:
-        pytest.skip("no such columns")
     w, columns = random_projection(seed), COLUMNS[name]
     split = w.split()
     rng = np.random.default_rng(seed)
