@@ -1,0 +1,307 @@
+"""Losses from hidden states and unembeddings, a block of positions at a time: no [B, T, V] array exists.
+
+Positions are put in the order of their chunks, and a block is a run of whole chunks. Its logits, the
+losses' values and the slopes by its logits live only while the block is worked on; what stays is two
+sums and the gradients by hidden states and unembedding. A chunk with more positions than a block goes
+through twice: first its parts are added up, then each part gets its gradient.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.blockwise_terms import TermSetting
+from xtoken_jax.losses.blockwise_walk import Gradient, Inputs, Setting, walk
+from xtoken_jax.losses.chunks import valid_chunks
+from xtoken_jax.losses.config import LossConfig, LossKind, Merge
+from xtoken_jax.mesh import BATCH
+from xtoken_jax.projection.matrix import LearnableProjection, Partition
+
+
+class BlockwiseLoss(NamedTuple):
+    """float32 scalars: the two means, and how many positions and chunks they are over."""
+
+    ce: jax.Array
+    kd: jax.Array
+    ce_count: jax.Array
+    kd_count: jax.Array
+
+
+def blockwise_loss(
+    student_hidden: jax.Array,
+    student_unembedding: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_unembedding: jax.Array | None,
+    alignment: Alignment | None,
+    tables: Any,
+    student_ids: jax.Array,
+    student_targets: jax.Array | None,
+    config: LossConfig,
+    *,
+    teacher_ids: jax.Array | None = None,
+    teacher_mask: jax.Array | None = None,
+    student_size: int | None = None,
+    ce_count: jax.Array | float | None = None,
+    kd_count: jax.Array | float | None = None,
+    block: int = 128,
+    teacher_block: int | None = None,
+    keep_gradients: bool = False,
+    mesh: Mesh | AbstractMesh | None = None,
+    data_axes: tuple[str, ...] = BATCH,
+) -> BlockwiseLoss:
+    """Cross-entropy and the distillation term, from hidden states.
+
+    The same as `masked_mean` of `next_token_cross_entropy` and of `distillation_loss(config)` over the
+    logits hidden @ unembedding^T, cut to the tokenizers' sizes. `ce` and `kd` can be joined in any
+    way, such as by `total_loss`; where their weights are known beforehand, `blockwise_total` is faster.
+
+    The gradient goes to student_hidden, student_unembedding and a learnable W. The backward pass computes
+    a block's logits again, when the factors of the two means are known: one more product with the
+    student's unembedding (for rows of V_t, also the teacher's) than the plain form has.
+
+    Args:
+        student_hidden: float32 or bfloat16 [B, T_s, D_s].
+        student_unembedding: [>= V_s, D_s]; rows past the tokenizer's do not count.
+        teacher_hidden, teacher_unembedding: [B, T_t, D_t] and [>= V_t, D_t]; no gradient. None with
+            `LossKind.none`, as alignment and tables.
+        alignment: chunk ids of tokens and `valid` [B, C].
+        tables: what `loss_tables` returned for this kind.
+        student_ids: int32 [B, T_s].
+        student_targets: bool [B, T_s], tokens that count as labels; None for no cross-entropy (0).
+        config: the term and its settings; weights and scaling are not read here.
+        teacher_ids: int32 [B, T_t], for merges "first" and "last".
+        teacher_mask: bool [B, T_t], real positions; others do not choose columns. None: all do.
+        student_size: V_s; None: what the tables say, or all rows of the unembedding.
+        ce_count, kd_count: how many positions and chunks of all micro-batches count. None: of this one.
+        block: student positions at a time; memory grows with it, overhead falls.
+        teacher_block: teacher positions at a time. None: as many more as its rows are longer, and 1/8.
+        keep_gradients: the forward pass computes the gradients of both means and keeps them: two
+            float32 [V_s, D_s], one product with the unembedding more again, but the terms only once.
+        mesh: None: that of `jax.set_mesh`, if any.
+        data_axes: mesh axes that split B; rows stay where they are. B must be divisible by them.
+
+    Returns:
+        BlockwiseLoss.
+
+    Raises:
+        ValueError: "auto", a missing argument, a mean-normalized or other merge that the kind lacks.
+    """
+    inputs, learnt = _inputs(
+        teacher_hidden, teacher_unembedding, alignment, tables, student_ids, student_targets, config,
+        teacher_ids, teacher_mask, ce_count, kd_count,
+    )  # fmt: skip
+    sizes = (student_size, student_unembedding.shape[0])
+    setting = _setting(config, inputs, sizes, (block, teacher_block), mesh, data_axes)
+    run = _kept if keep_gradients else _recomputed
+    ce, kd = run(setting, student_hidden, student_unembedding, learnt, inputs)
+    return BlockwiseLoss(ce, kd, inputs.ce_count, inputs.kd_count)
+
+
+def blockwise_total(
+    student_hidden: jax.Array,
+    student_unembedding: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_unembedding: jax.Array | None,
+    alignment: Alignment | None,
+    tables: Any,
+    student_ids: jax.Array,
+    student_targets: jax.Array | None,
+    config: LossConfig,
+    *,
+    ce_weight: float,
+    kd_weight: float,
+    teacher_ids: jax.Array | None = None,
+    teacher_mask: jax.Array | None = None,
+    student_size: int | None = None,
+    ce_count: jax.Array | float | None = None,
+    kd_count: jax.Array | float | None = None,
+    block: int = 128,
+    teacher_block: int | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    data_axes: tuple[str, ...] = BATCH,
+) -> tuple[jax.Array, BlockwiseLoss]:
+    """kd_weight KD + ce_weight CE, whose gradient is ready when the forward pass is.
+
+    With the weights known, every block is visited once: as many products as in the plain form.
+
+    Args:
+        ce_weight, kd_weight: constants.
+        Others as in `blockwise_loss`.
+
+    Returns:
+        The total, and the parts of it, which have no gradient of their own.
+    """
+    inputs, learnt = _inputs(
+        teacher_hidden, teacher_unembedding, alignment, tables, student_ids, student_targets, config,
+        teacher_ids, teacher_mask, ce_count, kd_count,
+    )  # fmt: skip
+    sizes = (student_size, student_unembedding.shape[0])
+    setting = _setting(config, inputs, sizes, (block, teacher_block), mesh, data_axes)
+    weights = (float(ce_weight), float(kd_weight))
+    total, ce, kd = _weighted(setting, weights, student_hidden, student_unembedding, learnt, inputs)
+    ce, kd = jax.lax.stop_gradient((ce, kd))
+    return total, BlockwiseLoss(ce, kd, inputs.ce_count, inputs.kd_count)
+
+
+def _inputs(
+    teacher_hidden: jax.Array | None,
+    teacher_unembedding: jax.Array | None,
+    alignment: Alignment | None,
+    tables: Any,
+    student_ids: jax.Array,
+    student_targets: jax.Array | None,
+    config: LossConfig,
+    teacher_ids: jax.Array | None,
+    teacher_mask: jax.Array | None,
+    ce_count: jax.Array | float | None,
+    kd_count: jax.Array | float | None,
+) -> tuple[Inputs, jax.Array | None]:
+    if config.kind is LossKind.auto:
+        raise ValueError(f"{config.kind} is not a distillation term")
+    learnt = labelled = None
+    if student_targets is not None:
+        targets = jnp.asarray(student_targets, bool)
+        labelled = jnp.concatenate([targets[:, 1:], jnp.zeros_like(targets[:, :1])], axis=1)
+    if ce_count is None:
+        ce_count = 0.0 if labelled is None else labelled.sum(dtype=jnp.float32)
+    if config.kind is LossKind.none:
+        teacher_hidden = teacher_unembedding = alignment = tables = teacher_ids = teacher_mask = None
+        kd_count = 0.0 if kd_count is None else kd_count
+    else:
+        if teacher_hidden is None or teacher_unembedding is None or alignment is None or tables is None:
+            raise ValueError(f"{config.kind} needs a teacher, an alignment and tables")
+        config.validate_merge()
+        if config.merge not in (Merge.first, Merge.last):
+            teacher_ids = None
+        elif teacher_ids is None:
+            raise ValueError(f"merge={config.merge.value!r} needs teacher_ids")
+        kd_count = valid_chunks(alignment).sum(dtype=jnp.float32) if kd_count is None else kd_count
+        learnt = jnp.asarray(tables.logits) if isinstance(tables, LearnableProjection) else None
+    inputs = Inputs(
+        teacher_hidden, alignment, jnp.asarray(student_ids), labelled, teacher_ids, teacher_mask,
+        teacher_unembedding, tables, jnp.asarray(ce_count, jnp.float32), jnp.asarray(kd_count, jnp.float32),
+    )  # fmt: skip
+    return jax.tree.map(jax.lax.stop_gradient, jax.tree.map(jnp.asarray, inputs)), learnt
+
+
+def _setting(
+    config: LossConfig,
+    inputs: Inputs,
+    sizes: tuple[int | None, int],
+    blocks: tuple[int, int | None],
+    mesh: Mesh | AbstractMesh | None,
+    data_axes: tuple[str, ...],
+) -> Setting:
+    term, teacher_size = None, 0
+    given, rows = sizes
+    student_size = rows if given is None else given
+    block, teacher_block = blocks
+    if inputs.alignment is not None and inputs.teacher_unembedding is not None:
+        term = TermSetting(
+            config.kind, config.temperature, config.top_k, config.uncommon_top_k, config.direction.value,
+            config.beta, config.merge.value, config.common_weight, config.uncommon_weight,
+        )  # fmt: skip
+        of_tables = _sizes(inputs.tables)
+        student_size = of_tables[0] if given is None else given
+        if student_size != of_tables[0]:
+            raise ValueError(f"student_size={given}, but the tables are for {of_tables[0]} tokens")
+        teacher_size = inputs.teacher_unembedding.shape[0] if of_tables[1] is None else of_tables[1]
+        lengths = inputs.alignment.student_chunks.shape[1], inputs.alignment.teacher_chunks.shape[1]
+        if teacher_block is None:
+            teacher_block = -(-9 * block * lengths[1] // (8 * lengths[0]))
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    axes = tuple(axis for axis in data_axes if mesh.shape.get(axis, 1) > 1)
+    inside = isinstance(mesh, AbstractMesh) and set(axes) <= set(mesh.manual_axes)
+    return Setting(
+        term, student_size, teacher_size, block, teacher_block or block, axes, None if inside else mesh
+    )
+
+
+def _sizes(tables: Any) -> tuple[int, int | None]:
+    """V_s and V_t, None for all there are."""
+    if isinstance(tables, Partition):
+        common = tables.common_student.shape[0]
+        return common + tables.uncommon_student.shape[0], common + tables.uncommon_teacher.shape[0]
+    if hasattr(tables, "student_size"):
+        return tables.student_size, tables.teacher_size
+    return tables.student, tables.teacher
+
+
+# Three ways to a gradient: around each, a custom_vjp, so that nothing is differentiated through the walk.
+
+_ONE_EACH = (1.0, 1.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(setting: Setting, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+    return walk(setting, 0, _ONE_EACH, *arguments)[0]
+
+
+def _recomputed_forward(setting: Setting, *arguments: Any) -> tuple[Any, Any]:
+    return walk(setting, 0, _ONE_EACH, *arguments)[0], arguments
+
+
+def _recomputed_backward(setting: Setting, arguments: Any, slopes: Any) -> tuple:
+    _, (gradient,) = walk(setting, 1, slopes, *arguments)
+    return *_cast(gradient, arguments), None
+
+
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kept(setting: Setting, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+    return walk(setting, 0, _ONE_EACH, *arguments)[0]
+
+
+def _kept_forward(setting: Setting, *arguments: Any) -> tuple[Any, Any]:
+    values, gradients = walk(setting, 2, _ONE_EACH, *arguments)
+    return values, (gradients, _likes(arguments))
+
+
+def _kept_backward(setting: Setting, residuals: Any, slopes: Any) -> tuple:
+    (by_ce, by_kd), likes = residuals
+    gradient = jax.tree.map(lambda ce, kd: slopes[0] * ce + slopes[1] * kd, by_ce, by_kd)
+    return *_cast(gradient, likes), None
+
+
+_kept.defvjp(_kept_forward, _kept_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted(setting: Setting, weights: tuple[float, float], *arguments: Any) -> tuple[jax.Array, ...]:
+    return _total(weights, walk(setting, 0, _ONE_EACH, *arguments)[0])
+
+
+def _weighted_forward(setting: Setting, weights: tuple[float, float], *arguments: Any) -> tuple[Any, Any]:
+    values, (gradient,) = walk(setting, 1, weights, *arguments)
+    return _total(weights, values), (gradient, _likes(arguments))
+
+
+def _weighted_backward(setting: Setting, weights: Any, residuals: Any, slopes: Any) -> tuple:
+    gradient, likes = residuals
+    return *_cast(jax.tree.map(lambda g: slopes[0] * g, gradient), likes), None
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def _total(weights: tuple[float, float], values: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    ce, kd = values
+    return weights[0] * ce + weights[1] * kd, ce, kd
+
+
+def _likes(arguments: Any) -> list[jax.Array]:
+    """Of the dtypes that the gradients must have."""
+    return [jnp.zeros(0, x.dtype) for x in arguments[:2]]
+
+
+def _cast(gradient: Gradient, like: Any) -> tuple:
+    hidden, unembedding, learnt = gradient
+    return hidden.astype(like[0].dtype), unembedding.astype(like[1].dtype), learnt

@@ -1,0 +1,312 @@
+"""The distillation terms in pieces that fit blocks: what positions add to a chunk, and what that is worth."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from xtoken_jax.losses.blockwise_plan import Block, logits_of
+from xtoken_jax.losses.chunks import Merging
+from xtoken_jax.losses.config import LossKind
+from xtoken_jax.losses.divergence import kl_terms
+from xtoken_jax.losses.hybrid_kl import (
+    HybridTarget,
+    merged_log_softmax,
+    slope_of_merged,
+    target_of_merged,
+    terms_of_merged,
+)
+from xtoken_jax.losses.projection_kl import chunk_values, highest, projected_softmax
+from xtoken_jax.losses.rank import _sorted_l1
+from xtoken_jax.projection.matrix import LearnableProjection, Partition
+
+
+class TermSetting(NamedTuple):
+    """The fields of `LossConfig` that a term reads; hashable."""
+
+    kind: LossKind
+    temperature: float
+    top_k: int | None
+    uncommon_top_k: int
+    direction: str
+    beta: float
+    merge: str
+    common_weight: float | None
+    uncommon_weight: float | None
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher of a batch, positions flattened.
+
+    Attributes:
+        hidden: [N_t, D_t].
+        unembedding: [>= V_t, D_t].
+        next_ids: int32 [N_t], the token that each position predicts; None where no merge needs it.
+        real: bool [N_t], positions that choose columns; None for all.
+        size: V_t of the tokenizer.
+        block: positions at a time.
+        axes: mesh axes that the batch is split over, inside `jax.shard_map`.
+    """
+
+    hidden: jax.Array
+    unembedding: jax.Array
+    next_ids: jax.Array | None
+    real: jax.Array | None
+    size: int
+    block: int
+    axes: tuple[str, ...]
+
+    def logits(self, positions: jax.Array, temperature: float) -> jax.Array:
+        """float32 [n, V_t]; position N_t, an empty one, has logits of 0."""
+        hidden = self.hidden.at[positions].get(mode="fill", fill_value=0)
+        return logits_of(hidden, self.unembedding)[:, : self.size] / temperature
+
+    def next(self, positions: jax.Array) -> jax.Array | None:
+        """int32 [n]."""
+        return None if self.next_ids is None else self.next_ids.at[positions].get(mode="clip")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A distillation term.
+
+    Both sides are merged as sums over positions, so that a chunk may be cut: its parts are added up.
+
+    Attributes:
+        teacher: of a block, what its positions add to the teacher's side of each chunk, float32 [K, m_t].
+        target: of the complete sum, what the student's chunks are compared with.
+        student: (logits float32 [n, V_s] over tau, next ids [n], merging, learnt weights or None) ->
+            float32 [K, m_s].
+        values: (the complete sum, target) -> float32 [K], times tau^2.
+        whole_rows: whether `teacher` computes rows of V_t, so that groups must be small on its side too.
+    """
+
+    teacher: Callable[[Block], jax.Array]
+    target: Callable[[jax.Array], Any]
+    student: Callable[[jax.Array, jax.Array, Merging, jax.Array | None], jax.Array]
+    values: Callable[[jax.Array, Any], jax.Array]
+    whole_rows: bool
+
+
+def merges_of(setting: TermSetting) -> str:
+    """How positions weigh in their chunk: same-vocabulary distillation compares the first ones."""
+    return "first" if setting.kind is LossKind.same_vocabulary else setting.merge
+
+
+def make_term(setting: TermSetting, tables: Any, teacher: TeacherRows) -> Term:
+    """The term of one batch; for P-KL it looks at all of the teacher's positions to choose columns."""
+    if setting.kind is LossKind.p_kl:
+        return _p_kl(setting, tables, teacher)
+    if setting.kind in (LossKind.gold, LossKind.h_kl):
+        return _hybrid(setting, tables, teacher)
+    if setting.kind is LossKind.uld:
+        return _uld(setting, teacher)
+    return _same_vocabulary(setting, teacher)
+
+
+def _p_kl(setting: TermSetting, projection: Any, teacher: TeacherRows) -> Term:
+    tau, merge = setting.temperature, setting.merge
+    chosen = _choose(teacher, tau, sys.maxsize if setting.top_k is None else setting.top_k)
+    columns = jnp.arange(teacher.size, dtype=jnp.int32) if chosen.columns is None else chosen.columns
+
+    def of_teacher(block: Block) -> jax.Array:
+        logits = chosen.logits(block.positions)
+        merged = block.merging.merge(jax.nn.log_softmax(logits, axis=-1))
+        if merge not in ("first", "last"):
+            return merged
+        actual = chosen.actual(block.positions, logits)
+        return merged + block.merging.other_tokens(actual)[:, None]
+
+    def of_student(
+        logits: jax.Array, next_ids: jax.Array, merging: Merging, learnt: jax.Array | None
+    ) -> jax.Array:
+        own = projection if learnt is None else replace(cast(LearnableProjection, projection), logits=learnt)
+        return merging.merge(projected_softmax(logits, own, columns, teacher.size))
+
+    return Term(
+        teacher=of_teacher,
+        target=partial(jax.nn.log_softmax, axis=-1) if merge == "mean_normalized" else lambda merged: merged,
+        student=of_student,
+        values=lambda m, t: chunk_values(m, t, setting.direction, setting.beta) * tau**2,
+        whole_rows=chosen.columns is None,
+    )
+
+
+def _hybrid(setting: TermSetting, partition: Partition, teacher: TeacherRows) -> Term:
+    tau, by_token = setting.temperature, setting.merge != "mean"
+    matched = partition.common_teacher.shape[0] / teacher.size
+    common_weight = matched if setting.common_weight is None else setting.common_weight
+    uncommon_weight = 1 - matched if setting.uncommon_weight is None else setting.uncommon_weight
+
+    def values(merged: jax.Array, target: HybridTarget) -> jax.Array:
+        common, uncommon = _hybrid_values(merged, target, setting.direction, setting.beta)
+        return (common_weight * common + uncommon_weight * uncommon) * tau**2
+
+    return Term(
+        teacher=lambda block: _merged(teacher, block, tau, by_token),
+        target=lambda merged: target_of_merged(merged, partition, setting.uncommon_top_k),
+        student=lambda z, ids, merging, _: _log_probabilities(z, ids if by_token else None, merging),
+        values=values,
+        whole_rows=True,
+    )
+
+
+def _uld(setting: TermSetting, teacher: TeacherRows) -> Term:
+    tau = setting.temperature
+    return Term(
+        teacher=lambda block: _merged(teacher, block, tau, False),
+        target=jnp.exp,
+        student=lambda z, ids, merging, _: _log_probabilities(z, None, merging),
+        values=lambda merged, target: _sorted_l1(jnp.exp(merged), target) * tau**2,
+        whole_rows=True,
+    )
+
+
+def _same_vocabulary(setting: TermSetting, teacher: TeacherRows) -> Term:
+    tau = setting.temperature
+    chosen = _choose(teacher, tau, sys.maxsize if setting.top_k is None else setting.top_k)
+
+    def of_student(
+        logits: jax.Array, next_ids: jax.Array, merging: Merging, learnt: jax.Array | None
+    ) -> jax.Array:
+        logits = logits if chosen.columns is None else logits[:, chosen.columns]
+        return _log_probabilities(logits, None, merging)
+
+    return Term(
+        teacher=lambda block: merged_log_softmax(chosen.logits(block.positions), None, block.merging)[0],
+        target=lambda merged: merged,
+        student=of_student,
+        values=lambda m, t: kl_terms(t, m, setting.direction, beta=setting.beta).sum(-1) * tau**2,
+        whole_rows=chosen.columns is None,
+    )
+
+
+def _merged(teacher: TeacherRows, block: Block, tau: float, by_token: bool) -> jax.Array:
+    next_ids = teacher.next(block.positions) if by_token else None
+    return merged_log_softmax(teacher.logits(block.positions, tau), next_ids, block.merging)[0]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The teacher at the compared columns only, so that its rows are short.
+
+    Attributes:
+        columns: int32 [k], None for all.
+        rows: what the columns' logits are made from.
+        temperature: tau.
+        log_actual: float32 [N_t], the log-probability of the token that comes, or None.
+    """
+
+    columns: jax.Array | None
+    rows: TeacherRows
+    temperature: float
+    log_actual: jax.Array | None
+
+    def logits(self, positions: jax.Array) -> jax.Array:
+        """float32 [n, k]."""
+        return self.rows.logits(positions, self.temperature)
+
+    def actual(self, positions: jax.Array, logits: jax.Array) -> jax.Array:
+        """float32 [n]: log-probabilities of the tokens that come, over the full vocabulary."""
+        if self.log_actual is not None:
+            return self.log_actual.at[positions].get(mode="clip")
+        return _log_actual(logits, cast(jax.Array, self.rows.next(positions)))
+
+
+def _log_actual(logits: jax.Array, next_ids: jax.Array) -> jax.Array:
+    own = jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0]
+    return own - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _choose(teacher: TeacherRows, tau: float, top_k: int) -> _Chosen:
+    """One pass over the teacher's positions, which keeps the maximum of each column."""
+    if top_k >= teacher.size:
+        return _Chosen(None, teacher, tau, None)
+    length, block = len(teacher.hidden), teacher.block
+    real = jnp.ones(length, bool) if teacher.real is None else teacher.real
+    everywhere = teacher.next_ids is not None or teacher.real is None
+    wanted = jnp.ones(length, bool) if everywhere else real
+    (order,) = jnp.nonzero(wanted, size=length, fill_value=length)
+    order = order.astype(jnp.int32)
+
+    def more(carry: tuple) -> jax.Array:
+        return carry[0] < wanted.sum()
+
+    def look(carry: tuple) -> tuple:
+        place, top, log_actual = carry
+        places = place + jnp.arange(block, dtype=jnp.int32)
+        positions = order.at[places].get(mode="fill", fill_value=length)
+        logits = teacher.logits(positions, tau)
+        if log_actual is not None:
+            actual = _log_actual(logits, cast(jax.Array, teacher.next(positions)))
+            log_actual = log_actual.at[positions].set(actual, mode="drop")
+        votes = real.at[positions].get(mode="fill", fill_value=False)
+        top = jnp.maximum(top, highest(jnp.where(votes[:, None], logits, -jnp.inf)))
+        return place + block, top, log_actual
+
+    log_actual = None if teacher.next_ids is None else jnp.zeros(length, jnp.float32)
+    start = (jnp.int32(0), jnp.full(teacher.size, -jnp.inf, jnp.float32), log_actual)
+    _, top, log_actual = jax.lax.while_loop(more, look, start)
+    if teacher.axes:
+        top = jax.lax.pmax(top, teacher.axes)
+    columns = jax.lax.top_k(top, top_k)[1].astype(jnp.int32)
+    narrow = replace(teacher, unembedding=teacher.unembedding[columns], size=top_k, next_ids=None)
+    return _Chosen(columns, narrow, tau, log_actual)
+
+
+@jax.custom_vjp
+def _log_probabilities(logits: jax.Array, next_ids: jax.Array | None, merging: Merging) -> jax.Array:
+    """`merged_log_softmax` with a derivative, float32 [K, V]."""
+    return merged_log_softmax(logits, next_ids, merging)[0]
+
+
+def _merge_forward(
+    logits: jax.Array, next_ids: jax.Array | None, merging: Merging
+) -> tuple[jax.Array, tuple]:
+    merged, normalizer = merged_log_softmax(logits, next_ids, merging)
+    return merged, (logits, next_ids, merging, normalizer)
+
+
+def _merge_backward(residuals: tuple, slope: jax.Array) -> tuple:
+    logits, next_ids, merging, normalizer = residuals
+    total = slope.sum(-1)
+    softmax = jnp.exp(logits - normalizer[:, None])
+    shares = merging.spread(total[:, None])
+    if next_ids is None:
+        return merging.spread(slope) - softmax * shares, None, None
+    others = merging.spread_other(total)
+    gradient = merging.spread(slope) - softmax * (shares + others[:, None])
+    positions = jnp.arange(len(logits), dtype=jnp.int32)
+    return gradient.at[positions, next_ids].add(others), None, None
+
+
+_log_probabilities.defvjp(_merge_forward, _merge_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _hybrid_values(
+    merged: jax.Array, target: HybridTarget, direction: str, beta: float
+) -> tuple[jax.Array, jax.Array]:
+    return terms_of_merged(merged, target, direction, beta)[0]
+
+
+def _hybrid_forward(
+    merged: jax.Array, target: HybridTarget, direction: str, beta: float
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    parts, ranks = terms_of_merged(merged, target, direction, beta)
+    return parts, (merged, target, ranks)
+
+
+def _hybrid_backward(direction: str, beta: float, residuals: tuple, gradients: tuple) -> tuple:
+    merged, target, ranks = residuals
+    return slope_of_merged(merged, target, ranks, gradients, direction, beta), None
+
+
+_hybrid_values.defvjp(_hybrid_forward, _hybrid_backward)

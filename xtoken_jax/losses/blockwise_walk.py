@@ -1,0 +1,340 @@
+"""The walk over blocks: values, and gradients by hidden states, unembedding and a learnable W."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.blockwise_plan import Block, Groups, Side, add_outer, logits_of, pull_to_hidden
+from xtoken_jax.losses.blockwise_terms import TeacherRows, Term, TermSetting, make_term, merges_of
+from xtoken_jax.losses.chunks import next_tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """All that gets no gradient; the first six are split over devices as the batch is.
+
+    `labelled`: bool [B, T_s], positions whose next token counts in cross-entropy, None for none. The
+    others as in `blockwise_loss`; without a distillation term all of the teacher's are None.
+    """
+
+    teacher_hidden: jax.Array | None
+    alignment: Alignment | None
+    student_ids: jax.Array
+    labelled: jax.Array | None
+    teacher_ids: jax.Array | None
+    teacher_mask: jax.Array | None
+    teacher_unembedding: jax.Array | None
+    tables: Any
+    ce_count: jax.Array
+    kd_count: jax.Array
+
+
+class Setting(NamedTuple):
+    """What is static, and hashable.
+
+    Attributes:
+        term: of the distillation term, None for cross-entropy alone.
+        student_size, teacher_size: V_s and V_t.
+        block, teacher_block: positions at a time.
+        axes: mesh axes that split the batch.
+        mesh: where `jax.shard_map` is to run; None for one device, or inside of one already.
+    """
+
+    term: TermSetting | None
+    student_size: int
+    teacher_size: int
+    block: int
+    teacher_block: int
+    axes: tuple[str, ...]
+    mesh: Mesh | AbstractMesh | None
+
+
+class Gradient(NamedTuple):
+    """float32 [B, T_s, D_s], [>= V_s, D_s], and that of the learnt weights or None."""
+
+    hidden: jax.Array
+    unembedding: jax.Array
+    learnt: jax.Array | None
+
+
+Slopes = tuple[jax.Array | float, jax.Array | float]
+
+
+def walk(
+    setting: Setting,
+    number: int,
+    slopes: Slopes,
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    learnt: jax.Array | None,
+    inputs: Inputs,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Gradient, ...]]:
+    """The two means, and `number` gradients: none, that of slopes . (CE, KD), or those of CE and of KD."""
+    by_mean = jnp.asarray(slopes[0], jnp.float32), jnp.asarray(slopes[1], jnp.float32)
+    arguments = hidden, unembedding, learnt, inputs, by_mean
+    if setting.mesh is None:
+        return _local(setting, number, *arguments)
+    rows, whole = PartitionSpec(setting.axes), PartitionSpec()
+    by_input = Inputs(*[rows] * 6, *[whole] * 4)  # type: ignore[arg-type]
+    return jax.shard_map(
+        lambda *args: _local(setting, number, *args),
+        mesh=setting.mesh,
+        in_specs=(rows, whole, whole, by_input, whole),
+        out_specs=((whole, whole), (Gradient(rows, whole, whole),) * number),  # type: ignore[arg-type]
+        axis_names=set(setting.axes),
+        check_vma=False,  # nothing is differentiated through it
+    )(*arguments)
+
+
+class _Sums(NamedTuple):
+    ce: jax.Array
+    kd: jax.Array
+    gradients: tuple[Gradient, ...]
+
+
+def _local(
+    setting: Setting,
+    number: int,
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    learnt: jax.Array | None,
+    inputs: Inputs,
+    slopes: tuple[jax.Array, jax.Array],
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Gradient, ...]]:
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    student = _Student(setting, flat, unembedding, next_tokens(inputs.student_ids), inputs, slopes)
+    nothing = Gradient(
+        jnp.zeros(flat.shape, jnp.float32),
+        jnp.zeros(unembedding.shape, jnp.float32),
+        None if learnt is None else jnp.zeros(learnt.shape, jnp.float32),
+    )
+    sums = _Sums(jnp.float32(0), jnp.float32(0), (nothing,) * number)
+    place = jnp.int32(0)
+    if setting.term is None or inputs.alignment is None or inputs.alignment.valid.shape[1] == 0:
+        side = Side.of(
+            jnp.full_like(inputs.student_ids, -1),
+            jnp.zeros((len(inputs.student_ids), 1), bool),
+            inputs.labelled,
+            "mean",
+        )
+    else:
+        teacher = _teacher_rows(setting, inputs)
+        merge = merges_of(setting.term)
+        groups = Groups.of(inputs.alignment, inputs.labelled, merge, merge)
+        term = make_term(setting.term, inputs.tables, teacher)
+        sums = _over_groups(student, groups, term, learnt, sums)
+        side, place = groups.student, groups.student.ends[-1]
+    if inputs.labelled is not None:
+        sums = _over_rest(student, side, place, sums)
+    if setting.axes:
+        ce, kd = jax.lax.psum((sums.ce, sums.kd), setting.axes)
+        gradients = tuple(
+            Gradient(g.hidden, *jax.lax.psum((g.unembedding, g.learnt), setting.axes)) for g in sums.gradients
+        )
+        sums = _Sums(ce, kd, gradients)
+    shaped = tuple(g._replace(hidden=g.hidden.reshape(hidden.shape)) for g in sums.gradients)
+    return (sums.ce, sums.kd), shaped
+
+
+def _teacher_rows(setting: Setting, inputs: Inputs) -> TeacherRows:
+    assert inputs.teacher_hidden is not None and inputs.teacher_unembedding is not None  # noqa: PT018
+    return TeacherRows(
+        inputs.teacher_hidden.reshape(-1, inputs.teacher_hidden.shape[-1]),
+        inputs.teacher_unembedding,
+        None if inputs.teacher_ids is None else next_tokens(inputs.teacher_ids),
+        None if inputs.teacher_mask is None else jnp.asarray(inputs.teacher_mask, bool).reshape(-1),
+        setting.teacher_size,
+        setting.teacher_block,
+        setting.axes,
+    )
+
+
+class _Student(NamedTuple):
+    """The student's rows, positions flattened, and how much each mean counts."""
+
+    setting: Setting
+    hidden: jax.Array
+    unembedding: jax.Array
+    next_ids: jax.Array
+    inputs: Inputs
+    slopes: tuple[jax.Array, jax.Array]
+
+    def block(self, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Hidden states [n, D], logits float32 [n, V_s] and next ids [n]."""
+        rows = self.hidden.at[positions].get(mode="fill", fill_value=0)
+        logits = logits_of(rows, self.unembedding)[:, : self.setting.student_size]
+        return rows, logits, self.next_ids.at[positions].get(mode="clip")
+
+    def cross_entropy(
+        self, logits: jax.Array, next_ids: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Its share of the mean; the log-normalizers and the weight of each row, float32 [n]."""
+        if self.inputs.labelled is None:
+            return jnp.float32(0), logits[:, 0], jnp.zeros(len(logits), jnp.float32)
+        labelled = self.inputs.labelled.reshape(-1).at[positions].get(mode="fill", fill_value=False)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        values = normalizer - jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0]
+        count = jnp.maximum(self.inputs.ce_count, 1.0)
+        return jnp.where(labelled, values, 0.0).sum() / count, normalizer, labelled / count
+
+    def ce_slope(
+        self, logits: jax.Array, next_ids: jax.Array, normalizer: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """float32 [n, V_s]: (softmax - one at the label) times the weight of the row."""
+        columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        label = (columns == next_ids[:, None]).astype(jnp.float32)
+        weights = weights[:, None]
+        return jnp.where(weights != 0, weights * (jnp.exp(logits - normalizer[:, None]) - label), 0.0)
+
+    def add(
+        self, gradient: Gradient, slope: jax.Array, rows: jax.Array, positions: jax.Array, learnt: Any
+    ) -> Gradient:
+        """A block's gradient, from its slope by the logits [n, V_s]."""
+        slope = jnp.pad(slope, ((0, 0), (0, len(self.unembedding) - slope.shape[1])))
+        by_rows = gradient.hidden.at[positions].set(pull_to_hidden(slope, self.unembedding), mode="drop")
+        return Gradient(by_rows, add_outer(gradient.unembedding, slope, rows), learnt)
+
+
+def _over_rest(student: _Student, side: Side, place: jax.Array, sums: _Sums) -> _Sums:
+    """Cross-entropy of the positions from `place` on, which have no chunk."""
+    size = student.setting.block
+
+    def one(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
+        place, sums = carry
+        positions = side.block(place, side.wanted, size, jnp.int32(0), 1).positions
+        rows, logits, next_ids = student.block(positions)
+        ce, normalizer, weights = student.cross_entropy(logits, next_ids, positions)
+        gradients = list(sums.gradients)
+        if gradients:
+            weights = weights if len(gradients) == 2 else student.slopes[0] * weights
+            slope = student.ce_slope(logits, next_ids, normalizer, weights)
+            gradients[0] = student.add(gradients[0], slope, rows, positions, gradients[0].learnt)
+        return place + size, _Sums(sums.ce + ce, sums.kd, tuple(gradients))
+
+    return jax.lax.while_loop(lambda carry: carry[0] < side.wanted, one, (place, sums))[1]
+
+
+class _State(NamedTuple):
+    """Where the walk over groups is.
+
+    Attributes:
+        chunk: the number of the next chunk.
+        place: the next ordered position.
+        again: whether a chunk longer than a block is gone through for the second time.
+        part: float32 [m_s], what the parts of such a chunk add up to.
+    """
+
+    chunk: jax.Array
+    place: jax.Array
+    again: jax.Array
+    part: jax.Array
+    sums: _Sums
+
+
+def _over_groups(
+    student: _Student, groups: Groups, term: Term, learnt: jax.Array | None, sums: _Sums
+) -> _Sums:
+    """Both means over the positions of chunks, and their gradients."""
+    setting, number = student.setting, len(sums.gradients)
+    size = setting.block
+    chunks = min(size, setting.teacher_block) if term.whole_rows else size
+    kd_count = jnp.maximum(student.inputs.kd_count, 1.0)
+    side = groups.student
+
+    def one(state: _State) -> _State:
+        chunk, begin = state.chunk, side.begin(state.chunk)
+        last = jnp.minimum(side.last(chunk, size), groups.number)
+        if term.whole_rows:
+            last = jnp.minimum(last, groups.teacher.last(chunk, setting.teacher_block))
+        last = jnp.maximum(last, chunk + 1)
+        end = side.ends[last - 1]
+        long = end - begin > size  # one chunk then, of which this is a part
+        stop = jnp.minimum(end, state.place + size)
+        block = side.block(state.place, stop, size, chunk, chunks)
+        target = term.target(_teacher(groups.teacher, term, setting.teacher_block, chunk, last, chunks))
+
+        rows, logits, next_ids = student.block(block.positions)
+        tau = setting.term.temperature if setting.term is not None else 1.0
+
+        def merge(logits: jax.Array, learnt: jax.Array | None) -> jax.Array:
+            return term.student(logits / tau, next_ids, block.merging, learnt)
+
+        merged, pull = _vjp(number, merge, logits, learnt)
+        part = merged[0] + jnp.where(state.place == begin, 0.0, state.part)
+        part = jnp.where(state.again, state.part, part)
+        merged = merged.at[0].set(jnp.where(state.again, part, merged[0]))
+        # The first time through a long chunk nothing counts but its sum.
+        counts = ~long | state.again
+        compared = (jnp.arange(chunks, dtype=jnp.int32) < last - chunk) & counts
+        values, pull_values = _vjp(number, lambda m: term.values(m, target), merged)
+        finished = compared & (stop == end)
+        kd = jnp.where(finished, values, 0.0).sum() / kd_count
+        ce, normalizer, weights = student.cross_entropy(logits, next_ids, block.positions)
+        weights = jnp.where(counts, weights, 0.0)
+
+        gradients = state.sums.gradients
+        if number:
+            by_ce, by_kd = student.slopes if number == 1 else (jnp.float32(1), jnp.float32(1))
+            slope_of_chunks = pull_values(jnp.where(compared, by_kd / kd_count, 0.0))[0]
+            kd_slope, by_learnt = pull(slope_of_chunks)
+            kd_slope = jnp.where(counts, kd_slope, 0.0)
+            ce_slope = student.ce_slope(logits, next_ids, normalizer, by_ce * weights)
+            slopes = (ce_slope + kd_slope,) if number == 1 else (ce_slope, kd_slope)
+            gradients = tuple(
+                student.add(g, s, rows, block.positions, g.learnt)
+                for g, s in zip(state.sums.gradients, slopes, strict=True)
+            )
+            of_kd = gradients[-1]
+            if of_kd.learnt is not None:
+                more = of_kd.learnt + jnp.where(counts, by_learnt, 0.0)
+                gradients = (*gradients[:-1], of_kd._replace(learnt=more))
+
+        done = ~long | (state.again & (stop == end))
+        turn = long & ~state.again & (stop == end)
+        return _State(
+            jnp.where(done, last, chunk),
+            jnp.where(turn, begin, stop),
+            jnp.where(long, state.again ^ (stop == end), False),
+            part,
+            _Sums(state.sums.ce + jnp.where(counts, ce, 0.0), state.sums.kd + kd, gradients),
+        )
+
+    part = jax.eval_shape(
+        lambda z, i, m, w: term.student(z, i, m, w)[0],
+        jax.ShapeDtypeStruct((size, setting.student_size), jnp.float32),
+        jax.ShapeDtypeStruct((size,), jnp.int32),
+        side.block(jnp.int32(0), jnp.int32(0), size, jnp.int32(0), chunks).merging,
+        learnt,
+    )
+    start = _State(jnp.int32(0), jnp.int32(0), jnp.zeros((), bool), jnp.zeros(part.shape, part.dtype), sums)
+    return jax.lax.while_loop(lambda state: state.chunk < groups.number, one, start).sums
+
+
+def _vjp(number: int, function: Callable, *arguments: Any) -> tuple[Any, Callable]:
+    """Value and pull-back; without a gradient to compute, the value alone."""
+    if number:
+        return jax.vjp(function, *arguments)
+    return function(*arguments), lambda _: ()
+
+
+def _teacher(side: Side, term: Term, size: int, chunk: jax.Array, last: jax.Array, chunks: int) -> jax.Array:
+    """The teacher's side of chunks `chunk` to `last`, as many blocks as it takes; mostly one."""
+    begin, end = side.begin(chunk), side.ends[last - 1]
+
+    def block(place: jax.Array) -> Block:
+        return side.block(place, end, size, chunk, chunks)
+
+    def more(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        place, merged = carry
+        return place + size, merged + term.teacher(block(place))
+
+    first = (begin + size, term.teacher(block(begin)))
+    return jax.lax.while_loop(lambda carry: carry[0] < end, more, first)[1]
