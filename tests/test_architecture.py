@@ -22,6 +22,8 @@ ALLOWED = {
     "alignment.batch": set(),
     "alignment": {"tokens"},
     "projection.matrix": set(),
+    # As the losses, these two need jax alone.
+    "projection.sharded": {"projection.matrix"},
     "projection": {"tokens"},
     # What tokens stand for, and rows of W as text.
     "coverage": {"tokens", "projection"},
@@ -31,7 +33,7 @@ ALLOWED = {
     "models": {"mesh"},
     # It compares the tokenizer's size with the model's vocabulary.
     "models.load": {"models", "mesh", "tokens.tokenizer"},
-    "losses": {"mesh", "alignment.batch", "projection.matrix"},
+    "losses": {"mesh", "alignment.batch", "projection.matrix", "projection.sharded"},
     "train": {"models", "losses", "data", "mesh"},
     "evaluate": {"models", "losses", "data", "alignment", "tokens", "mesh"},
     "export": {"models", "tokens", "mesh"},

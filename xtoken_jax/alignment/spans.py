@@ -126,20 +126,19 @@ def align_located(pair: TokenizerPair, student: Located, teacher: Located) -> li
         if tiled[b]:
             parts, count = [student_chunks[here[0]], teacher_chunks[here[1]]], int(counts[b])
         else:
-            *parts, count = walk(
-                *(
-                    np.stack([side.starts[part], side.ends[part]], axis=1) - side.text_starts[b]
-                    for side, part in zip(sides, here, strict=True)
-                ),
-                length=int(student.text_starts[b + 1] - student.text_starts[b]),
+            first, second = (
+                np.stack([side.starts[part], side.ends[part]], axis=1) - side.text_starts[b]
+                for side, part in zip(sides, here, strict=True)
             )
+            length = int(student.text_starts[b + 1] - student.text_starts[b])
+            *parts, count = walk(first, second, length)
         exact = np.ones(count, bool)
         if not tiled[b]:
             exact = _exact(pair, sides, here, parts, count)
         elif count and (student.dummy[b] or teacher.dummy[b]):
             exact[0] = _opens_alike(pair, sides, here, parts)
-        first, second = (Side.of(side.ids[part], c) for side, part, c in zip(sides, here, parts, strict=True))
-        rows.append(Spans(first, second, count, exact))
+        both = [Side.of(side.ids[part], c) for side, part, c in zip(sides, here, parts, strict=True)]
+        rows.append(Spans(both[0], both[1], count, exact))
     return rows
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xtoken_jax.alignment.batch import Alignment, next_token_chunks
 
@@ -65,7 +66,7 @@ class Merging:
     count: int = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, chunks: jax.Array, count: int, merge: str) -> Merging:
+    def of(cls, chunks: jax.Array | np.ndarray, count: int, merge: str) -> Merging:
         """From chunk ids int32 [B, T] by token, after the next-token shift."""
         position_chunks = next_token_chunks(jnp.asarray(chunks))
         inside = (position_chunks >= 0) & (position_chunks < count)
