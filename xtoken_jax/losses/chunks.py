@@ -20,7 +20,15 @@ def positions_per_chunk(position_chunks: jax.Array, count: int) -> jax.Array:
 
 
 def valid_chunks(alignment: Alignment) -> jax.Array:
-    """bool [B, C]: chunks that count, with a position on both sides after the next-token shift."""
+    """bool [B, C]: chunks that count, with a position on both sides after the next-token shift.
+
+    Example:
+        >>> student, teacher = jnp.array([[0, 1, 2]]), jnp.array([[0, 1, 1]])
+        >>> print(valid_chunks(Alignment(student, teacher, jnp.ones((1, 3), bool))))
+        [[False  True False]]
+
+        Nothing predicts the first token, and chunk 2 has no token of the teacher.
+    """
     count = alignment.valid.shape[1]
     sides = (alignment.student_chunks, alignment.teacher_chunks)
     student, teacher = (positions_per_chunk(next_token_chunks(jnp.asarray(c)), count) > 0 for c in sides)
@@ -59,6 +67,12 @@ class Merging:
         weights: float32 [B, T], its share in the chunk: 1/n of n positions under "mean"; 1 for the
             chosen position and 0 for the others under "first" and "last".
         count: C.
+
+    Example:
+        >>> ids = jnp.array([[-1, 0, 0, 1]])  # positions 0 and 1 predict chunk 0, position 2 chunk 1
+        >>> values = jnp.array([[1.0], [3.0], [5.0], [7.0]])
+        >>> [Merging.of(ids, 2, merge).merge(values).ravel().tolist() for merge in ("mean", "first", "last")]
+        [[2.0, 5.0], [1.0, 5.0], [3.0, 5.0]]
     """
 
     segments: jax.Array

@@ -46,6 +46,18 @@ def hybrid_kl(
 
     Returns:
         float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
+
+    Example:
+        >>> import numpy as np
+        >>> partition = Partition(*np.array([[0], [1], [1], [0]], np.int32))  # 0 is the teacher's 1
+        >>> ids = jnp.array([[-1, 0]])  # the second token of each side makes chunk 0
+        >>> alignment = Alignment(ids, ids, jnp.ones((1, 1), bool))
+        >>> student, teacher = jnp.log(jnp.array([[[[0.5, 0.5]] * 2], [[[0.25, 0.75]] * 2]]))
+        >>> print(hybrid_kl(student, teacher, alignment, partition).round(4))  # 0.3041 + 0.25
+        [[0.5541]]
+        >>> trl = {"direction": "jsd", "common_weight": None, "uncommon_weight": None}
+        >>> print(hybrid_kl(student, teacher, alignment, partition, **trl).round(4))
+        [[0.1313]]
     """
     terms = hybrid_terms(
         student_logits,

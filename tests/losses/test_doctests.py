@@ -1,0 +1,36 @@
+"""The examples in the docstrings of the losses are right, and every loss has one."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import xtoken_jax.losses
+
+PACKAGE = xtoken_jax.losses
+MODULES = [
+    PACKAGE.__name__,
+    *(f"{PACKAGE.__name__}.{m.name}" for m in pkgutil.iter_modules(PACKAGE.__path__)),
+]
+
+LOSSES = ("projection_kl", "hybrid_kl", "hybrid_terms", "rank_l1", "same_vocabulary_kl", "valid_chunks")
+
+
+def examples_of(name):
+    """Docstrings with examples of a module's own names, not of those that it imports."""
+    return [test for test in doctest.DocTestFinder().find(importlib.import_module(name)) if test.examples]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module(name):
+    runner, printed = doctest.DocTestRunner(), []
+    for test in examples_of(name):
+        runner.run(test, out=printed.append, clear_globs=False)
+    assert runner.summarize(verbose=False).failed == 0, "".join(printed)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_has_an_example(name):
+    found = doctest.DocTestFinder(recurse=False).find(getattr(PACKAGE, name), name)
+    assert any(test.examples for test in found)
