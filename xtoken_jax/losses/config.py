@@ -60,6 +60,8 @@ class LossConfig:
         dynamic_scaling: scale the term to the size of cross-entropy; else the two weights hold.
         max_scale: highest dynamic factor; null for the official, unbounded one.
         kd_weight, ce_weight: without dynamic scaling.
+        block: student positions whose logits exist at a time; null for those of the whole batch,
+            which is faster for small vocabularies.
     """
 
     kind: LossKind = LossKind.auto
@@ -75,6 +77,7 @@ class LossConfig:
     max_scale: float | None = 10.0
     kd_weight: float = 1.0
     ce_weight: float = 0.1
+    block: int | None = 128
 
     def validate(self) -> None:
         """Raise UserError for the first value, or combination of values, that makes no sense."""
@@ -205,6 +208,7 @@ _RANGES = {
     "temperature": _POSITIVE,
     "top_k": _COUNT,
     "uncommon_top_k": _COUNT,
+    "block": _COUNT,
     "beta": (lambda x: 0 <= x <= 1, "must be between 0, the forward KL, and 1, the reverse one"),
     "common_weight": _WEIGHT,
     "uncommon_weight": _WEIGHT,

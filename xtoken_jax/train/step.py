@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,11 +16,13 @@ from xtoken_jax.losses import (
     LossConfig,
     LossKind,
     distillation_loss,
+    kd_scale_capped,
     masked_mean,
     next_token_cross_entropy,
     total_loss,
     valid_chunks,
 )
+from xtoken_jax.losses.blockwise import blockwise_loss
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import replicated
 from xtoken_jax.models.decoder import Model, Params, logits
@@ -90,24 +92,21 @@ def make_step(
         step(state, teacher_params, tables, batch) -> (state, metrics). A step whose loss or
         gradient is not finite leaves parameters and moments as they were; `finite` says so.
     """
-    distil = None if teacher is None or loss.kind is LossKind.none else distillation_loss(loss)
+    kind = LossKind.none if teacher is None else loss.kind
 
     def objective(
         params: Params, teacher_params: Params | None, tables: LossTables | None, batch: Batch
     ) -> tuple[jax.Array, Metrics]:
         # Rows are padded on the right, so causality alone keeps padding out of sight.
-        student_logits = logits(*student(params, batch.student.ids))[..., :student_size]
-        ce_values, ce_mask = next_token_cross_entropy(
-            student_logits, batch.student.ids, batch.student.targets
-        )
-        ce = masked_mean(ce_values, ce_mask)
-        metrics = {"ce": ce}
-        if distil is None or teacher is None or teacher_params is None or tables is None:
-            return ce, {"loss": ce, **metrics}
-        teacher_logits = jax.lax.stop_gradient(logits(*teacher(teacher_params, batch.teacher.ids)))
-        values = distil(student_logits, teacher_logits, batch.alignment, tables, batch.teacher.mask)
-        chunks = valid_chunks(batch.alignment)
-        kd = masked_mean(values, chunks)
+        of_student = student(params, batch.student.ids)
+        of_teacher: Outputs | tuple[None, None] = (None, None)
+        if teacher is not None and kind is not LossKind.none:
+            assert teacher_params is not None
+            of_teacher = jax.lax.stop_gradient(teacher(teacher_params, batch.teacher.ids))
+        means = _blockwise if loss.block else _whole
+        ce, kd = means(of_student, of_teacher, tables, batch, replace(loss, kind=kind), student_size)
+        if kind is LossKind.none:
+            return ce, {"loss": ce, "ce": ce}
         total, scale = total_loss(
             ce,
             kd,
@@ -116,7 +115,10 @@ def make_step(
             kd_weight=loss.kd_weight,
             ce_weight=loss.ce_weight,
         )
-        return total, {"loss": total, "kd": kd, "kd_scale": scale, "chunks": chunks.sum(), **metrics}
+        capped = loss.dynamic_scaling & kd_scale_capped(ce, kd, loss.max_scale)
+        chunks = valid_chunks(batch.alignment).sum()
+        metrics = {"loss": total, "ce": ce, "kd": kd, "kd_scale": scale, "kd_scale_capped": capped}
+        return total, {**metrics, "chunks": chunks}
 
     def step(
         state: TrainState, teacher_params: Params | None, tables: LossTables | None, batch: Batch
@@ -134,3 +136,62 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+Outputs = tuple[jax.Array, jax.Array]  # hidden states [B, T, D] and unembedding [V, D]
+
+
+def _blockwise(
+    student: Outputs,
+    teacher: Outputs | tuple[None, None],
+    tables: LossTables | None,
+    batch: Batch,
+    loss: LossConfig,
+    student_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """CE and KD, without logits of more than a block of positions."""
+    hidden, unembedding = student
+    teacher_hidden, teacher_unembedding = teacher
+    found = blockwise_loss(
+        hidden,
+        unembedding,
+        teacher_hidden,
+        teacher_unembedding,
+        batch.alignment,
+        tables,
+        batch.student.ids,
+        batch.student.targets,
+        loss,
+        teacher_ids=batch.teacher.ids,
+        teacher_mask=batch.teacher.mask,
+        student_size=student_size,
+        block=loss.block or 0,
+    )
+    return found.ce, found.kd
+
+
+def _whole(
+    student: Outputs,
+    teacher: Outputs | tuple[None, None],
+    tables: LossTables | None,
+    batch: Batch,
+    loss: LossConfig,
+    student_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """CE and KD, from logits [B, T, V] of both sides."""
+    student_logits = logits(*student)[..., :student_size]
+    ce = masked_mean(*next_token_cross_entropy(student_logits, batch.student.ids, batch.student.targets))
+    if loss.kind is LossKind.none or tables is None:
+        return ce, jnp.float32(0)
+    hidden, unembedding = teacher
+    assert hidden is not None and unembedding is not None  # noqa: PT018
+    values = distillation_loss(loss)(
+        student_logits,
+        logits(hidden, unembedding),
+        batch.alignment,
+        tables,
+        batch.teacher.mask,
+        student_ids=batch.student.ids,
+        teacher_ids=batch.teacher.ids,
+    )
+    return ce, masked_mean(values, valid_chunks(batch.alignment))
