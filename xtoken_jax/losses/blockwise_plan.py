@@ -125,7 +125,7 @@ def logits_of(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
 
 def _logits_by_slices(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
     def add(logits: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-        rows = jax.lax.dynamic_slice_in_dim(unembedding, start, size)
+        rows = _rows(unembedding, start, size, hidden)
         return jax.lax.dynamic_update_slice_in_dim(logits, _product(hidden, rows, 1, 1), start, 1)
 
     return _by_slices(add, jnp.zeros((len(hidden), len(unembedding)), jnp.float32), unembedding.shape)
@@ -138,7 +138,7 @@ def pull_to_hidden(slope: jax.Array, unembedding: jax.Array) -> jax.Array:
 
     # The slope stays in float32, so each slice of the unembedding is converted on its own.
     def add(total: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-        rows = jax.lax.dynamic_slice_in_dim(unembedding, start, size).astype(jnp.float32)
+        rows = _rows(unembedding, start, size, slope)
         return total + _product(jax.lax.dynamic_slice_in_dim(slope, start, size, 1), rows, 1, 0)
 
     return _by_slices(add, jnp.zeros((len(slope), unembedding.shape[1]), jnp.float32), unembedding.shape)
@@ -162,6 +162,40 @@ def _by_slices(
     rows, size = shape[0], max(1, min(shape[0], _SLICE // shape[1]))
     total = jax.lax.fori_loop(0, rows // size, lambda i, t: add(t, i * size, size), total)
     return add(total, rows // size * size, rows % size) if rows % size else total
+
+
+def rows_at(matrix: jax.Array, places: jax.Array) -> jax.Array:
+    """matrix[places], rows of 0 for places past the end."""
+
+    def take(matrix: jax.Array) -> jax.Array:
+        return matrix.at[places].get(mode="fill", fill_value=0)
+
+    if matrix.dtype != jnp.bfloat16:
+        return take(matrix)
+
+    def bits(matrix: jax.Array) -> jax.Array:  # as in `_rows`
+        return jax.lax.bitcast_convert_type(
+            take(jax.lax.bitcast_convert_type(matrix, jnp.uint16)), jnp.bfloat16
+        )
+
+    return jax.lax.platform_dependent(matrix, cpu=bits, default=take)
+
+
+def _rows(unembedding: jax.Array, start: jax.Array | int, size: int, of_block: jax.Array) -> jax.Array:
+    """float32 [size, D] of a bfloat16 unembedding."""
+
+    # XLA's CPU backend slices bfloat16 as float32, of which it makes a whole copy: as integers it does not.
+    def bits(unembedding: jax.Array) -> jax.Array:
+        unembedding, _ = jax.lax.optimization_barrier((unembedding, (of_block, start)))
+        whole = jax.lax.bitcast_convert_type(unembedding, jnp.uint16)
+        rows = jax.lax.dynamic_slice_in_dim(whole, start, size).astype(jnp.uint32)
+        return jax.lax.bitcast_convert_type(rows << 16, jnp.float32)
+
+    return jax.lax.platform_dependent(
+        unembedding,
+        cpu=bits,
+        default=lambda u: jax.lax.dynamic_slice_in_dim(u, start, size).astype(jnp.float32),
+    )
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:

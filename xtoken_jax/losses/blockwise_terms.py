@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from xtoken_jax.losses.blockwise_plan import Block, logits_of
+from xtoken_jax.losses.blockwise_plan import Block, logits_of, rows_at
 from xtoken_jax.losses.chunks import Merging
 from xtoken_jax.losses.config import LossKind
 from xtoken_jax.losses.divergence import kl_terms
@@ -65,8 +65,7 @@ class TeacherRows:
 
     def logits(self, positions: jax.Array, temperature: float) -> jax.Array:
         """float32 [n, V_t]; position N_t, an empty one, has logits of 0."""
-        hidden = self.hidden.at[positions].get(mode="fill", fill_value=0)
-        return logits_of(hidden, self.unembedding)[:, : self.size] / temperature
+        return logits_of(rows_at(self.hidden, positions), self.unembedding)[:, : self.size] / temperature
 
     def next(self, positions: jax.Array) -> jax.Array | None:
         """int32 [n]."""
@@ -257,7 +256,7 @@ def _choose(teacher: TeacherRows, tau: float, top_k: int) -> _Chosen:
     if teacher.axes:
         top = jax.lax.pmax(top, teacher.axes)
     columns = jax.lax.top_k(top, top_k)[1].astype(jnp.int32)
-    narrow = replace(teacher, unembedding=teacher.unembedding[columns], size=top_k, next_ids=None)
+    narrow = replace(teacher, unembedding=rows_at(teacher.unembedding, columns), size=top_k, next_ids=None)
     return _Chosen(columns, narrow, tau, log_actual)
 
 

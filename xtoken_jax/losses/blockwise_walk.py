@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.blockwise_plan import Block, Groups, Side, add_outer, logits_of, pull_to_hidden
+from xtoken_jax.losses.blockwise_plan import (
+    Block,
+    Groups,
+    Side,
+    add_outer,
+    logits_of,
+    pull_to_hidden,
+    rows_at,
+)
 from xtoken_jax.losses.blockwise_terms import TeacherRows, Term, TermSetting, make_term, merges_of
 from xtoken_jax.losses.chunks import next_tokens
 
@@ -169,7 +177,7 @@ class _Student(NamedTuple):
 
     def block(self, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states [n, D], logits float32 [n, V_s] and next ids [n]."""
-        rows = self.hidden.at[positions].get(mode="fill", fill_value=0)
+        rows = rows_at(self.hidden, positions)
         logits = logits_of(rows, self.unembedding)[:, : self.setting.student_size]
         return rows, logits, self.next_ids.at[positions].get(mode="clip")
 
