@@ -1,5 +1,14 @@
 """GOLD and H-KL over a split vocabulary: what each device computes and sends, forward and backward.
 
+A pair's student token and its partner are on two devices as a rule. Three ways to bring them together,
+in numbers that a device receives for a chunk, with Llama 3.1 and Qwen3 over 8 devices:
+- gather the teacher's rows, and each device's candidates for the sorted part: 248,000;
+- send exactly the partners, by tables made from the partition, and the candidates to one device a
+  chunk: 40,000, or 133,000 if all pairs of devices exchange as much as the largest one;
+- make columns into rows, all of both vocabularies for 1/n of the chunks, and send the slope back: 45,000.
+The last one, taken here, needs no tables, and every device sorts as much as the others, although the
+uncommon ids are mostly the last ones: of 18,687 of Llama's, 17,587 are in the last quarter.
+
 In the comments n is the number of devices on the vocabulary's axis, and lower-case letters are a
 device's own share: b rows, v columns.
 """

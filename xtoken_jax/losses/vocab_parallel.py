@@ -5,15 +5,17 @@ whose unembedding is split: no device ever holds the whole vocabulary of its row
 
 Forward and backward are programs of their own, with the collectives written out, and a `custom_vjp`
 stands around the two: nothing is differentiated through a collective, and what is kept in between is
-chosen. All three exchange vectors [N] for log-normalizers. Beyond that, for every chunk:
+chosen. `shard_map` still checks by types that what is declared whole on every device is so. All three
+exchange vectors [N] for log-normalizers. Beyond that, for every chunk:
 
 P-KL: both sides at the k chosen columns are summed by reduce-scatter, so that a device compares k / n
 of them; the gradient at the columns is gathered. 3 k numbers, against the V_s + V_t of gathered logits.
 
 GOLD and H-KL: an all-to-all makes a block of chunks with 1/n of the vocabularies into 1/n of the chunks
 with the vocabularies whole, there the plain loss is taken, and its slope goes back the same way:
-(2 V_s + V_t) / n numbers. Each device then sorts as much as the others, wherever the uncommon ids lie;
-they are mostly the last ones.
+(2 V_s + V_t) / n numbers.
+
+N is a device's own positions, n the devices on the vocabulary's axis.
 """
 
 from __future__ import annotations
