@@ -1,5 +1,6 @@
 """Distillation losses as pure functions of arrays; they need nothing but jax."""
 
+from xtoken_jax.losses.blockwise import BlockwiseLoss, blockwise_loss, blockwise_total
 from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.config import LossConfig, LossKind, TeachersConfig
 from xtoken_jax.losses.hybrid_kl import HybridTerms, hybrid_kl, hybrid_terms
@@ -25,8 +26,15 @@ from xtoken_jax.losses.teachers import (
     combine_teachers,
     teacher_scores,
 )
+from xtoken_jax.losses.vocab_parallel import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_hybrid_kl,
+    vocab_parallel_hybrid_terms,
+    vocab_parallel_projection_kl,
+)
 
 __all__ = [
+    "BlockwiseLoss",
     "HybridTerms",
     "LossConfig",
     "LossKind",
@@ -34,6 +42,8 @@ __all__ = [
     "TeacherTerm",
     "TeachersConfig",
     "average_logits",
+    "blockwise_loss",
+    "blockwise_total",
     "combine_teachers",
     "distillation_loss",
     "dynamic_scale",
@@ -50,4 +60,8 @@ __all__ = [
     "teacher_scores",
     "total_loss",
     "valid_chunks",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_hybrid_kl",
+    "vocab_parallel_hybrid_terms",
+    "vocab_parallel_projection_kl",
 ]
