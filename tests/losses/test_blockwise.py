@@ -1,0 +1,358 @@
+"""Losses from hidden states, block by block, against the plain functions over whole logits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses import (
+    LossConfig,
+    LossKind,
+    distillation_loss,
+    loss_tables,
+    masked_mean,
+    next_token_cross_entropy,
+    total_loss,
+    valid_chunks,
+)
+from xtoken_jax.losses.blockwise import blockwise_loss, blockwise_total
+from xtoken_jax.losses.config import Direction, Merge
+from xtoken_jax.projection.matrix import Projection
+
+B, T_S, T_T, C = 8, 11, 13, 9
+V_S, V_T = 13, 17  # of the tokenizers
+WIDTH_S, WIDTH_T = 15, 20  # of the lm_heads
+D_S, D_T = 6, 7
+RNG = np.random.default_rng(5)
+
+
+def random_chunks(length):
+    """Chunks of one to four tokens, with gaps."""
+    chunks = np.cumsum(RNG.random((B, length)) < 0.5, axis=1) - 1
+    chunks = np.where(RNG.random((B, length)) < 0.1, -1, chunks)
+    return np.where(chunks < C, chunks, -1).astype(np.int32)
+
+
+def make_alignment():
+    student, teacher = random_chunks(T_S), random_chunks(T_T)
+    valid = RNG.random((B, C)) < 0.9
+    student[0, 1:9], teacher[0, 1:] = 0, 0  # one chunk longer than most blocks, on both sides
+    student[1], teacher[1] = -1, -1  # an empty row
+    valid[2] = False  # a masked sample
+    student[3, 6:], teacher[3, 7:] = -1, -1  # padding
+    student[4], teacher[4] = np.arange(T_S) % C, np.arange(T_T) % C  # chunks need not be runs
+    student[5, 2:], teacher[5, 2:4], teacher[5, 4:] = 1, 1, -1  # long on the student's side only
+    valid[[0, 5], [0, 1]] = True
+    return Alignment(student, teacher, valid)
+
+
+def make_projection():
+    indices = np.full((V_S, 4), -1, np.int32)
+    weights = np.zeros((V_S, 4), np.float32)
+    for i in range(V_S):
+        count = (1, 1, 3, 1, 0)[i % 5]
+        indices[i, :count] = RNG.choice(V_T, count, replace=False)
+        weights[i, :count] = np.array([1, 0.1, 0.01])[:count] / np.array([1, 0.1, 0.01])[:count].sum()
+    return Projection(indices, weights, V_T)
+
+
+ALIGNMENT = make_alignment()
+PROJECTION = make_projection()
+IDENTITY = Projection(np.arange(V_S, dtype=np.int32)[:, None], np.ones((V_S, 1), np.float32), V_S)
+HIDDEN = jnp.asarray(RNG.normal(0, 1, (B, T_S, D_S)), jnp.float32)
+UNEMBEDDING = jnp.asarray(RNG.normal(0, 1, (WIDTH_S, D_S)), jnp.float32)
+TEACHER = (
+    jnp.asarray(RNG.normal(0, 1, (B, T_T, D_T)), jnp.float32),
+    jnp.asarray(RNG.normal(0, 1, (WIDTH_T, D_T)), jnp.float32),
+)
+IDS = jnp.asarray(RNG.integers(0, V_S, (B, T_S)), jnp.int32)
+TEACHER_IDS = jnp.asarray(RNG.integers(0, V_S, (B, T_T)), jnp.int32)
+TARGETS = jnp.asarray(RNG.random((B, T_S)) < 0.7).at[2].set(False)
+TEACHER_MASK = jnp.ones((B, T_T), bool).at[3, 7:].set(False)
+SCALE = 10.0  # of `total_loss`
+
+
+def tables_of(kind):
+    if kind is LossKind.none:
+        return None
+    projection = IDENTITY if kind is LossKind.same_vocabulary else PROJECTION
+    return jax.tree.map(jnp.asarray, loss_tables(kind, projection))
+
+
+def logits(hidden, unembedding):
+    return jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32)
+
+
+def plain(config, tables, hidden, unembedding, teacher=TEACHER, alignment=ALIGNMENT):
+    student = logits(hidden, unembedding)[..., :V_S]
+    ce = masked_mean(*next_token_cross_entropy(student, IDS, TARGETS))
+    if config.kind is LossKind.none:
+        return ce, jnp.float32(0)
+    values = distillation_loss(config)(
+        student, logits(*teacher), alignment, tables, TEACHER_MASK, student_ids=IDS, teacher_ids=TEACHER_IDS
+    )
+    return ce, masked_mean(values, valid_chunks(alignment))
+
+
+def blockwise(config, tables, hidden, unembedding, teacher=TEACHER, alignment=ALIGNMENT, **options):
+    found = blockwise_loss(
+        hidden, unembedding, *teacher, alignment, tables, IDS, TARGETS, config,
+        teacher_ids=TEACHER_IDS, teacher_mask=TEACHER_MASK, student_size=V_S, **options,
+    )  # fmt: skip
+    return found.ce, found.kd
+
+
+# Tests are mostly compilation.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def gradients(function, config, tables, hidden=HIDDEN, unembedding=UNEMBEDDING, **options):
+    """(CE, KD), and the gradients of the dynamically scaled total."""
+
+    def total(hidden, unembedding):
+        ce, kd = function(config, tables, hidden, unembedding, **options)
+        return total_loss(ce, kd, max_scale=SCALE)[0], (ce, kd)
+
+    (_, values), slopes = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(
+        hidden, unembedding
+    )
+    return values, slopes
+
+
+def assert_close(found, expected, tolerance=3e-6):
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        scale = max(float(jnp.abs(theirs).max()), 1e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+
+
+K = LossKind
+CASES = {
+    "p_kl": LossConfig(K.p_kl, top_k=6, temperature=1.7),
+    "p_kl-all-normalized": LossConfig(K.p_kl, top_k=None, merge=Merge.mean_normalized),
+    "p_kl-first": LossConfig(K.p_kl, top_k=6, merge=Merge.first, direction=Direction.reverse),
+    "p_kl-all-last": LossConfig(K.p_kl, top_k=None, merge=Merge.last, direction=Direction.jsd),
+    "gold": LossConfig(K.gold, temperature=1.7, common_weight=None, uncommon_weight=None),
+    "h_kl-first": LossConfig(K.h_kl, uncommon_top_k=3, merge=Merge.first),
+    "h_kl-last": LossConfig(K.h_kl, merge=Merge.last, direction=Direction.reverse),
+    "uld": LossConfig(K.uld, temperature=1.3),
+    "same_vocabulary": LossConfig(K.same_vocabulary, top_k=5, temperature=1.3),
+    "same_vocabulary-all": LossConfig(K.same_vocabulary, top_k=None, direction=Direction.reverse),
+    "none": LossConfig(K.none),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name):
+    """Blocks smaller than the longest chunks, and of which T is no multiple."""
+    config = CASES[name]
+    tables = tables_of(config.kind)
+    expected = expected_of(name)
+    assert float(jnp.abs(expected[1][0]).max()) > 1e-3
+    assert_close(gradients(blockwise, config, tables, block=5), expected)
+    assert np.all(np.asarray(expected[1][1])[V_S:] == 0)
+
+
+@pytest.mark.parametrize("name", ["p_kl", "gold"])
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 200])
+def test_sizes_of_blocks(name, block):
+    config = CASES[name]
+    tables = tables_of(config.kind)
+    assert_close(gradients(blockwise, config, tables, block=block), expected_of(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_all_sizes_of_blocks(name):
+    config = CASES[name]
+    tables = tables_of(config.kind)
+    for block in range(1, T_S + 1):
+        assert_close(gradients(blockwise, config, tables, block=block), expected_of(name))
+
+
+@functools.cache
+def expected_of(name):
+    return gradients(plain, CASES[name], tables_of(CASES[name].kind))
+
+
+@pytest.mark.parametrize("name", ["p_kl", "gold"])
+def test_a_teacher_block_of_any_size(name):
+    config = CASES[name]
+    tables = tables_of(config.kind)
+    found = gradients(blockwise, config, tables, block=6, teacher_block=2)
+    assert_close(found, expected_of(name))
+
+
+@pytest.mark.parametrize("name", ["p_kl-all-last", "h_kl-first"])
+def test_gradients_kept_from_the_forward_pass(name):
+    config = CASES[name]
+    tables = tables_of(config.kind)
+    found = gradients(blockwise, config, tables, block=5, keep_gradients=True)
+    assert_close(found, expected_of(name))
+
+
+@pytest.mark.parametrize("name", ["p_kl", "h_kl-last"])
+def test_fixed_weights(name):
+    config = CASES[name]
+    tables = tables_of(config.kind)
+
+    def ours(hidden, unembedding):
+        total, parts = blockwise_total(
+            hidden, unembedding, *TEACHER, ALIGNMENT, tables, IDS, TARGETS, config, block=5,
+            ce_weight=0.1, kd_weight=2.0, teacher_ids=TEACHER_IDS, teacher_mask=TEACHER_MASK,
+        )  # fmt: skip
+        return 3 * total + parts.ce, parts.kd  # a part has no gradient
+
+    def theirs(hidden, unembedding):
+        ce, kd = plain(config, tables, hidden, unembedding)
+        return 3 * (0.1 * ce + 2.0 * kd) + jax.lax.stop_gradient(ce), kd
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(HIDDEN, UNEMBEDDING)
+        for f in (ours, theirs)
+    )
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_learnable_projection_gets_its_gradient(keep):
+    learnable = jax.tree.map(jnp.asarray, PROJECTION.learnable())
+
+    def slope(function, **options):
+        def kd(w):
+            return total_loss(
+                *function(
+                    CASES["p_kl"], dataclasses.replace(learnable, logits=w), HIDDEN, UNEMBEDDING, **options
+                ),
+                max_scale=SCALE,
+            )[0]
+
+        return jax.jit(jax.grad(kd))(learnable.logits)
+
+    expected = slope(plain)
+    assert float(jnp.abs(expected).max()) > 1e-3
+    assert_close(slope(blockwise, block=4, keep_gradients=keep), expected)
+
+
+@pytest.mark.parametrize("name", ["p_kl", "gold"])
+def test_bfloat16_is_as_exact_as_the_plain_way(name):
+    """Both ways against the same numbers in float32, which is exact enough to tell."""
+    config = CASES[name]
+    tables = tables_of(config.kind)
+    low = [x.astype(jnp.bfloat16) for x in (HIDDEN, UNEMBEDDING)]
+    teacher = tuple(x.astype(jnp.bfloat16) for x in TEACHER)
+    exact = gradients(
+        plain, config, tables, *(x.astype(jnp.float32) for x in low),
+        teacher=tuple(x.astype(jnp.float32) for x in teacher),
+    )  # fmt: skip
+    theirs = gradients(plain, config, tables, *low, teacher=teacher)
+    ours = gradients(blockwise, config, tables, *low, teacher=teacher, block=4)
+    assert_close(ours[0], exact[0], 1e-5)
+    for a, b, c in zip(ours[1], theirs[1], exact[1], strict=True):
+        assert a.dtype == b.dtype == jnp.bfloat16
+        errors = [float(jnp.linalg.norm(x.astype(jnp.float32) - c)) for x in (a, b)]
+        assert errors[0] <= 1.02 * errors[1] + 1e-9
+
+
+def test_slices_of_a_large_unembedding(monkeypatch):
+    """Whole slices and a rest, in both dtypes."""
+    monkeypatch.setattr("xtoken_jax.losses.blockwise_plan._SLICE", 4 * D_S)
+    config = CASES["p_kl"]
+    tables = tables_of(config.kind)
+    expected = expected_of("p_kl")
+    assert_close(gradients(blockwise, config, tables, block=5), expected)
+    low = [x.astype(jnp.bfloat16) for x in (HIDDEN, UNEMBEDDING)]
+    assert_close(
+        jax.tree.map(lambda x: x.astype(jnp.float32), gradients(blockwise, config, tables, *low, block=5)),
+        jax.tree.map(lambda x: x.astype(jnp.float32), gradients(plain, config, tables, *low)),
+        2**-7,
+    )
+
+
+def test_micro_batches_with_the_count_of_all_add_up():
+    config, tables = CASES["gold"], tables_of(K.gold)
+    whole = gradients(blockwise, config, tables, block=5)[0]
+    counts = {"ce_count": TARGETS[:, 1:].sum(), "kd_count": valid_chunks(ALIGNMENT).sum()}
+    parts = []
+    for rows in (slice(0, 3), slice(3, B)):
+        alignment = jax.tree.map(lambda x, r=rows: x[r], ALIGNMENT)
+        found = blockwise_loss(
+            HIDDEN[rows], UNEMBEDDING, TEACHER[0][rows], TEACHER[1], alignment, tables, IDS[rows],
+            TARGETS[rows], config, block=5, **counts,
+        )  # fmt: skip
+        parts.append((found.ce, found.kd))
+    np.testing.assert_allclose(np.sum(parts, axis=0), np.array(whole), rtol=1e-6)
+
+
+def test_rows_that_do_not_count_may_hold_anything():
+    config, tables = CASES["p_kl"], tables_of(K.p_kl)
+    hidden = HIDDEN.at[2].set(jnp.nan)  # masked in both terms
+    values, slopes = gradients(blockwise, config, tables, hidden, block=5)
+    assert_close(values, gradients(blockwise, config, tables, block=5)[0])
+    assert np.all(np.isfinite(slopes[1]))
+    assert np.all(np.asarray(slopes[0][2]) == 0)
+
+
+@pytest.mark.parametrize("chunks", [C, 0])
+def test_no_chunk_at_all(chunks):
+    none = np.full_like(ALIGNMENT.student_chunks, -1), np.full_like(ALIGNMENT.teacher_chunks, -1)
+    alignment = Alignment(*none, np.ones((B, chunks), bool))
+    values, slopes = gradients(blockwise, CASES["p_kl"], tables_of(K.p_kl), block=5, alignment=alignment)
+    assert values[1] == 0
+    assert_close((values, slopes), expected_of("none"))
+
+
+def test_the_teacher_gets_no_gradient():
+    def kd(*teacher):
+        return blockwise(CASES["gold"], tables_of(K.gold), HIDDEN, UNEMBEDDING, teacher=teacher, block=5)[1]
+
+    assert all(np.all(np.asarray(g) == 0) for g in jax.grad(kd, argnums=(0, 1))(*TEACHER))
+
+
+def test_what_is_missing_is_told():
+    with pytest.raises(ValueError, match="teacher_ids"):
+        blockwise_loss(
+            HIDDEN, UNEMBEDDING, *TEACHER, ALIGNMENT, tables_of(K.gold), IDS, TARGETS, CASES["h_kl-first"]
+        )
+    with pytest.raises(ValueError, match="needs a teacher"):
+        blockwise_loss(HIDDEN, UNEMBEDDING, None, None, None, None, IDS, TARGETS, CASES["p_kl"])
+    with pytest.raises(ValueError, match="auto"):
+        blockwise_loss(HIDDEN, UNEMBEDDING, None, None, None, None, IDS, TARGETS, LossConfig())
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [((8, 1, 1), "p_kl-first"), ((4, 2, 1), "gold"), ((4, 2, 1), "p_kl"), ((2, 2, 2), "p_kl")],
+)
+def test_sharded_equals_one_device(shape, name):
+    config = CASES[name]
+    tables = tables_of(config.kind)
+    expected = gradients(blockwise, config, tables, block=5)
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows, whole = (NamedSharding(mesh, PartitionSpec(axes)) for axes in (("data", "fsdp"), None))
+    width = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    hidden = jax.device_put(HIDDEN, rows)
+    unembedding = jax.device_put(UNEMBEDDING, width)
+    teacher = jax.device_put(TEACHER[0], rows), jax.device_put(TEACHER[1], whole)
+    alignment = jax.device_put(jax.tree.map(jnp.asarray, ALIGNMENT), rows)
+    with jax.set_mesh(mesh):
+        found = gradients(
+            blockwise, config, jax.device_put(tables, whole), hidden, unembedding,
+            teacher=teacher, alignment=alignment, block=5,
+        )  # fmt: skip
+    assert found[1][0].sharding.is_equivalent_to(rows, 3)
+    assert_close(found, expected)
+
+
+def test_rows_stay_on_their_devices():
+    mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        function = jax.jit(lambda h: blockwise(CASES["p_kl"], tables_of(K.p_kl), h, UNEMBEDDING, block=5))
+        text = function.lower(jax.device_put(HIDDEN, rows)).compile().as_text()
+    assert f"f32[{B},{T_S},{D_S}]" not in text
