@@ -138,8 +138,8 @@ def _local(
         merge = merges_of(setting.term)
         groups = Groups.of(inputs.alignment, inputs.labelled, merge, merge)
         term = make_term(setting.term, inputs.tables, teacher)
-        sums = _over_groups(student, groups, term, learnt, sums)
-        side, place = groups.student, groups.student.ends[-1]
+        place, sums = _over_groups(student, groups, term, learnt, sums)
+        side = groups.student
     if inputs.labelled is not None:
         sums = _over_rest(student, side, place, sums)
     if setting.axes:
@@ -160,7 +160,7 @@ def _teacher_rows(setting: Setting, inputs: Inputs) -> TeacherRows:
         None if inputs.teacher_ids is None else next_tokens(inputs.teacher_ids),
         None if inputs.teacher_mask is None else jnp.asarray(inputs.teacher_mask, bool).reshape(-1),
         setting.teacher_size,
-        setting.teacher_block,
+        setting.block,
         setting.axes,
     )
 
@@ -249,8 +249,8 @@ class _State(NamedTuple):
 
 def _over_groups(
     student: _Student, groups: Groups, term: Term, learnt: jax.Array | None, sums: _Sums
-) -> _Sums:
-    """Both means over the positions of chunks, and their gradients."""
+) -> tuple[jax.Array, _Sums]:
+    """Both means over the positions of chunks, and their gradients; where the positions without begin."""
     setting, number = student.setting, len(sums.gradients)
     size = setting.block
     chunks = min(size, setting.teacher_block) if term.whole_rows else size
@@ -265,7 +265,9 @@ def _over_groups(
         last = jnp.maximum(last, chunk + 1)
         end = side.ends[last - 1]
         long = end - begin > size  # one chunk then, of which this is a part
-        stop = jnp.minimum(end, state.place + size)
+        # The last group is filled up with positions that have no chunk.
+        stop = jnp.minimum(state.place + size, jnp.where(~long & (last == groups.number), side.wanted, end))
+        complete = stop >= end
         block = side.block(state.place, stop, size, chunk, chunks)
         target = term.target(_teacher(groups.teacher, term, setting.teacher_block, chunk, last, chunks))
 
@@ -283,7 +285,7 @@ def _over_groups(
         counts = ~long | state.again
         compared = (jnp.arange(chunks, dtype=jnp.int32) < last - chunk) & counts
         values, pull_values = _vjp(number, lambda m: term.values(m, target), merged)
-        finished = compared & (stop == end)
+        finished = compared & complete
         kd = jnp.where(finished, values, 0.0).sum() / kd_count
         ce, normalizer, weights = student.cross_entropy(logits, next_ids, block.positions)
         weights = jnp.where(counts, weights, 0.0)
@@ -305,12 +307,12 @@ def _over_groups(
                 more = of_kd.learnt + jnp.where(counts, by_learnt, 0.0)
                 gradients = (*gradients[:-1], of_kd._replace(learnt=more))
 
-        done = ~long | (state.again & (stop == end))
-        turn = long & ~state.again & (stop == end)
+        done = ~long | (state.again & complete)
+        turn = long & ~state.again & complete
         return _State(
             jnp.where(done, last, chunk),
             jnp.where(turn, begin, stop),
-            jnp.where(long, state.again ^ (stop == end), False),
+            jnp.where(long, state.again ^ complete, False),
             part,
             _Sums(state.sums.ce + jnp.where(counts, ce, 0.0), state.sums.kd + kd, gradients),
         )
@@ -323,7 +325,8 @@ def _over_groups(
         learnt,
     )
     start = _State(jnp.int32(0), jnp.int32(0), jnp.zeros((), bool), jnp.zeros(part.shape, part.dtype), sums)
-    return jax.lax.while_loop(lambda state: state.chunk < groups.number, one, start).sums
+    state = jax.lax.while_loop(lambda state: state.chunk < groups.number, one, start)
+    return state.place, state.sums
 
 
 def _vjp(number: int, function: Callable, *arguments: Any) -> tuple[Any, Callable]:
