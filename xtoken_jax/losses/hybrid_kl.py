@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import Merging, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
+from xtoken_jax.losses.softmax import centred
 from xtoken_jax.losses.sorting import largest, largest_with_places
 from xtoken_jax.projection.matrix import Partition
 
@@ -180,7 +181,7 @@ def hybrid_target(
     uncommon_top_k: int,
 ) -> HybridTarget:
     """The teacher's side: logits float32 [N_t, V_t], divided by the temperature, merged; no gradient."""
-    merged, _ = merged_log_softmax(jax.lax.stop_gradient(logits), next_ids, merging)
+    merged, _ = merged_log_softmax(centred(jax.lax.stop_gradient(logits)), next_ids, merging)
     return target_of_merged(merged, partition, uncommon_top_k)
 
 
@@ -206,7 +207,7 @@ def merged_log_softmax(
     """Log-probabilities of chunks.
 
     Args:
-        logits: float32 [N, V].
+        logits: float32 [N, V], `centred`.
         next_ids: int32 [N], the token that each position predicts, for "first" and "last".
         merging: of the N positions into K chunks.
 
@@ -221,7 +222,6 @@ def merged_log_softmax(
     return merging.merge_wide(logits) - offset, normalizer
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def hybrid_chunks(
     logits: jax.Array,
     next_ids: jax.Array | None,
@@ -231,6 +231,18 @@ def hybrid_chunks(
     beta: float,
 ) -> tuple[jax.Array, jax.Array]:
     """The common and the uncommon part of each chunk, float32 [K], of student logits float32 [N, V_s]."""
+    return _of_centred(centred(logits), next_ids, merging, target, direction, beta)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _of_centred(
+    logits: jax.Array,
+    next_ids: jax.Array | None,
+    merging: Merging,
+    target: HybridTarget,
+    direction: str,
+    beta: float,
+) -> tuple[jax.Array, jax.Array]:
     return _forward(logits, next_ids, merging, target, direction, beta)[0]
 
 
@@ -301,4 +313,4 @@ def _backward(direction: str, beta: float, residuals: tuple, gradients: tuple[ja
     return gradient.at[positions, next_ids].add(others), None, None, None
 
 
-hybrid_chunks.defvjp(_forward, _backward)
+_of_centred.defvjp(_forward, _backward)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import MERGES, Merging, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
+from xtoken_jax.losses.softmax import centred
 from xtoken_jax.projection.matrix import LearnableProjection, Projection, SplitProjection
 from xtoken_jax.projection.sharded import ShardedProjection
 
@@ -92,6 +93,7 @@ def projection_kl(
     if merge in ("first", "last"):
         if teacher_ids is None:
             raise ValueError(f"merge={merge!r} needs teacher_ids")
+        teacher = centred(teacher)
         actual = jnp.take_along_axis(teacher, next_tokens(teacher_ids)[:, None], axis=-1)[:, 0]
         others = merging.other_tokens(actual - jax.nn.logsumexp(teacher, axis=-1))
         target = target + others[:, None]
@@ -126,7 +128,7 @@ def projected_softmax(
         float32 [N, n].
     """
     if isinstance(projection, SplitProjection):
-        return _projected(logits, projection, columns, width)
+        return _projected(centred(logits), projection, columns, width)
     return projection.project(jax.nn.softmax(logits, axis=-1), columns, width)
 
 

@@ -64,8 +64,8 @@ def _hybrid_program(
     def local(
         student: jax.Array, teacher: jax.Array, rows: Rows, partition: Partition
     ) -> tuple[jax.Array, ...]:
-        z = layout.flat(student, setting.student_size, setting.temperature)
-        t = layout.flat(teacher, setting.teacher_size, setting.temperature)
+        z = layout.centred(layout.flat(student, setting.student_size, setting.temperature))
+        t = layout.centred(layout.flat(teacher, setting.teacher_size, setting.temperature))
         own, normalizer = _merged(layout, z, rows.student_ids, setting.merging(rows.student_chunks))
         target, _ = _merged(layout, t, rows.teacher_ids, setting.merging(rows.teacher_chunks))
 
@@ -132,7 +132,7 @@ def _hybrid_backward(
         by_part = jnp.where(paired[None, :], by_common.reshape(-1, 1), by_uncommon.reshape(-1, 1))
         slope = scaled(slope, by_part)
         total = layout.sum(slope.sum(-1))
-        z = layout.flat(student, setting.student_size, setting.temperature)
+        z = layout.centred(layout.flat(student, setting.student_size, setting.temperature))
         share = merging.spread(total[:, None])
         if ids is not None:
             others = merging.spread_other(total)

@@ -231,7 +231,7 @@ def _cross_entropy_forward(
     layout: Layout, size: int, logits: jax.Array, ids: jax.Array
 ) -> tuple[jax.Array, tuple]:
     def local(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = layout.flat(logits, size)
+        z = layout.centred(layout.flat(logits, size))
         normalizer = layout.log_normalizer(z)
         return (normalizer - layout.at(z, next_tokens(ids))).reshape(ids.shape), normalizer
 
@@ -243,7 +243,7 @@ def _cross_entropy_forward(
 
 def _cross_entropy_backward(layout: Layout, size: int, residuals: tuple, gradient: jax.Array) -> tuple:
     def local(logits: jax.Array, ids: jax.Array, normalizer: jax.Array, gradient: jax.Array) -> jax.Array:
-        z, gradient = layout.flat(logits, size), gradient.reshape(-1, 1)
+        z, gradient = layout.centred(layout.flat(logits, size)), gradient.reshape(-1, 1)
         places = layout.places(next_tokens(ids), z.shape[-1])[:, None]
         label = jnp.arange(z.shape[-1], dtype=jnp.int32)[None, :] == places
         slope = gradient * (jnp.exp(z - normalizer[:, None]) - label)

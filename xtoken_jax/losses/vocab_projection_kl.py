@@ -57,10 +57,11 @@ def _p_kl_forward(
     def local(
         student: jax.Array, weights: jax.Array, teacher: jax.Array, indices: jax.Array, rows: Rows
     ) -> tuple[jax.Array, ...]:
-        z = layout.flat(student, setting.student_size, setting.temperature)
+        z = layout.centred(layout.flat(student, setting.student_size, setting.temperature))
         t = layout.flat(teacher, setting.teacher_size, setting.temperature)
         width = t.shape[-1]
         columns = _top_columns(setting, t, rows.teacher_mask)
+        t = layout.centred(t)
         slots = _slots(columns, setting.teacher_size)
         places = layout.places(columns, width)
 
@@ -116,7 +117,7 @@ def _p_kl_backward(setting: ProjectionSetting, residuals: tuple, gradient: jax.A
     ) -> tuple[jax.Array, jax.Array | None]:
         slots = _slots(jax.lax.all_gather(columns, layout.axis, tiled=True), setting.teacher_size)
         merging = setting.merging(chunks)
-        z = layout.flat(student, setting.student_size, setting.temperature)
+        z = layout.centred(layout.flat(student, setting.student_size, setting.temperature))
         probabilities = jnp.exp(z - normalizer[:, None])
         slope = scaled(slope, gradient.reshape(-1, 1))
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import Merging
+from xtoken_jax.losses.softmax import centred
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class Layout:
         """Where ids stand in a device's `width` columns; `width` for those of other devices."""
         places = ids - self.start(width)
         return jnp.where((places >= 0) & (places < width), places, width)
+
+    def centred(self, logits: jax.Array) -> jax.Array:
+        """[N, v] less the highest of the whole row."""
+        return centred(logits, jax.lax.pmax(logits.max(-1), self.axis))
 
     def flat(self, logits: jax.Array, size: int, temperature: float = 1.0) -> jax.Array:
         """float32 [b T, v] of a device, over the temperature; -inf past the tokenizer's size."""
