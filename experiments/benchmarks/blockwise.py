@@ -38,7 +38,7 @@ from xtoken_jax.losses.blockwise import blockwise_loss, blockwise_total
 from xtoken_jax.projection.matrix import Projection
 
 KINDS = ("p_kl", "gold", "h_kl", "uld", "none")
-WAYS = ("plain", "blockwise", "blockwise, gradients kept", "plain, fixed weights", "blockwise, fixed weights")
+WAYS = ("plain", "blockwise", "plain, fixed weights", "blockwise, fixed weights")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def objective(way: str, config: LossConfig, block: int, size: int) -> Callable[.
         return total_loss(ce, kd, dynamic_scaling="fixed" not in way)[0]
 
     def blockwise(*args: Any) -> Any:
-        values = blockwise_loss(*args, config, block=block, keep_gradients="kept" in way)
+        values = blockwise_loss(*args, config, block=block)
         return values.ce if config.kind is LossKind.none else total_loss(values.ce, values.kd)[0]
 
     def fixed(*args: Any) -> Any:

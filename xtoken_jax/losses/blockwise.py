@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.blockwise_terms import TermSetting
-from xtoken_jax.losses.blockwise_walk import Gradient, Inputs, Setting, walk
+from xtoken_jax.losses.blockwise_walk import Inputs, Setting, walk
 from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.config import LossConfig, LossKind, Merge
 from xtoken_jax.mesh import BATCH
@@ -51,7 +51,6 @@ def blockwise_loss(
     kd_count: jax.Array | float | None = None,
     block: int = 128,
     teacher_block: int | None = None,
-    keep_gradients: bool = False,
     mesh: Mesh | AbstractMesh | None = None,
     data_axes: tuple[str, ...] = BATCH,
 ) -> BlockwiseLoss:
@@ -81,8 +80,6 @@ def blockwise_loss(
         ce_count, kd_count: how many positions and chunks of all micro-batches count. None: of this one.
         block: student positions at a time; memory grows with it, overhead falls.
         teacher_block: teacher positions at a time. None: as many more as its rows are longer, and 1/8.
-        keep_gradients: the forward pass computes the gradients of both means and keeps them: two
-            float32 [V_s, D_s], one product with the unembedding more again, but the terms only once.
         mesh: None: that of `jax.set_mesh`, if any.
         data_axes: mesh axes that split B; rows stay where they are. B must be divisible by them.
 
@@ -98,8 +95,13 @@ def blockwise_loss(
     )  # fmt: skip
     sizes = (student_size, student_unembedding.shape[0])
     setting = _setting(config, inputs, sizes, (block, teacher_block), mesh, data_axes)
-    run = _kept if keep_gradients else _recomputed
-    ce, kd = run(setting, student_hidden, student_unembedding, learnt, inputs)
+    arguments = student_hidden, student_unembedding, learnt, inputs
+    if setting.term is None or inputs.labelled is None:  # one mean alone: its weight is known
+        both = (0.0, 1.0) if inputs.labelled is None else (1.0, 0.0)
+        total, ce, kd = _weighted(setting, both, *arguments)
+        ce, kd = (ce, total) if inputs.labelled is None else (total, kd)
+    else:
+        ce, kd = _recomputed(setting, *arguments)
     return BlockwiseLoss(ce, kd, inputs.ce_count, inputs.kd_count)
 
 
@@ -219,7 +221,13 @@ def _setting(
     axes = tuple(axis for axis in data_axes if mesh.shape.get(axis, 1) > 1)
     inside = isinstance(mesh, AbstractMesh) and set(axes) <= set(mesh.manual_axes)
     return Setting(
-        term, student_size, teacher_size, block, teacher_block or block, axes, None if inside else mesh
+        term,
+        student_size,
+        teacher_size,
+        block,
+        teacher_block or block,
+        axes,
+        mesh if axes and not inside else None,
     )
 
 
@@ -233,54 +241,33 @@ def _sizes(tables: Any) -> tuple[int, int | None]:
     return tables.student, tables.teacher
 
 
-# Three ways to a gradient: around each, a custom_vjp, so that nothing is differentiated through the walk.
-
-_ONE_EACH = (1.0, 1.0)
+# Two ways to a gradient: around each, a custom_vjp, so that nothing is differentiated through the walk.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recomputed(setting: Setting, *arguments: Any) -> tuple[jax.Array, jax.Array]:
-    return walk(setting, 0, _ONE_EACH, *arguments)[0]
+    return walk(setting, None, *arguments)[0]
 
 
 def _recomputed_forward(setting: Setting, *arguments: Any) -> tuple[Any, Any]:
-    return walk(setting, 0, _ONE_EACH, *arguments)[0], arguments
+    return walk(setting, None, *arguments)[0], arguments
 
 
 def _recomputed_backward(setting: Setting, arguments: Any, slopes: Any) -> tuple:
-    _, (gradient,) = walk(setting, 1, slopes, *arguments)
+    _, gradient = walk(setting, slopes, *arguments)
     return *_cast(gradient, arguments), None
 
 
 _recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kept(setting: Setting, *arguments: Any) -> tuple[jax.Array, jax.Array]:
-    return walk(setting, 0, _ONE_EACH, *arguments)[0]
-
-
-def _kept_forward(setting: Setting, *arguments: Any) -> tuple[Any, Any]:
-    values, gradients = walk(setting, 2, _ONE_EACH, *arguments)
-    return values, (gradients, _likes(arguments))
-
-
-def _kept_backward(setting: Setting, residuals: Any, slopes: Any) -> tuple:
-    (by_ce, by_kd), likes = residuals
-    gradient = jax.tree.map(lambda ce, kd: slopes[0] * ce + slopes[1] * kd, by_ce, by_kd)
-    return *_cast(gradient, likes), None
-
-
-_kept.defvjp(_kept_forward, _kept_backward)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted(setting: Setting, weights: tuple[float, float], *arguments: Any) -> tuple[jax.Array, ...]:
-    return _total(weights, walk(setting, 0, _ONE_EACH, *arguments)[0])
+    return _total(weights, walk(setting, None, *arguments)[0])
 
 
 def _weighted_forward(setting: Setting, weights: tuple[float, float], *arguments: Any) -> tuple[Any, Any]:
-    values, (gradient,) = walk(setting, 1, weights, *arguments)
+    values, gradient = walk(setting, weights, *arguments)
     return _total(weights, values), (gradient, _likes(arguments))
 
 
@@ -302,6 +289,6 @@ def _likes(arguments: Any) -> list[jax.Array]:
     return [jnp.zeros(0, x.dtype) for x in arguments[:2]]
 
 
-def _cast(gradient: Gradient, like: Any) -> tuple:
+def _cast(gradient: Any, like: Any) -> tuple:
     hidden, unembedding, learnt = gradient
     return hidden.astype(like[0].dtype), unembedding.astype(like[1].dtype), learnt

@@ -78,25 +78,26 @@ Slopes = tuple[jax.Array | float, jax.Array | float]
 
 def walk(
     setting: Setting,
-    number: int,
-    slopes: Slopes,
+    slopes: Slopes | None,
     hidden: jax.Array,
     unembedding: jax.Array,
     learnt: jax.Array | None,
     inputs: Inputs,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Gradient, ...]]:
-    """The two means, and `number` gradients: none, that of slopes . (CE, KD), or those of CE and of KD."""
-    by_mean = jnp.asarray(slopes[0], jnp.float32), jnp.asarray(slopes[1], jnp.float32)
+) -> tuple[tuple[jax.Array, jax.Array], Gradient | None]:
+    """The two means CE and KD, and the gradient of slopes . (CE, KD); without slopes, none."""
+    by_mean = None
+    if slopes is not None:
+        by_mean = jnp.asarray(slopes[0], jnp.float32), jnp.asarray(slopes[1], jnp.float32)
     arguments = hidden, unembedding, learnt, inputs, by_mean
     if setting.mesh is None:
-        return _local(setting, number, *arguments)
+        return _local(setting, *arguments)
     rows, whole = PartitionSpec(setting.axes), PartitionSpec()
     by_input = Inputs(*[rows] * 6, *[whole] * 4)  # type: ignore[arg-type]
     return jax.shard_map(
-        lambda *args: _local(setting, number, *args),
+        lambda *args: _local(setting, *args),
         mesh=setting.mesh,
         in_specs=(rows, whole, whole, by_input, whole),
-        out_specs=((whole, whole), (Gradient(rows, whole, whole),) * number),  # type: ignore[arg-type]
+        out_specs=((whole, whole), None if slopes is None else Gradient(rows, whole, whole)),  # type: ignore[arg-type]
         axis_names=set(setting.axes),
         check_vma=False,  # nothing is differentiated through it
     )(*arguments)
@@ -105,18 +106,17 @@ def walk(
 class _Sums(NamedTuple):
     ce: jax.Array
     kd: jax.Array
-    gradients: tuple[Gradient, ...]
+    gradient: Gradient | None
 
 
 def _local(
     setting: Setting,
-    number: int,
     hidden: jax.Array,
     unembedding: jax.Array,
     learnt: jax.Array | None,
     inputs: Inputs,
-    slopes: tuple[jax.Array, jax.Array],
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Gradient, ...]]:
+    slopes: tuple[jax.Array, jax.Array] | None,
+) -> tuple[tuple[jax.Array, jax.Array], Gradient | None]:
     flat = hidden.reshape(-1, hidden.shape[-1])
     student = _Student(setting, flat, unembedding, next_tokens(inputs.student_ids), inputs, slopes)
     nothing = Gradient(
@@ -124,7 +124,7 @@ def _local(
         jnp.zeros(unembedding.shape, jnp.float32),
         None if learnt is None else jnp.zeros(learnt.shape, jnp.float32),
     )
-    sums = _Sums(jnp.float32(0), jnp.float32(0), (nothing,) * number)
+    sums = _Sums(jnp.float32(0), jnp.float32(0), None if slopes is None else nothing)
     place = jnp.int32(0)
     if setting.term is None or inputs.alignment is None or inputs.alignment.valid.shape[1] == 0:
         side = Side.of(
@@ -144,12 +144,14 @@ def _local(
         sums = _over_rest(student, side, place, sums)
     if setting.axes:
         ce, kd = jax.lax.psum((sums.ce, sums.kd), setting.axes)
-        gradients = tuple(
-            Gradient(g.hidden, *jax.lax.psum((g.unembedding, g.learnt), setting.axes)) for g in sums.gradients
-        )
-        sums = _Sums(ce, kd, gradients)
-    shaped = tuple(g._replace(hidden=g.hidden.reshape(hidden.shape)) for g in sums.gradients)
-    return (sums.ce, sums.kd), shaped
+        sums = _Sums(ce, kd, sums.gradient)
+    gradient = sums.gradient
+    if gradient is not None:
+        of_parameters = gradient.unembedding, gradient.learnt
+        if setting.axes:
+            of_parameters = jax.lax.psum(of_parameters, setting.axes)
+        gradient = Gradient(gradient.hidden.reshape(hidden.shape), *of_parameters)
+    return (sums.ce, sums.kd), gradient
 
 
 def _teacher_rows(setting: Setting, inputs: Inputs) -> TeacherRows:
@@ -173,7 +175,7 @@ class _Student(NamedTuple):
     unembedding: jax.Array
     next_ids: jax.Array
     inputs: Inputs
-    slopes: tuple[jax.Array, jax.Array]
+    slopes: tuple[jax.Array, jax.Array] | None
 
     def block(self, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states [n, D], logits float32 [n, V_s] and next ids [n]."""
@@ -202,13 +204,11 @@ class _Student(NamedTuple):
         weights = weights[:, None]
         return jnp.where(weights != 0, weights * (jnp.exp(logits - normalizer[:, None]) - label), 0.0)
 
-    def add(
-        self, gradient: Gradient, slope: jax.Array, rows: jax.Array, positions: jax.Array, learnt: Any
-    ) -> Gradient:
-        """A block's gradient, from its slope by the logits [n, V_s]."""
+    def add(self, gradient: Gradient, slope: jax.Array, rows: jax.Array, positions: jax.Array) -> Gradient:
+        """With a block's share, from its slope by the logits [n, V_s]."""
         slope = jnp.pad(slope, ((0, 0), (0, len(self.unembedding) - slope.shape[1])))
         by_rows = gradient.hidden.at[positions].set(pull_to_hidden(slope, self.unembedding), mode="drop")
-        return Gradient(by_rows, add_outer(gradient.unembedding, slope, rows), learnt)
+        return Gradient(by_rows, add_outer(gradient.unembedding, slope, rows), gradient.learnt)
 
 
 def _over_rest(student: _Student, side: Side, place: jax.Array, sums: _Sums) -> _Sums:
@@ -220,12 +220,11 @@ def _over_rest(student: _Student, side: Side, place: jax.Array, sums: _Sums) -> 
         positions = side.block(place, side.wanted, size, jnp.int32(0), 1).positions
         rows, logits, next_ids = student.block(positions)
         ce, normalizer, weights = student.cross_entropy(logits, next_ids, positions)
-        gradients = list(sums.gradients)
-        if gradients:
-            weights = weights if len(gradients) == 2 else student.slopes[0] * weights
-            slope = student.ce_slope(logits, next_ids, normalizer, weights)
-            gradients[0] = student.add(gradients[0], slope, rows, positions, gradients[0].learnt)
-        return place + size, _Sums(sums.ce + ce, sums.kd, tuple(gradients))
+        gradient = sums.gradient
+        if gradient is not None and student.slopes is not None:
+            slope = student.ce_slope(logits, next_ids, normalizer, student.slopes[0] * weights)
+            gradient = student.add(gradient, slope, rows, positions)
+        return place + size, _Sums(sums.ce + ce, sums.kd, gradient)
 
     return jax.lax.while_loop(lambda carry: carry[0] < side.wanted, one, (place, sums))[1]
 
@@ -251,7 +250,7 @@ def _over_groups(
     student: _Student, groups: Groups, term: Term, learnt: jax.Array | None, sums: _Sums
 ) -> tuple[jax.Array, _Sums]:
     """Both means over the positions of chunks, and their gradients; where the positions without begin."""
-    setting, number = student.setting, len(sums.gradients)
+    setting, slopes = student.setting, student.slopes
     size = setting.block
     chunks = min(size, setting.teacher_block) if term.whole_rows else size
     kd_count = jnp.maximum(student.inputs.kd_count, 1.0)
@@ -277,35 +276,28 @@ def _over_groups(
         def merge(logits: jax.Array, learnt: jax.Array | None) -> jax.Array:
             return term.student(logits / tau, next_ids, block.merging, learnt)
 
-        merged, pull = _vjp(number, merge, logits, learnt)
+        merged, pull = _vjp(slopes is not None, merge, logits, learnt)
         part = merged[0] + jnp.where(state.place == begin, 0.0, state.part)
         part = jnp.where(state.again, state.part, part)
         merged = merged.at[0].set(jnp.where(state.again, part, merged[0]))
         # The first time through a long chunk nothing counts but its sum.
         counts = ~long | state.again
         compared = (jnp.arange(chunks, dtype=jnp.int32) < last - chunk) & counts
-        values, pull_values = _vjp(number, lambda m: term.values(m, target), merged)
+        values, pull_values = _vjp(slopes is not None, lambda m: term.values(m, target), merged)
         finished = compared & complete
         kd = jnp.where(finished, values, 0.0).sum() / kd_count
         ce, normalizer, weights = student.cross_entropy(logits, next_ids, block.positions)
         weights = jnp.where(counts, weights, 0.0)
 
-        gradients = state.sums.gradients
-        if number:
-            by_ce, by_kd = student.slopes if number == 1 else (jnp.float32(1), jnp.float32(1))
-            slope_of_chunks = pull_values(jnp.where(compared, by_kd / kd_count, 0.0))[0]
-            kd_slope, by_learnt = pull(slope_of_chunks)
-            kd_slope = jnp.where(counts, kd_slope, 0.0)
-            ce_slope = student.ce_slope(logits, next_ids, normalizer, by_ce * weights)
-            slopes = (ce_slope + kd_slope,) if number == 1 else (ce_slope, kd_slope)
-            gradients = tuple(
-                student.add(g, s, rows, block.positions, g.learnt)
-                for g, s in zip(state.sums.gradients, slopes, strict=True)
-            )
-            of_kd = gradients[-1]
-            if of_kd.learnt is not None:
-                more = of_kd.learnt + jnp.where(counts, by_learnt, 0.0)
-                gradients = (*gradients[:-1], of_kd._replace(learnt=more))
+        gradient = state.sums.gradient
+        if gradient is not None and slopes is not None:
+            kd_slope, by_learnt = pull(*pull_values(jnp.where(compared, slopes[1] / kd_count, 0.0)))
+            ce_slope = student.ce_slope(logits, next_ids, normalizer, slopes[0] * weights)
+            slope = ce_slope + jnp.where(counts, kd_slope, 0.0)
+            gradient = student.add(gradient, slope, rows, block.positions)
+            if gradient.learnt is not None:
+                more = gradient.learnt + jnp.where(counts, by_learnt, 0.0)
+                gradient = gradient._replace(learnt=more)
 
         done = ~long | (state.again & complete)
         turn = long & ~state.again & complete
@@ -314,7 +306,7 @@ def _over_groups(
             jnp.where(turn, begin, stop),
             jnp.where(long, state.again ^ complete, False),
             part,
-            _Sums(state.sums.ce + jnp.where(counts, ce, 0.0), state.sums.kd + kd, gradients),
+            _Sums(state.sums.ce + jnp.where(counts, ce, 0.0), state.sums.kd + kd, gradient),
         )
 
     part = jax.eval_shape(
@@ -329,9 +321,9 @@ def _over_groups(
     return state.place, state.sums
 
 
-def _vjp(number: int, function: Callable, *arguments: Any) -> tuple[Any, Callable]:
+def _vjp(needed: bool, function: Callable, *arguments: Any) -> tuple[Any, Callable]:
     """Value and pull-back; without a gradient to compute, the value alone."""
-    if number:
+    if needed:
         return jax.vjp(function, *arguments)
     return function(*arguments), lambda _: ()
 
