@@ -170,7 +170,9 @@ def test_schedule():
     )
 
 
-def test_a_step_is_the_objective_put_together_by_hand(words):
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("block", [128, 7, None])
+def test_a_step_is_the_objective_put_together_by_hand(words, block, dynamic):
     """Cross-entropy over the tokenizer's columns, P-KL over the valid chunks, scaled to its size."""
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
@@ -183,7 +185,14 @@ def test_a_step_is_the_objective_put_together_by_hand(words):
         student, params = open_model(experiment.student, pair.student.size, mesh=mesh, key=key)
         teacher, teacher_params = open_model(experiment.teacher, pair.teacher.size, mesh=mesh, key=key)
         optimizer = make_optimizer(OptimizerConfig(), 10)
-        loss = LossConfig(kind=LossKind.p_kl, top_k=100, temperature=2.0)
+        loss = LossConfig(
+            kind=LossKind.p_kl,
+            top_k=100,
+            temperature=2.0,
+            block=block,
+            dynamic_scaling=dynamic,
+            kd_weight=0.7,
+        )
         step = make_step(student, teacher, loss, optimizer, student_size=pair.student.size)
         state = init_state(student, params, optimizer, mesh)
         tables = loss_tables(LossKind.p_kl, projection)
@@ -203,8 +212,12 @@ def test_a_step_is_the_objective_put_together_by_hand(words):
                 temperature=2.0, top_k=100, teacher_mask=batch.teacher.mask,
             )  # fmt: skip
             kd = jnp.where(chunks, values, 0).sum() / chunks.sum()
-            scale = jax.lax.stop_gradient(jnp.minimum(ce / kd, loss.max_scale))
-            return ce + scale * kd, {"ce": ce, "kd": kd, "kd_scale": scale}
+            scale = jax.lax.stop_gradient(jnp.minimum(ce / kd, loss.max_scale)) if dynamic else 0.7
+            return (1.0 if dynamic else loss.ce_weight) * ce + scale * kd, {
+                "ce": ce,
+                "kd": kd,
+                "kd_scale": scale,
+            }
 
         (total, parts), gradient = jax.value_and_grad(by_hand, has_aux=True)(params)
     expected = {"loss": total, **parts, "gradient_norm": optax.tree.norm(gradient), "chunks": chunks.sum()}

@@ -23,7 +23,8 @@ from xtoken_jax.losses.hybrid_kl import (
     terms_of_merged,
 )
 from xtoken_jax.losses.projection_kl import chunk_values, highest, projected_softmax
-from xtoken_jax.losses.rank import _sorted_l1
+from xtoken_jax.losses.rank import sorted_l1
+from xtoken_jax.losses.softmax import centred
 from xtoken_jax.projection.matrix import LearnableProjection, Partition
 
 
@@ -151,7 +152,7 @@ def _hybrid(setting: TermSetting, partition: Partition, teacher: TeacherRows) ->
     return Term(
         teacher=lambda block: _merged(teacher, block, tau, by_token),
         target=lambda merged: target_of_merged(merged, partition, setting.uncommon_top_k),
-        student=lambda z, ids, merging, _: _log_probabilities(z, ids if by_token else None, merging),
+        student=lambda z, ids, merging, _: _log_probabilities(centred(z), ids if by_token else None, merging),
         values=values,
         whole_rows=True,
     )
@@ -162,8 +163,8 @@ def _uld(setting: TermSetting, teacher: TeacherRows) -> Term:
     return Term(
         teacher=lambda block: _merged(teacher, block, tau, False),
         target=jnp.exp,
-        student=lambda z, ids, merging, _: _log_probabilities(z, None, merging),
-        values=lambda merged, target: _sorted_l1(jnp.exp(merged), target) * tau**2,
+        student=lambda z, ids, merging, _: _log_probabilities(centred(z), None, merging),
+        values=lambda merged, target: sorted_l1(jnp.exp(merged), target) * tau**2,
         whole_rows=True,
     )
 
@@ -176,10 +177,12 @@ def _same_vocabulary(setting: TermSetting, teacher: TeacherRows) -> Term:
         logits: jax.Array, next_ids: jax.Array, merging: Merging, learnt: jax.Array | None
     ) -> jax.Array:
         logits = logits if chosen.columns is None else logits[:, chosen.columns]
-        return _log_probabilities(logits, None, merging)
+        return _log_probabilities(centred(logits), None, merging)
 
     return Term(
-        teacher=lambda block: merged_log_softmax(chosen.logits(block.positions), None, block.merging)[0],
+        teacher=lambda block: merged_log_softmax(
+            centred(chosen.logits(block.positions)), None, block.merging
+        )[0],
         target=lambda merged: merged,
         student=of_student,
         values=lambda m, t: kl_terms(t, m, setting.direction, beta=setting.beta).sum(-1) * tau**2,
@@ -189,7 +192,7 @@ def _same_vocabulary(setting: TermSetting, teacher: TeacherRows) -> Term:
 
 def _merged(teacher: TeacherRows, block: Block, tau: float, by_token: bool) -> jax.Array:
     next_ids = teacher.next(block.positions) if by_token else None
-    return merged_log_softmax(teacher.logits(block.positions, tau), next_ids, block.merging)[0]
+    return merged_log_softmax(centred(teacher.logits(block.positions, tau)), next_ids, block.merging)[0]
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ class _Chosen:
 
 
 def _log_actual(logits: jax.Array, next_ids: jax.Array) -> jax.Array:
+    logits = centred(logits)
     own = jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0]
     return own - jax.nn.logsumexp(logits, axis=-1)
 

@@ -53,12 +53,12 @@ def rank_l1(
 
     student = probabilities(student_logits, student_size, alignment.student_chunks)
     teacher = probabilities(teacher_logits, teacher_size, alignment.teacher_chunks)
-    values = _sorted_l1(student, jax.lax.stop_gradient(teacher)) * temperature**2
+    values = sorted_l1(student, jax.lax.stop_gradient(teacher)) * temperature**2
     return jnp.where(valid_chunks(alignment), values, 0.0)
 
 
 @jax.custom_vjp
-def _sorted_l1(student: jax.Array, teacher: jax.Array) -> jax.Array:
+def sorted_l1(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """float32 [B, C] of non-negative [B, C, V_s] and [B, C, V_t]."""
     return jnp.abs(_difference(*(largest(side, side.shape[-1]) for side in (student, teacher)))).sum(-1)
 
@@ -76,7 +76,7 @@ def _backward(slope: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
     return cotangent[..., None] * slope, None
 
 
-_sorted_l1.defvjp(_forward, _backward)
+sorted_l1.defvjp(_forward, _backward)
 
 
 def _difference(student: jax.Array, teacher: jax.Array) -> jax.Array:

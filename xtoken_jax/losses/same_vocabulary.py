@@ -9,6 +9,7 @@ from xtoken_jax.alignment.batch import Alignment, next_token_chunks
 from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.projection_kl import top_columns
+from xtoken_jax.losses.softmax import centred
 
 
 def next_token_cross_entropy(
@@ -24,7 +25,7 @@ def next_token_cross_entropy(
     Returns:
         values float32 [B, T - 1] in nats, and the bool [B, T - 1] mask of those that count.
     """
-    logits = jnp.asarray(logits[:, :-1], jnp.float32)
+    logits = centred(jnp.asarray(logits[:, :-1], jnp.float32))
     labels = token_ids[:, 1:, None]
     chosen = jnp.take_along_axis(logits, labels, axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.asarray(token_mask[:, 1:], bool)

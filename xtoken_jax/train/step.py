@@ -22,7 +22,7 @@ from xtoken_jax.losses import (
     total_loss,
     valid_chunks,
 )
-from xtoken_jax.losses.blockwise import blockwise_loss
+from xtoken_jax.losses.blockwise import blockwise_loss, blockwise_total
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import replicated
 from xtoken_jax.models.decoder import Model, Params, logits
@@ -104,10 +104,10 @@ def make_step(
             assert teacher_params is not None
             of_teacher = jax.lax.stop_gradient(teacher(teacher_params, batch.teacher.ids))
         means = _blockwise if loss.block else _whole
-        ce, kd = means(of_student, of_teacher, tables, batch, replace(loss, kind=kind), student_size)
+        ce, kd, total = means(of_student, of_teacher, tables, batch, replace(loss, kind=kind), student_size)
         if kind is LossKind.none:
             return ce, {"loss": ce, "ce": ce}
-        total, scale = total_loss(
+        joined, scale = total_loss(
             ce,
             kd,
             dynamic_scaling=loss.dynamic_scaling,
@@ -115,6 +115,7 @@ def make_step(
             kd_weight=loss.kd_weight,
             ce_weight=loss.ce_weight,
         )
+        total = joined if total is None else total
         capped = loss.dynamic_scaling & kd_scale_capped(ce, kd, loss.max_scale)
         chunks = valid_chunks(batch.alignment).sum()
         metrics = {"loss": total, "ce": ce, "kd": kd, "kd_scale": scale, "kd_scale_capped": capped}
@@ -148,26 +149,21 @@ def _blockwise(
     batch: Batch,
     loss: LossConfig,
     student_size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """CE and KD, without logits of more than a block of positions."""
-    hidden, unembedding = student
-    teacher_hidden, teacher_unembedding = teacher
-    found = blockwise_loss(
-        hidden,
-        unembedding,
-        teacher_hidden,
-        teacher_unembedding,
-        batch.alignment,
-        tables,
-        batch.student.ids,
-        batch.student.targets,
-        loss,
-        teacher_ids=batch.teacher.ids,
-        teacher_mask=batch.teacher.mask,
-        student_size=student_size,
-        block=loss.block or 0,
-    )
-    return found.ce, found.kd
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """CE, KD and, with weights known beforehand, their total, without logits of more than a block."""
+    arguments = (*student, *teacher, batch.alignment, tables, batch.student.ids, batch.student.targets, loss)
+    options: dict[str, Any] = {
+        "teacher_ids": batch.teacher.ids,
+        "teacher_mask": batch.teacher.mask,
+        "student_size": student_size,
+        "block": loss.block,
+    }
+    if loss.kind is LossKind.none or loss.dynamic_scaling:
+        found = blockwise_loss(*arguments, **options)
+        return found.ce, found.kd, None
+    # One pass over the blocks instead of two.
+    total, found = blockwise_total(*arguments, ce_weight=loss.ce_weight, kd_weight=loss.kd_weight, **options)
+    return found.ce, found.kd, total
 
 
 def _whole(
@@ -177,12 +173,12 @@ def _whole(
     batch: Batch,
     loss: LossConfig,
     student_size: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, None]:
     """CE and KD, from logits [B, T, V] of both sides."""
     student_logits = logits(*student)[..., :student_size]
     ce = masked_mean(*next_token_cross_entropy(student_logits, batch.student.ids, batch.student.targets))
     if loss.kind is LossKind.none or tables is None:
-        return ce, jnp.float32(0)
+        return ce, jnp.float32(0), None
     hidden, unembedding = teacher
     assert hidden is not None and unembedding is not None  # noqa: PT018
     values = distillation_loss(loss)(
@@ -194,4 +190,4 @@ def _whole(
         student_ids=batch.student.ids,
         teacher_ids=batch.teacher.ids,
     )
-    return ce, masked_mean(values, valid_chunks(batch.alignment))
+    return ce, masked_mean(values, valid_chunks(batch.alignment)), None
