@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xtoken_jax.alignment.locate import encode, locate
+from xtoken_jax.alignment.locate import locate
 from xtoken_jax.alignment.spans import align_located, align_texts
 from xtoken_jax.hub import cache_folder
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
@@ -102,7 +102,7 @@ def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
 
 def cases(pair: TokenizerPair, texts: list[str]) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
-    encoded = [encode(tokenizer, texts) for tokenizer in (pair.student, pair.teacher)]
+    encoded = [tokenizer.encode_batch(texts) for tokenizer in (pair.student, pair.teacher)]
 
     def places() -> list:
         sides = zip((pair.student, pair.teacher), encoded, strict=True)

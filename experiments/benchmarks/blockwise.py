@@ -34,7 +34,7 @@ from xtoken_jax.losses import (
     total_loss,
     valid_chunks,
 )
-from xtoken_jax.losses.blockwise import blockwise_loss, blockwise_total
+from xtoken_jax.losses.blockwise import blockwise_loss
 from xtoken_jax.projection.matrix import Projection
 
 KINDS = ("p_kl", "gold", "h_kl", "uld", "none")
@@ -91,7 +91,7 @@ def objective(way: str, config: LossConfig, block: int, size: int) -> Callable[.
         return values.ce if config.kind is LossKind.none else total_loss(values.ce, values.kd)[0]
 
     def fixed(*args: Any) -> Any:
-        return blockwise_total(*args, config, block=block, ce_weight=1.0, kd_weight=1.0)[0]
+        return blockwise_loss(*args, config, block=block, weights=(1.0, 1.0)).total
 
     return plain if way.startswith("plain") else fixed if "fixed" in way else blockwise
 

@@ -210,6 +210,7 @@ def test_several_conversations_at_once():
 @pytest.mark.parametrize(
     ("conversation", "message"),
     [
+        ([{"role": "user", "content": "a\ud83d"}], "half of a surrogate pair"),
         ([{"content": "a"}], "message 0: not an object with a 'role'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 0: its content is no text"),
         (["a"], "message 0: not an object"),

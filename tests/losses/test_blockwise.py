@@ -20,7 +20,7 @@ from xtoken_jax.losses import (
     total_loss,
     valid_chunks,
 )
-from xtoken_jax.losses.blockwise import blockwise_loss, blockwise_total
+from xtoken_jax.losses.blockwise import blockwise_loss
 from xtoken_jax.losses.config import Direction, Merge
 from xtoken_jax.projection.matrix import Projection
 
@@ -213,11 +213,11 @@ def test_fixed_weights(name):
     tables = tables_of(config.kind)
 
     def ours(hidden, unembedding):
-        total, parts = blockwise_total(
+        found = blockwise_loss(
             hidden, unembedding, *TEACHER, ALIGNMENT, tables, IDS, TARGETS, config, block=5,
-            ce_weight=0.1, kd_weight=2.0, teacher_ids=TEACHER_IDS, teacher_mask=TEACHER_MASK,
+            weights=(0.1, 2.0), teacher_ids=TEACHER_IDS, teacher_mask=TEACHER_MASK,
         )  # fmt: skip
-        return 3 * total + parts.ce, parts.kd  # a part has no gradient
+        return 3 * found.total + found.ce, found.kd  # a part has no gradient
 
     def theirs(hidden, unembedding):
         ce, kd = plain(config, tables, hidden, unembedding)

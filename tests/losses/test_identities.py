@@ -268,7 +268,16 @@ LOSSES_AND_MERGES = [
 def everything_in_float64(monkeypatch):
     """The losses as they are, with float64 where they say float32."""
     wide = SimpleNamespace(**{**vars(jnp), "float32": jnp.float64})
-    names = ("chunks", "divergence", "hybrid_kl", "projection_kl", "rank", "reduce", "same_vocabulary")
+    names = (
+        "chunks",
+        "divergence",
+        "hybrid_kl",
+        "projection_kl",
+        "rank",
+        "reduce",
+        "same_vocabulary",
+        "softmax",
+    )
     modules = [importlib.import_module(f"xtoken_jax.losses.{name}") for name in names]
     for module in modules:
         monkeypatch.setattr(module, "jnp", wide)

@@ -10,7 +10,7 @@ from reference import losses as reference
 from reference import merging as reference_merging
 from reference import projection as reference_projection
 
-from xtoken_jax.losses.chunks import MERGES, Merging, mean_by_chunk, next_tokens
+from xtoken_jax.losses.chunks import MERGES, Merging, next_tokens
 from xtoken_jax.losses.projection_kl import highest, projected_softmax, top_columns
 from xtoken_jax.losses.sorting import largest, largest_with_places
 from xtoken_jax.projection.matrix import Projection, SplitProjection
@@ -108,22 +108,6 @@ def test_rows_do_not_see_each_other(merge):
     back[C:] = np.nan
     spread = changed.spread(jnp.asarray(back)).reshape(B, T, N)[0]
     np.testing.assert_array_equal(spread, merging(merge).spread(np.ones_like(back)).reshape(B, T, N)[0])
-
-
-def test_a_merging_of_segments_is_that_of_its_chunks():
-    position_chunks = np.concatenate([CHUNKS[:, 1:], np.full((B, 1), -1)], axis=1)
-    segments = np.where((position_chunks >= 0) & (position_chunks < C), position_chunks, C)
-    for merge in MERGES:
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            Merging.of_segments(jnp.asarray(segments, jnp.int32), C, merge),
-            merging(merge),
-        )
-
-
-def test_the_mean_by_chunk_is_the_merge_by_mean():
-    merged = mean_by_chunk(jnp.asarray(VALUES.reshape(B, T, N)), jnp.asarray(CHUNKS), C)
-    np.testing.assert_allclose(merged.reshape(B * C, N), merging("mean").merge(VALUES), rtol=1e-5, atol=1e-6)
 
 
 def test_next_tokens_are_those_that_positions_predict():

@@ -35,7 +35,7 @@ def twin_retokenize(tokenizer):
     def spelled(piece):
         return bytes(alphabet[c] for c in piece) if byte_level else piece.replace("▁", " ").encode()
 
-    merges = [tuple(map(spelled, merge)) for merge in tokenizer.definition["model"]["merges"]]
+    merges = [tuple(map(spelled, merge)) for merge in trained.definition(tokenizer)["model"]["merges"]]
     written = [
         (content, i)
         for i, content in enumerate(tokenizer.token_bytes.table)
@@ -171,7 +171,7 @@ def test_the_reverse_pass_by_hand():
 
 def test_the_scale_trick_by_hand():
     pair = trained.pair(trained.three_digits, trained.single_digits)
-    vocab = pair.student.definition["model"]["vocab"]
+    vocab = trained.definition(pair.student)["model"]["vocab"]
     projection = build_projection(pair, entries=3, scale_trick=True)
     ids, weights = row(projection, vocab["201"])
     # 0.9009, 0.0901 and 0.2 in place of 0.0090: the last digit is now the second.
@@ -222,7 +222,7 @@ def test_special_tokens_spelled_alike_by_hand():
 def test_numbers():
     pair = trained.pair(trained.three_digits, trained.single_digits)
     projection = build_projection(pair)
-    vocab = pair.student.definition["model"]["vocab"]
+    vocab = trained.definition(pair.student)["model"]["vocab"]
 
     def of(number):
         ids, weights = row(projection, vocab[number])
@@ -242,7 +242,7 @@ def test_numbers():
 
 def test_only_the_first_pieces_count():
     pair = trained.pair(trained.three_digits, trained.single_digits)
-    token = pair.student.definition["model"]["vocab"]["201"]
+    token = trained.definition(pair.student)["model"]["vocab"]["201"]
     two = build_projection(pair, entries=2)
     assert two.indices.shape[1] == 2
     np.testing.assert_allclose(two.weights[token], [0.9 / 0.99, 0.09 / 0.99], rtol=1e-6)
@@ -274,7 +274,7 @@ def test_a_tie_goes_to_the_lowest_id():
 
 def test_a_character_goes_to_its_piece_and_not_to_the_byte_it_shadows():
     pair = trained.pair(trained.single_digits, trained.sentencepiece)
-    vocab = pair.teacher.definition["model"]["vocab"]
+    vocab = trained.definition(pair.teacher)["model"]["vocab"]
     projection = build_projection(pair)
     for character in "at,.":
         (token,) = (i for i in range(pair.student.size) if pair.student.bytes_of(i) == character.encode())

@@ -36,7 +36,7 @@ def special_tokens():
     """The spellings of special and added tokens, some dozens of each tokenizer."""
     spellings = {}
     for name in NAMES:
-        added = [token["content"] for token in load(name).definition["added_tokens"]]
+        added = [token.content for token in load(name).backend.get_added_tokens_decoder().values()]
         step = max(1, len(added) // 40)
         spellings |= dict.fromkeys([*added[:20], *added[::step]])
     return tuple(spelling for spelling in spellings if spelling)

@@ -9,6 +9,7 @@ from hypothesis import given
 
 from tokens import trained
 from tokens.texts import DECOMPOSED, FEW, PIECES, texts
+from xtoken_jax.alignment.locate import locate
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.token_bytes import byte_alphabet
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
@@ -85,7 +86,7 @@ def test_pieces_of_sentencepiece():
             )  # fmt: skip
 
     tokenizer = trained.edited(trained.sentencepiece, edit)
-    vocab = tokenizer.definition["model"]["vocab"]
+    vocab = trained.definition(tokenizer)["model"]["vocab"]
     assert tokenizer.bytes_of(vocab["▁▁▁"]) == b"   "
     assert tokenizer.bytes_of(vocab["[mask]"]) == b"[mask]"
     assert tokenizer.bytes_of(vocab["<0xE6>"]) == b"\xe6"
@@ -95,6 +96,22 @@ def test_pieces_of_sentencepiece():
     assert tokenizer.token_bytes.ids_by_bytes()[b"a"] == vocab["a"]
     assert "<" not in vocab
     assert tokenizer.token_bytes.ids_by_bytes()[b"<"] == vocab["<0x3C>"]
+
+
+def test_words_that_each_get_a_blank_prove_nothing():
+    """As T5: what WhitespaceSplit takes off and Metaspace puts in front can add up to the same length."""
+
+    def edit(definition):
+        blank = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+        parts = [{"type": "WhitespaceSplit"}, blank]
+        definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+        definition["normalizer"] = None
+
+    tokenizer = trained.edited(trained.sentencepiece, edit)
+    assert tokenizer.token_bytes.length_proves == "none"
+    located = locate(tokenizer, ["the  cat", " the cat"])
+    assert tokenizer.token_bytes.join(located.ids[: located.offsets[1]]) == b" the cat"
+    assert located.plain.tolist() == [False, True]
 
 
 def add_word(definition, token_id=None):
@@ -159,7 +176,7 @@ def test_word_pieces_open_behind_a_blank():
     assert b"".join(pieces) == b" the cats, 201 of them"
     assert pieces[0] == b" the"
     assert b"," in pieces
-    vocab = tokenizer.definition["model"]["vocab"]
+    vocab = trained.definition(tokenizer)["model"]["vocab"]
     inside = next(piece for piece in vocab if piece.startswith("##") and piece[2:].isalpha())
     assert tokenizer.bytes_of(vocab[inside]) == inside[2:].encode()
     assert tokenizer.bytes_of(vocab["[UNK]"]) is None
@@ -282,3 +299,16 @@ def test_a_folders_own_padding_and_truncation_are_off(tmp_path):
     text = "the cat sat on the mat"
     np.testing.assert_array_equal(Tokenizer.load(tmp_path).encode(text), plain.encode(text))
     assert json.loads((tmp_path / "tokenizer.json").read_text())["padding"] is not None
+
+
+def test_a_broken_model_config_beside_it_does_not_matter(tmp_path):
+    trained.save(tmp_path, trained.single_digits()[0], {"eos_token": "<|end|>"})
+    (tmp_path / "config.json").write_bytes(b"\xff{")
+    assert Tokenizer.load(tmp_path).warning.startswith("AutoTokenizer cannot load it")
+
+
+def test_a_chat_template_that_is_no_text(tmp_path):
+    trained.save(tmp_path, *trained.single_digits())
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja: not UTF-8"):
+        Tokenizer.load(tmp_path)

@@ -103,6 +103,11 @@ def load(make):
         return Tokenizer.load(folder)
 
 
+def definition(tokenizer):
+    """The content of its tokenizer.json."""
+    return json.loads(tokenizer.backend.to_str())
+
+
 def pair(student, teacher):
     return TokenizerPair(load(student), load(teacher))
 

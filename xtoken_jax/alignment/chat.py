@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets
+from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets, to_bytes
 from xtoken_jax.alignment.spans import Spans, align_located
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.auto_tokenizer import quiet_import
@@ -142,24 +142,26 @@ def _locate(
         raise UserError(
             f"{tokenizer.name}: no chat template; give one (chat_template.jinja in its folder), or plain text"
         )
-    ids, spans, faithful, learnt = [], [], [], []
-    sizes: list[int] = []
+    ids, spans, faithful, learnt, text_starts = [], [], [], [], [0]
     texts = [render(tokenizer, template, c, f"conversation {b}") for b, c in enumerate(conversations)]
+    raws = to_bytes(texts)
     encodings = tokenizer.markup_backend.encode_batch(texts, add_special_tokens=False) if texts else []
-    for b, (conversation, text, encoding) in enumerate(zip(conversations, texts, encodings, strict=True)):
+    for b, (conversation, text, raw, encoding) in enumerate(
+        zip(conversations, texts, raws, encodings, strict=True)
+    ):
         found = _regions(tokenizer, template, conversation, pieces[b], text, f"conversation {b}")
         offset = byte_offsets(text)
         regions = [replace(r, start=int(offset[r.start]), end=int(offset[r.end])) for r in found]
-        row = _encode(tokenizer, text, encoding, regions)
+        row = _encode(tokenizer, text, raw, encoding, regions)
         ids.append(row[0])
         faithful.append(row[2])
         place, size = _in_pieces(row[1], regions, pieces[b])
-        spans.append(place + sum(sizes))
-        sizes.append(size)
+        spans.append(place + text_starts[-1])
+        text_starts.append(text_starts[-1] + size)
         learnt.append(
             np.ones(len(row[0]), bool)
             if targets == "all"
-            else _of_assistant(tokenizer, row[0], row[1], text.encode(), regions, pieces[b], conversation)
+            else _of_assistant(tokenizer, row[0], row[1], raw, regions, pieces[b], conversation)
         )
     counts = np.array([len(row) for row in ids], np.int64)
     starts, ends = np.concatenate(spans or [np.zeros((0, 2), np.int64)]).T
@@ -172,7 +174,7 @@ def _locate(
         np.concatenate(faithful or [never]),
         never,
         never,
-        np.concatenate([[0], np.cumsum(np.array(sizes, np.int64))]),
+        np.array(text_starts, np.int64),
     )
     return located, np.concatenate(learnt or [never])
 
@@ -247,16 +249,15 @@ def _variants(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _encode(
-    tokenizer: Tokenizer, text: str, encoding: tokenizers.Encoding, regions: list[_Region]
+    tokenizer: Tokenizer, text: str, raw: bytes, encoding: tokenizers.Encoding, regions: list[_Region]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, byte spans [T, 2] and faithful of a rendered conversation.
 
     It is encoded as one text, so that markup and content merge as they do in use. A content that
     spells a special token is the exception: there each content is encoded by itself, as text.
     """
-    raw = text.encode()
     whole = _placed(tokenizer, text, raw, encoding)
-    special = np.isin(whole[0], list(tokenizer.token_bytes.special))
+    special = tokenizer.token_bytes.lengths[whole[0]] == 0
     ends = whole[1][special, 1]  # a token without text of its own stands at the end of what it covers
     if not any(((ends > region.start) & (ends <= region.end)).any() for region in regions):
         return whole

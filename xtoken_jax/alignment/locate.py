@@ -57,12 +57,6 @@ def to_bytes(texts: Sequence[str]) -> list[bytes]:
     return raw
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids of each text, int32 [T], without special tokens."""
-    encodings = tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array(e.ids, np.int32) for e in encodings]
-
-
 def locate(
     tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[np.ndarray] | None = None
 ) -> Located:
@@ -76,13 +70,13 @@ def locate(
     Args:
         tokenizer: with which the texts are encoded.
         texts: B texts.
-        encoded: what `encode` gave for them, where that is there already.
+        encoded: what `tokenizer.encode_batch` gave for them, where that is there already.
 
     Raises:
         UserError: a text with half a surrogate pair.
     """
     raw = to_bytes(texts)
-    encoded = encode(tokenizer, texts) if encoded is None else encoded
+    encoded = tokenizer.encode_batch(texts) if encoded is None else encoded
     counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
     offsets = _running(counts)
     ids = np.concatenate(encoded) if len(encoded) else np.zeros(0, np.int32)
@@ -107,7 +101,7 @@ def locate(
     starts[first] += 1
     faithful[first] = False
     others = np.flatnonzero(~plain & ~dummy).tolist()
-    again = tokenizer.encode_batch([texts[b] for b in others]) if others else []
+    again = tokenizer.backend.encode_batch([texts[b] for b in others], add_special_tokens=False)
     for b, encoding in zip(others, again, strict=True):
         here = slice(offsets[b], offsets[b + 1])
         if encoding.ids != encoded[b].tolist():

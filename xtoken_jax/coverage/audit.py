@@ -252,10 +252,10 @@ def _sample(rows: _Rows, names: list[str], named: set[int], ids: np.ndarray) -> 
 
 def _encode(student: Tokenizer, text: str | Sequence[str], what: str) -> np.ndarray:
     texts = [text] if isinstance(text, str) else list(text)
-    ids = [i for encoding in student.encode_batch(texts) for i in encoding.ids]
-    if not ids:
+    ids = np.concatenate([np.zeros(0, np.int32), *student.encode_batch(texts)])
+    if not len(ids):
         raise UserError(f"{what}: holds no text")
-    return np.asarray(ids, np.int64)
+    return ids.astype(np.int64)
 
 
 def _critical_id(student: Tokenizer, token: str) -> int:

@@ -1,6 +1,6 @@
 """Distillation losses as pure functions of arrays; they need nothing but jax."""
 
-from xtoken_jax.losses.blockwise import BlockwiseLoss, blockwise_loss, blockwise_total
+from xtoken_jax.losses.blockwise import BlockwiseLoss, blockwise_loss
 from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.config import LossConfig, LossKind, TeachersConfig
 from xtoken_jax.losses.hybrid_kl import HybridTerms, hybrid_kl, hybrid_terms
@@ -43,7 +43,6 @@ __all__ = [
     "TeachersConfig",
     "average_logits",
     "blockwise_loss",
-    "blockwise_total",
     "combine_teachers",
     "distillation_loss",
     "dynamic_scale",

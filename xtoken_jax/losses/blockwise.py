@@ -25,12 +25,19 @@ from xtoken_jax.projection.matrix import LearnableProjection, Partition
 
 
 class BlockwiseLoss(NamedTuple):
-    """float32 scalars: the two means, and how many positions and chunks they are over."""
+    """float32 scalars.
+
+    Attributes:
+        ce, kd: the two means.
+        ce_count, kd_count: how many positions and chunks they are over.
+        total: their sum by the weights that were given, None without.
+    """
 
     ce: jax.Array
     kd: jax.Array
     ce_count: jax.Array
     kd_count: jax.Array
+    total: jax.Array | None
 
 
 def blockwise_loss(
@@ -49,6 +56,7 @@ def blockwise_loss(
     student_size: int | None = None,
     ce_count: jax.Array | float | None = None,
     kd_count: jax.Array | float | None = None,
+    weights: tuple[float, float] | None = None,
     block: int = 128,
     teacher_block: int | None = None,
     mesh: Mesh | AbstractMesh | None = None,
@@ -58,11 +66,13 @@ def blockwise_loss(
 
     The same as `masked_mean` of `next_token_cross_entropy` and of `distillation_loss(config)` over the
     logits hidden @ unembedding^T, cut to the tokenizers' sizes. `ce` and `kd` can be joined in any
-    way, such as by `total_loss`; where their weights are known beforehand, `blockwise_total` is faster.
+    way, such as by `total_loss`.
 
     The gradient goes to student_hidden, student_unembedding and a learnable W. The backward pass computes
     a block's logits again, when the factors of the two means are known: one more product with the
-    student's unembedding (for rows of V_t, also the teacher's) than the plain form has.
+    student's unembedding (for rows of V_t, also the teacher's) than the plain form has. With `weights`
+    they are known beforehand, the gradient is ready when the forward pass is, and every block is
+    visited once.
 
     Args:
         student_hidden: float32 or bfloat16 [B, T_s, D_s].
@@ -78,6 +88,7 @@ def blockwise_loss(
         teacher_mask: bool [B, T_t], real positions; others do not choose columns. None: all do.
         student_size: V_s; None: what the tables say, or all rows of the unembedding.
         ce_count, kd_count: how many positions and chunks of all micro-batches count. None: of this one.
+        weights: of CE and of KD, constants: for a `total`, which then alone has a gradient.
         block: student positions at a time; memory grows with it, overhead falls.
         teacher_block: teacher positions at a time. None: as many more as its rows are longer, and 1/8.
         mesh: None: that of `jax.set_mesh`, if any.
@@ -96,59 +107,17 @@ def blockwise_loss(
     sizes = (student_size, student_unembedding.shape[0])
     setting = _setting(config, inputs, sizes, (block, teacher_block), mesh, data_axes)
     arguments = student_hidden, student_unembedding, learnt, inputs
-    if setting.term is None or inputs.labelled is None:  # one mean alone: its weight is known
+    total = None
+    if weights is not None:
+        total, ce, kd = _weighted(setting, (float(weights[0]), float(weights[1])), *arguments)
+        ce, kd = jax.lax.stop_gradient((ce, kd))
+    elif setting.term is None or inputs.labelled is None:  # one mean alone: its weight is known
         both = (0.0, 1.0) if inputs.labelled is None else (1.0, 0.0)
-        total, ce, kd = _weighted(setting, both, *arguments)
-        ce, kd = (ce, total) if inputs.labelled is None else (total, kd)
+        alone, ce, kd = _weighted(setting, both, *arguments)
+        ce, kd = (ce, alone) if inputs.labelled is None else (alone, kd)
     else:
         ce, kd = _recomputed(setting, *arguments)
-    return BlockwiseLoss(ce, kd, inputs.ce_count, inputs.kd_count)
-
-
-def blockwise_total(
-    student_hidden: jax.Array,
-    student_unembedding: jax.Array,
-    teacher_hidden: jax.Array | None,
-    teacher_unembedding: jax.Array | None,
-    alignment: Alignment | None,
-    tables: Any,
-    student_ids: jax.Array,
-    student_targets: jax.Array | None,
-    config: LossConfig,
-    *,
-    ce_weight: float,
-    kd_weight: float,
-    teacher_ids: jax.Array | None = None,
-    teacher_mask: jax.Array | None = None,
-    student_size: int | None = None,
-    ce_count: jax.Array | float | None = None,
-    kd_count: jax.Array | float | None = None,
-    block: int = 128,
-    teacher_block: int | None = None,
-    mesh: Mesh | AbstractMesh | None = None,
-    data_axes: tuple[str, ...] = BATCH,
-) -> tuple[jax.Array, BlockwiseLoss]:
-    """kd_weight KD + ce_weight CE, whose gradient is ready when the forward pass is.
-
-    With the weights known, every block is visited once: as many products as in the plain form.
-
-    Args:
-        ce_weight, kd_weight: constants.
-        Others as in `blockwise_loss`.
-
-    Returns:
-        The total, and the parts of it, which have no gradient of their own.
-    """
-    inputs, learnt = _inputs(
-        teacher_hidden, teacher_unembedding, alignment, tables, student_ids, student_targets, config,
-        teacher_ids, teacher_mask, ce_count, kd_count,
-    )  # fmt: skip
-    sizes = (student_size, student_unembedding.shape[0])
-    setting = _setting(config, inputs, sizes, (block, teacher_block), mesh, data_axes)
-    weights = (float(ce_weight), float(kd_weight))
-    total, ce, kd = _weighted(setting, weights, student_hidden, student_unembedding, learnt, inputs)
-    ce, kd = jax.lax.stop_gradient((ce, kd))
-    return total, BlockwiseLoss(ce, kd, inputs.ce_count, inputs.kd_count)
+    return BlockwiseLoss(ce, kd, inputs.ce_count, inputs.kd_count, total)
 
 
 def _inputs(

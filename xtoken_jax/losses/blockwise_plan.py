@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xtoken_jax.alignment.batch import Alignment, next_token_chunks
+from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import Merging, valid_chunks
 
 _SLICE = 2**24  # entries of a slice of an unembedding: 64 MiB of float32
@@ -41,10 +41,9 @@ class Side:
         """From chunk ids int32 [B, T] by token, `counted` [B, C] chunks and other wanted positions."""
         rows, count = counted.shape
         total = rows * count
-        position_chunks = next_token_chunks(chunks)
-        inside = (position_chunks >= 0) & (position_chunks < count)
+        merging = Merging.of(chunks, count, merge)
         first = count * jnp.arange(rows, dtype=jnp.int32)[:, None]
-        place = jnp.where(inside, first + position_chunks, total).reshape(-1)
+        place = jnp.where(merging.segments < count, first + merging.segments, total).reshape(-1)
         number = jnp.cumsum(counted.reshape(-1), dtype=jnp.int32) - 1
         number = jnp.where(counted.reshape(-1), number, total).at[place].get(mode="fill", fill_value=total)
         key = number if also is None else number + ((number == total) & ~also.reshape(-1))
@@ -52,16 +51,10 @@ class Side:
         chunks = number[order]
         sizes = jax.ops.segment_sum(jnp.ones_like(number), number, total + 1)[:total]
         ends = jnp.cumsum(sizes, dtype=jnp.int32)
-        of_chunk = lambda values: values.at[chunks].get(mode="fill", fill_value=1)  # noqa: E731
-        places = jnp.arange(len(order), dtype=jnp.int32)
-        if merge in ("mean", "mean_normalized"):
-            weights = 1 / of_chunk(sizes).astype(jnp.float32)
-        elif merge == "first":
-            weights = (places == of_chunk(ends - sizes)).astype(jnp.float32)
-        else:
-            weights = (places == of_chunk(ends) - 1).astype(jnp.float32)
+        # Positions keep their order within a chunk, and with it their shares.
+        weights = jnp.where(chunks < total, merging.weights.reshape(-1)[order], 0.0)
         wanted = jnp.sum(key <= total if also is not None else key < total, dtype=jnp.int32)
-        return cls(order, chunks, jnp.where(chunks < total, weights, 0.0), ends, wanted)
+        return cls(order, chunks, weights, ends, wanted)
 
     def begin(self, chunk: jax.Array) -> jax.Array:
         """The first ordered position of a numbered chunk."""

@@ -17,14 +17,12 @@ from xtoken_jax.losses.config import LossKind
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.hybrid_kl import (
     HybridTarget,
-    merged_log_softmax,
-    slope_of_merged,
+    hybrid_values,
     target_of_merged,
-    terms_of_merged,
 )
 from xtoken_jax.losses.projection_kl import chunk_values, highest, projected_softmax
 from xtoken_jax.losses.rank import sorted_l1
-from xtoken_jax.losses.softmax import centred
+from xtoken_jax.losses.softmax import centred, merged_log_softmax
 from xtoken_jax.projection.matrix import LearnableProjection, Partition
 
 
@@ -146,13 +144,13 @@ def _hybrid(setting: TermSetting, partition: Partition, teacher: TeacherRows) ->
     uncommon_weight = 1 - matched if setting.uncommon_weight is None else setting.uncommon_weight
 
     def values(merged: jax.Array, target: HybridTarget) -> jax.Array:
-        common, uncommon = _hybrid_values(merged, target, setting.direction, setting.beta)
+        common, uncommon = hybrid_values(merged, target, setting.direction, setting.beta)
         return (common_weight * common + uncommon_weight * uncommon) * tau**2
 
     return Term(
         teacher=lambda block: _merged(teacher, block, tau, by_token),
         target=lambda merged: target_of_merged(merged, partition, setting.uncommon_top_k),
-        student=lambda z, ids, merging, _: _log_probabilities(centred(z), ids if by_token else None, merging),
+        student=lambda z, ids, merging, _: merged_log_softmax(z, ids if by_token else None, merging),
         values=values,
         whole_rows=True,
     )
@@ -163,7 +161,7 @@ def _uld(setting: TermSetting, teacher: TeacherRows) -> Term:
     return Term(
         teacher=lambda block: _merged(teacher, block, tau, False),
         target=jnp.exp,
-        student=lambda z, ids, merging, _: _log_probabilities(centred(z), None, merging),
+        student=lambda z, ids, merging, _: merged_log_softmax(z, None, merging),
         values=lambda merged, target: sorted_l1(jnp.exp(merged), target) * tau**2,
         whole_rows=True,
     )
@@ -177,12 +175,10 @@ def _same_vocabulary(setting: TermSetting, teacher: TeacherRows) -> Term:
         logits: jax.Array, next_ids: jax.Array, merging: Merging, learnt: jax.Array | None
     ) -> jax.Array:
         logits = logits if chosen.columns is None else logits[:, chosen.columns]
-        return _log_probabilities(centred(logits), None, merging)
+        return merged_log_softmax(logits, None, merging)
 
     return Term(
-        teacher=lambda block: merged_log_softmax(
-            centred(chosen.logits(block.positions)), None, block.merging
-        )[0],
+        teacher=lambda block: merged_log_softmax(chosen.logits(block.positions), None, block.merging),
         target=lambda merged: merged,
         student=of_student,
         values=lambda m, t: kl_terms(t, m, setting.direction, beta=setting.beta).sum(-1) * tau**2,
@@ -192,7 +188,7 @@ def _same_vocabulary(setting: TermSetting, teacher: TeacherRows) -> Term:
 
 def _merged(teacher: TeacherRows, block: Block, tau: float, by_token: bool) -> jax.Array:
     next_ids = teacher.next(block.positions) if by_token else None
-    return merged_log_softmax(centred(teacher.logits(block.positions, tau)), next_ids, block.merging)[0]
+    return merged_log_softmax(teacher.logits(block.positions, tau), next_ids, block.merging)
 
 
 @dataclass(frozen=True)
@@ -262,54 +258,3 @@ def _choose(teacher: TeacherRows, tau: float, top_k: int) -> _Chosen:
     columns = jax.lax.top_k(top, top_k)[1].astype(jnp.int32)
     narrow = replace(teacher, unembedding=rows_at(teacher.unembedding, columns), size=top_k, next_ids=None)
     return _Chosen(columns, narrow, tau, log_actual)
-
-
-@jax.custom_vjp
-def _log_probabilities(logits: jax.Array, next_ids: jax.Array | None, merging: Merging) -> jax.Array:
-    """`merged_log_softmax` with a derivative, float32 [K, V]."""
-    return merged_log_softmax(logits, next_ids, merging)[0]
-
-
-def _merge_forward(
-    logits: jax.Array, next_ids: jax.Array | None, merging: Merging
-) -> tuple[jax.Array, tuple]:
-    merged, normalizer = merged_log_softmax(logits, next_ids, merging)
-    return merged, (logits, next_ids, merging, normalizer)
-
-
-def _merge_backward(residuals: tuple, slope: jax.Array) -> tuple:
-    logits, next_ids, merging, normalizer = residuals
-    total = slope.sum(-1)
-    softmax = jnp.exp(logits - normalizer[:, None])
-    shares = merging.spread(total[:, None])
-    if next_ids is None:
-        return merging.spread(slope) - softmax * shares, None, None
-    others = merging.spread_other(total)
-    gradient = merging.spread(slope) - softmax * (shares + others[:, None])
-    positions = jnp.arange(len(logits), dtype=jnp.int32)
-    return gradient.at[positions, next_ids].add(others), None, None
-
-
-_log_probabilities.defvjp(_merge_forward, _merge_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _hybrid_values(
-    merged: jax.Array, target: HybridTarget, direction: str, beta: float
-) -> tuple[jax.Array, jax.Array]:
-    return terms_of_merged(merged, target, direction, beta)[0]
-
-
-def _hybrid_forward(
-    merged: jax.Array, target: HybridTarget, direction: str, beta: float
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    parts, ranks = terms_of_merged(merged, target, direction, beta)
-    return parts, (merged, target, ranks)
-
-
-def _hybrid_backward(direction: str, beta: float, residuals: tuple, gradients: tuple) -> tuple:
-    merged, target, ranks = residuals
-    return slope_of_merged(merged, target, ranks, gradients, direction, beta), None
-
-
-_hybrid_values.defvjp(_hybrid_forward, _hybrid_backward)

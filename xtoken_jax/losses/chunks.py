@@ -14,11 +14,6 @@ from xtoken_jax.alignment.batch import Alignment, next_token_chunks
 MERGES = ("mean", "mean_normalized", "first", "last")
 
 
-def positions_per_chunk(position_chunks: jax.Array, count: int) -> jax.Array:
-    """int32 [B, C]: how many positions predict a token of each chunk."""
-    return _sum_by_chunk(jnp.ones((*position_chunks.shape, 1), jnp.int32), position_chunks, count)[..., 0]
-
-
 def valid_chunks(alignment: Alignment) -> jax.Array:
     """bool [B, C]: chunks that count, with a position on both sides after the next-token shift.
 
@@ -30,31 +25,18 @@ def valid_chunks(alignment: Alignment) -> jax.Array:
         Nothing predicts the first token, and chunk 2 has no token of the teacher.
     """
     count = alignment.valid.shape[1]
-    sides = (alignment.student_chunks, alignment.teacher_chunks)
-    student, teacher = (positions_per_chunk(next_token_chunks(jnp.asarray(c)), count) > 0 for c in sides)
-    return jnp.asarray(alignment.valid) & student & teacher
+    found = jnp.asarray(alignment.valid)
+    for chunks in (alignment.student_chunks, alignment.teacher_chunks):
+        segments = _segments(chunks, count)
+        number = _by_row(jax.ops.segment_sum, jnp.ones(segments.shape, jnp.int32), segments, count)
+        found = found & (number[:, :count] > 0)
+    return found
 
 
-def mean_by_chunk(values: jax.Array, chunks: jax.Array, count: int) -> jax.Array:
-    """Mean of `values` over the positions that predict a token of each chunk.
-
-    Args:
-        values: float [B, T, V].
-        chunks: int32 [B, T] by token, -1 for none.
-        count: C.
-
-    Returns:
-        float [B, C, V]; 0 for a chunk without positions.
-    """
-    position_chunks = next_token_chunks(chunks)
-    number = positions_per_chunk(position_chunks, count)[..., None]
-    return _sum_by_chunk(values, position_chunks, count) / jnp.maximum(number, 1).astype(values.dtype)
-
-
-def _sum_by_chunk(values: jax.Array, position_chunks: jax.Array, count: int) -> jax.Array:
-    inside = (position_chunks >= 0) & (position_chunks < count)
-    segments = jnp.where(inside, position_chunks, count)
-    return _by_row(jax.ops.segment_sum, values, segments, count)[:, :count]
+def _segments(chunks: jax.Array | np.ndarray, count: int) -> jax.Array:
+    """int32 [B, T]: the chunk of the token that each position predicts, `count` for none."""
+    position_chunks = next_token_chunks(jnp.asarray(chunks))
+    return jnp.where((position_chunks >= 0) & (position_chunks < count), position_chunks, count)
 
 
 @jax.tree_util.register_dataclass
@@ -82,13 +64,7 @@ class Merging:
     @classmethod
     def of(cls, chunks: jax.Array | np.ndarray, count: int, merge: str) -> Merging:
         """From chunk ids int32 [B, T] by token, after the next-token shift."""
-        position_chunks = next_token_chunks(jnp.asarray(chunks))
-        inside = (position_chunks >= 0) & (position_chunks < count)
-        return cls.of_segments(jnp.where(inside, position_chunks, count), count, merge)
-
-    @classmethod
-    def of_segments(cls, segments: jax.Array, count: int, merge: str) -> Merging:
-        """From the chunk of each position, int32 [B, T], `count` for none."""
+        segments = _segments(chunks, count)
         if merge in ("mean", "mean_normalized"):
             number = _by_row(jax.ops.segment_sum, jnp.ones(segments.shape, jnp.float32), segments, count)
             weights = 1 / jnp.take_along_axis(number, segments, axis=1)

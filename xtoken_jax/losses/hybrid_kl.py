@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import Merging, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
-from xtoken_jax.losses.softmax import centred
+from xtoken_jax.losses.softmax import flat_logits, merged_log_softmax
 from xtoken_jax.losses.sorting import largest, largest_with_places
 from xtoken_jax.projection.matrix import Partition
 
@@ -136,7 +136,7 @@ def hybrid_terms(
     count = alignment.valid.shape[1]
     student_size, teacher_size = _sizes(partition)
     student, teacher = (
-        jnp.asarray(logits[..., :size], jnp.float32).reshape(-1, size) / temperature
+        flat_logits(logits, size) / temperature
         for logits, size in ((student_logits, student_size), (teacher_logits, teacher_size))
     )
     student_next, teacher_next = (
@@ -145,8 +145,10 @@ def hybrid_terms(
     student_merging, teacher_merging = (
         Merging.of(chunks, count, merge) for chunks in (alignment.student_chunks, alignment.teacher_chunks)
     )
-    target = hybrid_target(teacher, teacher_next, teacher_merging, partition, uncommon_top_k)
-    parts = hybrid_chunks(student, student_next, student_merging, target, direction, beta)
+    wanted = merged_log_softmax(jax.lax.stop_gradient(teacher), teacher_next, teacher_merging)
+    target = target_of_merged(wanted, partition, uncommon_top_k)
+    merged = merged_log_softmax(student, student_next, student_merging)
+    parts = hybrid_values(merged, target, direction, beta)
     valid = valid_chunks(alignment)
     return HybridTerms(*(jnp.where(valid, part.reshape(valid.shape) * temperature**2, 0.0) for part in parts))
 
@@ -173,18 +175,6 @@ class HybridTarget(NamedTuple):
     uncommon: jax.Array
 
 
-def hybrid_target(
-    logits: jax.Array,
-    next_ids: jax.Array | None,
-    merging: Merging,
-    partition: Partition,
-    uncommon_top_k: int,
-) -> HybridTarget:
-    """The teacher's side: logits float32 [N_t, V_t], divided by the temperature, merged; no gradient."""
-    merged, _ = merged_log_softmax(centred(jax.lax.stop_gradient(logits)), next_ids, merging)
-    return target_of_merged(merged, partition, uncommon_top_k)
-
-
 def target_of_merged(merged: jax.Array, partition: Partition, uncommon_top_k: int) -> HybridTarget:
     """From the teacher's log-probabilities of chunks, float32 [K, V_t]."""
     size = _sizes(partition)[0]
@@ -201,62 +191,27 @@ def target_of_merged(merged: jax.Array, partition: Partition, uncommon_top_k: in
     return HybridTarget(common, top, partner < merged.shape[-1], jnp.asarray(partition.uncommon_student))
 
 
-def merged_log_softmax(
-    logits: jax.Array, next_ids: jax.Array | None, merging: Merging
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def hybrid_values(
+    merged: jax.Array, target: HybridTarget, direction: str, beta: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of chunks.
-
-    Args:
-        logits: float32 [N, V], `centred`.
-        next_ids: int32 [N], the token that each position predicts, for "first" and "last".
-        merging: of the N positions into K chunks.
-
-    Returns:
-        float32 [K, V], and the log-normalizer of each position [N].
-    """
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    offset = merging.merge(normalizer[:, None])
-    if next_ids is not None:
-        actual = jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0] - normalizer
-        offset = offset - merging.other_tokens(actual)[:, None]
-    return merging.merge_wide(logits) - offset, normalizer
-
-
-def hybrid_chunks(
-    logits: jax.Array,
-    next_ids: jax.Array | None,
-    merging: Merging,
-    target: HybridTarget,
-    direction: str,
-    beta: float,
-) -> tuple[jax.Array, jax.Array]:
-    """The common and the uncommon part of each chunk, float32 [K], of student logits float32 [N, V_s]."""
-    return _of_centred(centred(logits), next_ids, merging, target, direction, beta)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _of_centred(
-    logits: jax.Array,
-    next_ids: jax.Array | None,
-    merging: Merging,
-    target: HybridTarget,
-    direction: str,
-    beta: float,
-) -> tuple[jax.Array, jax.Array]:
-    return _forward(logits, next_ids, merging, target, direction, beta)[0]
+    """The common and the uncommon part, float32 [K], of the student's log-probabilities [K, V_s]."""
+    return terms_of_merged(merged, target, direction, beta)[0]
 
 
 def _forward(
-    logits: jax.Array,
-    next_ids: jax.Array | None,
-    merging: Merging,
-    target: HybridTarget,
-    direction: str,
-    beta: float,
+    merged: jax.Array, target: HybridTarget, direction: str, beta: float
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    merged, normalizer = merged_log_softmax(logits, next_ids, merging)
     terms, ranks = terms_of_merged(merged, target, direction, beta)
-    return terms, (logits, next_ids, merging, target, merged, normalizer, *ranks)
+    return terms, (merged, target, ranks)
+
+
+def _backward(direction: str, beta: float, residuals: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
+    merged, target, ranks = residuals
+    return slope_of_merged(merged, target, ranks, gradients, direction, beta), None
+
+
+hybrid_values.defvjp(_forward, _backward)
 
 
 def terms_of_merged(
@@ -298,19 +253,3 @@ def _common_terms(merged: jax.Array, target: HybridTarget, direction: str, beta:
     # A token without a partner is absent on both sides.
     own = jnp.where(target.paired[None, :], merged, -jnp.inf)
     return kl_terms(target.common, own, direction, beta=beta)
-
-
-def _backward(direction: str, beta: float, residuals: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
-    logits, next_ids, merging, target, merged, normalizer, *ranks = residuals
-    slope = slope_of_merged(merged, target, (ranks[0], ranks[1]), gradients, direction, beta)
-    total = slope.sum(-1)
-    softmax = jnp.exp(logits - normalizer[:, None])
-    if next_ids is None:
-        return merging.spread(slope) - softmax * merging.spread(total[:, None]), None, None, None
-    others = merging.spread_other(total)
-    gradient = merging.spread(slope) - softmax * (merging.spread(total[:, None]) + others[:, None])
-    positions = jnp.arange(len(logits), dtype=jnp.int32)
-    return gradient.at[positions, next_ids].add(others), None, None, None
-
-
-_of_centred.defvjp(_forward, _backward)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import MERGES, Merging, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
-from xtoken_jax.losses.softmax import centred
+from xtoken_jax.losses.softmax import centred, flat_logits
 from xtoken_jax.projection.matrix import LearnableProjection, Projection, SplitProjection
 from xtoken_jax.projection.sharded import ShardedProjection
 
@@ -81,8 +81,8 @@ def projection_kl(
     if merge not in MERGES:
         raise ValueError(f"merge={merge!r}: choose one of {', '.join(MERGES)}")
     count = alignment.valid.shape[1]
-    student = _flat(student_logits, projection.student_size) / temperature
-    teacher = jax.lax.stop_gradient(_flat(teacher_logits, projection.teacher_size)) / temperature
+    student = flat_logits(student_logits, projection.student_size) / temperature
+    teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, projection.teacher_size)) / temperature
     mask = None if teacher_mask is None else jnp.asarray(teacher_mask).reshape(-1)
     columns = top_columns(teacher, mask, min(top_k, teacher.shape[-1]))
 
@@ -154,12 +154,6 @@ def _projected_backward(width: int, residuals: tuple, gradient: jax.Array) -> tu
 
 
 _projected.defvjp(_projected_forward, _projected_backward)
-
-
-def _flat(logits: jax.Array, size: int | None) -> jax.Array:
-    """float32 [B * T, size]: positions in one row, without columns past the tokenizer's."""
-    logits = jnp.asarray(logits[..., :size], jnp.float32)
-    return logits.reshape(-1, logits.shape[-1])
 
 
 def top_columns(logits: jax.Array, mask: jax.Array | None, count: int) -> jax.Array:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import mean_by_chunk, valid_chunks
+from xtoken_jax.losses.chunks import Merging, valid_chunks
+from xtoken_jax.losses.softmax import flat_logits, merged_log_softmax
 from xtoken_jax.losses.sorting import largest, largest_with_places
 from xtoken_jax.projection.matrix import Array
 
@@ -48,18 +49,18 @@ def rank_l1(
     count = alignment.valid.shape[1]
 
     def probabilities(logits: jax.Array, size: int | None, chunks: Array) -> jax.Array:
-        logits = jnp.asarray(logits[..., :size], jnp.float32) / temperature
-        return jnp.exp(mean_by_chunk(jax.nn.log_softmax(logits, axis=-1), jnp.asarray(chunks), count))
+        flat = flat_logits(logits, size) / temperature
+        return jnp.exp(merged_log_softmax(flat, None, Merging.of(chunks, count, "mean")))
 
     student = probabilities(student_logits, student_size, alignment.student_chunks)
     teacher = probabilities(teacher_logits, teacher_size, alignment.teacher_chunks)
     values = sorted_l1(student, jax.lax.stop_gradient(teacher)) * temperature**2
-    return jnp.where(valid_chunks(alignment), values, 0.0)
+    return jnp.where(valid_chunks(alignment), values.reshape(alignment.valid.shape), 0.0)
 
 
 @jax.custom_vjp
 def sorted_l1(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """float32 [B, C] of non-negative [B, C, V_s] and [B, C, V_t]."""
+    """float32 [K] of non-negative [K, V_s] and [K, V_t]."""
     return jnp.abs(_difference(*(largest(side, side.shape[-1]) for side in (student, teacher)))).sum(-1)
 
 

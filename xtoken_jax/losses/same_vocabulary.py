@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from xtoken_jax.alignment.batch import Alignment, next_token_chunks
-from xtoken_jax.losses.chunks import valid_chunks
+from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.chunks import Merging, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.projection_kl import top_columns
-from xtoken_jax.losses.softmax import centred
+from xtoken_jax.losses.softmax import centred, flat_logits, merged_log_softmax
 
 
 def next_token_cross_entropy(
@@ -82,7 +82,10 @@ def same_vocabulary_kl(
         )
     mask = jnp.asarray(token_mask[:, 1:], bool)
     columns = _columns(teacher, teacher_mask, top_k)
-    values = _divergence(student[:, :-1], teacher[:, :-1], columns, temperature, direction, beta)
+    s, t = (
+        jax.nn.log_softmax(_within(z[:, :-1], columns) / temperature, axis=-1) for z in (student, teacher)
+    )
+    values = kl_terms(t, s, direction, beta=beta).sum(-1) * temperature**2
     return jnp.where(mask, values, 0.0), mask
 
 
@@ -114,22 +117,20 @@ def same_vocabulary_kl_by_chunk(
     Returns:
         float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
     """
-    valid = valid_chunks(alignment)
-    student_logits = jnp.asarray(student_logits[..., :size], jnp.float32)
-    teacher_logits = jax.lax.stop_gradient(jnp.asarray(teacher_logits[..., :size], jnp.float32))
-    columns = _columns(teacher_logits, teacher_mask, top_k)
-    student, teacher = (
-        jnp.take_along_axis(logits, _first_positions(jnp.asarray(chunks), valid.shape[1])[..., None], axis=1)
-        for logits, chunks in (
-            (student_logits, alignment.student_chunks),
-            (teacher_logits, alignment.teacher_chunks),
-        )
+    count = alignment.valid.shape[1]
+    student, teacher = flat_logits(student_logits, size), flat_logits(teacher_logits, size)
+    teacher = jax.lax.stop_gradient(teacher)
+    columns = _columns(teacher, teacher_mask, top_k)
+    s, t = (
+        merged_log_softmax(_within(z, columns) / temperature, None, Merging.of(chunks, count, "first"))
+        for z, chunks in ((student, alignment.student_chunks), (teacher, alignment.teacher_chunks))
     )
-    return jnp.where(valid, _divergence(student, teacher, columns, temperature, direction, beta), 0.0)
+    values = kl_terms(t, s, direction, beta=beta).sum(-1) * temperature**2
+    return jnp.where(valid_chunks(alignment), values.reshape(alignment.valid.shape), 0.0)
 
 
 def _columns(teacher: jax.Array, mask: jax.Array | None, top_k: int | None) -> jax.Array | None:
-    """int32 [top_k] of float [B, T, V]; None for all of them."""
+    """int32 [top_k] of float [..., V]; None for all of them."""
     width = teacher.shape[-1]
     if top_k is None or top_k >= width:
         return None
@@ -137,28 +138,5 @@ def _columns(teacher: jax.Array, mask: jax.Array | None, top_k: int | None) -> j
     return top_columns(teacher.reshape(-1, width), real, top_k)
 
 
-def _divergence(
-    student: jax.Array,
-    teacher: jax.Array,
-    columns: jax.Array | None,
-    temperature: float,
-    direction: str,
-    beta: float,
-) -> jax.Array:
-    """float32 [...] of float32 [..., V] logits, within the columns and times tau^2."""
-    if columns is not None:
-        student, teacher = student[..., columns], teacher[..., columns]
-    s, t = (jax.nn.log_softmax(z / temperature, axis=-1) for z in (student, teacher))
-    return kl_terms(t, s, direction, beta=beta).sum(-1) * temperature**2
-
-
-def _first_positions(chunks: jax.Array, count: int) -> jax.Array:
-    """int32 [B, C]: the first position that predicts a token of each chunk, or 0."""
-    position_chunks = next_token_chunks(chunks)
-    batch, length = chunks.shape
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    # Ids of -1 count from the end, so that what has no chunk goes to a place that is cut off.
-    found = jnp.full((batch, count + 1), length, jnp.int32)
-    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), chunks.shape)
-    found = found.at[rows, position_chunks].min(places, mode="drop")
-    return jnp.where(found < length, found, 0)[:, :count]
+def _within(logits: jax.Array, columns: jax.Array | None) -> jax.Array:
+    return logits if columns is None else logits[..., columns]

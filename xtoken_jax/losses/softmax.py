@@ -1,9 +1,17 @@
-"""Logits made ready for softmax."""
+"""Softmax of wide rows: logits made ready for it, and log-probabilities of whole chunks."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from xtoken_jax.losses.chunks import Merging
+
+
+def flat_logits(logits: jax.Array, size: int | None) -> jax.Array:
+    """float32 [B T, size] of [B, T, >= size]: positions in one row, without columns past the tokenizer's."""
+    logits = jnp.asarray(logits[..., :size], jnp.float32)
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def centred(logits: jax.Array, highest: jax.Array | None = None) -> jax.Array:
@@ -22,3 +30,48 @@ def centred(logits: jax.Array, highest: jax.Array | None = None) -> jax.Array:
     highest = logits.max(axis=-1) if highest is None else highest
     highest = jax.lax.stop_gradient(highest)[..., None]
     return logits - jnp.where(highest > -jnp.inf, highest, 0.0)
+
+
+def merged_log_softmax(logits: jax.Array, next_ids: jax.Array | None, merging: Merging) -> jax.Array:
+    """Log-probabilities of chunks: log_softmax of each position, merged.
+
+    Args:
+        logits: float32 [N, V], divided by the temperature.
+        next_ids: int32 [N], the token that each position predicts, for "first" and "last"; the
+            log-probabilities of the tokens at the positions not chosen are added. None for "mean".
+        merging: of the N positions into K chunks.
+
+    Returns:
+        float32 [K, V]; 0 for a chunk without positions.
+    """
+    return _merged(centred(logits), next_ids, merging)
+
+
+@jax.custom_vjp
+def _merged(logits: jax.Array, next_ids: jax.Array | None, merging: Merging) -> jax.Array:
+    return _forward(logits, next_ids, merging)[0]
+
+
+def _forward(logits: jax.Array, next_ids: jax.Array | None, merging: Merging) -> tuple[jax.Array, tuple]:
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    offset = merging.merge(normalizer[:, None])
+    if next_ids is not None:
+        actual = jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0] - normalizer
+        offset = offset - merging.other_tokens(actual)[:, None]
+    return merging.merge_wide(logits) - offset, (logits, next_ids, merging, normalizer)
+
+
+def _backward(residuals: tuple, slope: jax.Array) -> tuple:
+    logits, next_ids, merging, normalizer = residuals
+    total = slope.sum(-1)
+    softmax = jnp.exp(logits - normalizer[:, None])
+    share = merging.spread(total[:, None])
+    if next_ids is None:
+        return merging.spread(slope) - softmax * share, None, None
+    others = merging.spread_other(total)
+    gradient = merging.spread(slope) - softmax * (share + others[:, None])
+    positions = jnp.arange(len(logits), dtype=jnp.int32)
+    return gradient.at[positions, next_ids].add(others), None, None
+
+
+_merged.defvjp(_forward, _backward)

@@ -9,11 +9,11 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from xtoken_jax.hub import cache_folder
-from xtoken_jax.tokens.roles import read_json_object
 
 # Text on which a rebuilt pre-tokenizer, normalizer or merge table shows.
 _PROBES = [
@@ -26,22 +26,29 @@ _PROBES = [
 ]
 
 
-def compare_auto_tokenizer(folder: Path, backend: tokenizers.Tokenizer, fingerprint: str) -> str | None:
+def compare_auto_tokenizer(
+    folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer, fingerprint: str
+) -> str | None:
     """One line that says how the ids differ, None where they are equal or transformers is not installed.
 
-    The answer is kept in the cache folder, by fingerprint and version of transformers.
+    The answer is kept in the cache folder, by fingerprint, version of transformers and what else in
+    the folder decides how the tokenizer is rebuilt.
+
+    Args:
+        folder: where it would be loaded from.
+        config: the content of its `tokenizer_config.json`.
+        backend: what `tokenizer.json` makes.
+        fingerprint: of the tokenizer.
     """
     try:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         return None
-    config = folder / "tokenizer_config.json"
-    named = read_json_object(config).get("tokenizer_class")
-    if named is None and not (folder / "config.json").is_file():
+    named, model = config.get("tokenizer_class"), folder / "config.json"
+    if named is None and not model.is_file():
         return None  # nothing to rebuild from
-    # What else of the folder decides how it is rebuilt.
-    settings = "".join(p.read_text("utf-8") for p in (config, folder / "config.json") if p.is_file())
-    key = hashlib.sha256(f"{fingerprint} {version} {settings}".encode()).hexdigest()
+    settings = json.dumps(config, sort_keys=True).encode() + (model.read_bytes() if model.is_file() else b"")
+    key = hashlib.sha256(f"{fingerprint} {version} ".encode() + settings).hexdigest()
     kept = cache_folder() / "auto_tokenizer" / f"{key}.json"
     try:
         return json.loads(kept.read_text(encoding="utf-8"))["difference"]

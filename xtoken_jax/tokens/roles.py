@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +65,20 @@ def is_reserved(spelling: str) -> bool:
 
 
 def find_roles(
-    folder: Path, definition: dict[str, Any], id_of: Callable[[str], int | None]
+    definition: dict[str, Any], configs: Sequence[dict[str, Any]], id_of: Callable[[str], int | None]
 ) -> dict[str, int]:
     """Role -> id: markers by their spelling, then "bos", "eos", "pad", "unk" as the folder configures them.
 
     Args:
-        folder: where `tokenizer_config.json` and `special_tokens_map.json` lie, either may be absent.
         definition: the content of `tokenizer.json`.
+        configs: those of `special_tokens_map.json` and `tokenizer_config.json`; the last one decides.
         id_of: spelling -> id.
-
-    Raises:
-        UserError: one of the two files is not a JSON object.
     """
     roles: dict[str, int] = {}
     for token in definition.get("added_tokens") or []:
         if role := _ROLE_OF.get(token["content"]):
             roles.setdefault(role, token["id"])
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        config = read_json_object(folder / name)
+    for config in configs:
         for role in CONFIGURED:
             token = config.get(f"{role}_token")
             content = token.get("content") if isinstance(token, dict) else token

@@ -141,12 +141,14 @@ def _length_proves(tokenizer_json: dict[str, Any], kind: str) -> str:
     if kind == "wordpiece":
         return "none"
     dummies, proves = 0, "any"
-    for step in _steps(tokenizer_json.get("pre_tokenizer"), "pretokenizers"):
+    splitters = _steps(tokenizer_json.get("pre_tokenizer"), "pretokenizers")
+    for step in splitters:
         match step["type"]:
             case "ByteLevel" if not step.get("add_prefix_space", True):
                 pass
             case "Metaspace":
-                dummies += step.get("prepend_scheme", "always") != "never"
+                # Behind another splitter every part of the text gets a blank.
+                dummies += len(splitters) * (step.get("prepend_scheme", "always") != "never")
             case name if name not in _SPLITTERS:
                 return "none"
     for step in _steps(tokenizer_json.get("normalizer"), "normalizers"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,6 @@ class Tokenizer:
         adds_bos: whether it opens a text with BOS by itself.
         fingerprint: SHA-256 of tokenizer.json and of the roles.
         backend: the `tokenizers.Tokenizer` behind it.
-        definition: the content of tokenizer.json.
         chat_template: Jinja source that renders a conversation, None where the folder has none.
         warning: one line where `AutoTokenizer` gives other ids than tokenizer.json does.
     """
@@ -44,7 +44,6 @@ class Tokenizer:
     adds_bos: bool
     fingerprint: str
     backend: tokenizers.Tokenizer
-    definition: dict[str, Any]
     chat_template: str | None = None
     warning: str | None = None
 
@@ -90,10 +89,13 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         table = read_token_bytes(definition, where=str(path))
-        roles = find_roles(folder, definition, backend.token_to_id)
+        special, config = (
+            read_json_object(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")
+        )
+        roles = find_roles(definition, (special, config), backend.token_to_id)
         opening = backend.encode("", add_special_tokens=True).ids
         # DeepSeek's post-processor adds nothing; its configuration says that BOS belongs there.
-        adds_bos = read_json_object(folder / "tokenizer_config.json").get("add_bos_token")
+        adds_bos = config.get("add_bos_token")
         if not isinstance(adds_bos, bool):
             adds_bos = bool(opening) and opening[0] == roles.get("bos")
         # It places special tokens, which is done here, and may trim blanks off the offsets, which
@@ -108,9 +110,8 @@ class Tokenizer:
             adds_bos=adds_bos and "bos" in roles,
             fingerprint=fingerprint,
             backend=backend,
-            definition=definition,
-            chat_template=_chat_template(folder),
-            warning=compare_auto_tokenizer(folder, backend, fingerprint) if compare_auto else None,
+            chat_template=_chat_template(folder, config),
+            warning=compare_auto_tokenizer(folder, config, backend, fingerprint) if compare_auto else None,
         )
 
     def describe(self) -> str:
@@ -133,9 +134,10 @@ class Tokenizer:
         """Ids of a text, int32 [T], without any special token."""
         return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """Encodings (ids and character offsets) of several texts, without special tokens."""
-        return self.backend.encode_batch(texts, add_special_tokens=False)
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32 [T], without any special token."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     @cached_property
     def markup_backend(self) -> tokenizers.Tokenizer:
@@ -154,12 +156,15 @@ class Tokenizer:
         return next((self.roles[r] for r in ("pad", "eos", "bos") if r in self.roles), 0)
 
 
-def _chat_template(folder: Path) -> str | None:
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The folder's default chat template, from its own file or from `tokenizer_config.json`."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = read_json_object(folder / "tokenizer_config.json").get("chat_template")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error})") from error
+    template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     return template if isinstance(template, str) else None

@@ -22,7 +22,7 @@ from xtoken_jax.losses import (
     total_loss,
     valid_chunks,
 )
-from xtoken_jax.losses.blockwise import blockwise_loss, blockwise_total
+from xtoken_jax.losses.blockwise import blockwise_loss
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import replicated
 from xtoken_jax.models.decoder import Model, Params, logits
@@ -151,19 +151,26 @@ def _blockwise(
     student_size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """CE, KD and, with weights known beforehand, their total, without logits of more than a block."""
-    arguments = (*student, *teacher, batch.alignment, tables, batch.student.ids, batch.student.targets, loss)
-    options: dict[str, Any] = {
-        "teacher_ids": batch.teacher.ids,
-        "teacher_mask": batch.teacher.mask,
-        "student_size": student_size,
-        "block": loss.block,
-    }
-    if loss.kind is LossKind.none or loss.dynamic_scaling:
-        found = blockwise_loss(*arguments, **options)
-        return found.ce, found.kd, None
-    # One pass over the blocks instead of two.
-    total, found = blockwise_total(*arguments, ce_weight=loss.ce_weight, kd_weight=loss.kd_weight, **options)
-    return found.ce, found.kd, total
+    (hidden, unembedding), (teacher_hidden, teacher_unembedding) = student, teacher
+    known = loss.kind is not LossKind.none and not loss.dynamic_scaling
+    assert loss.block is not None
+    found = blockwise_loss(
+        hidden,
+        unembedding,
+        teacher_hidden,
+        teacher_unembedding,
+        batch.alignment,
+        tables,
+        batch.student.ids,
+        batch.student.targets,
+        loss,
+        teacher_ids=batch.teacher.ids,
+        teacher_mask=batch.teacher.mask,
+        student_size=student_size,
+        weights=(loss.ce_weight, loss.kd_weight) if known else None,
+        block=loss.block,
+    )
+    return found.ce, found.kd, found.total
 
 
 def _whole(
