@@ -5,15 +5,17 @@ import unicodedata
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from reference import alignment as reference
 from tokens import trained
 from tokens.texts import DECOMPOSED, FEW, PIECES, texts
 
-from xtoken_jax.alignment.align import align, collate
+from xtoken_jax.alignment.align import align, collate, token_rows
+from xtoken_jax.alignment.locate import Located, locate
 from xtoken_jax.alignment.rows import cut, join, pack, truncate, with_document_marks
-from xtoken_jax.alignment.spans import Side, Spans, align_texts, walk
+from xtoken_jax.alignment.spans import Side, Spans, align_located, align_texts, walk
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 FAITHFUL = [(trained.three_digits, trained.single_digits), (trained.single_digits, trained.three_digits)]
@@ -136,6 +138,79 @@ def test_blank_tokens_take_part_beside_a_tokenizer_that_normalizes():
     spans = aligned(pair, "e\u0301\n\n  two   cats\t 201")
     assert (spans.student.chunks < 0).sum() == 2  # the two bytes of the combining accent
     assert (~spans.exact).sum() == 1
+
+
+def word_pieces():
+    """As BERT, uncased."""
+    tokenizer = tokenizers.BertWordPieceTokenizer()
+    tokenizer.train_from_iterator(trained.ENGLISH, vocab_size=400, show_progress=False)
+    return tokenizer._tokenizer, {"unk_token": "[UNK]"}
+
+
+def test_word_pieces_take_the_blank_in_front_of_them():
+    pair = trained.pair(trained.three_digits, word_pieces)
+    spans = aligned(pair, "the cats sat on the mat, 201 of them")
+    check_invariants(pair, spans)
+    assert spans.exact.tolist() == [False] + [True] * (spans.chunk_count - 1)  # a blank before the first word
+    assert spans.chunk_count > 8
+    assert np.all(spans.teacher.chunks >= 0)
+
+
+def test_word_pieces_take_nothing_else_that_is_in_front_of_them():
+    """A line end is as long as a blank, but not one; nor are two blanks."""
+    tokenizer = trained.load(word_pieces)
+    for text, start in (("the\nthe", 4), ("the the", 3), ("the  the", 5), ("the\tThe", 4)):
+        located = locate(tokenizer, [text])
+        (last,) = np.flatnonzero(located.ends == len(text))
+        assert located.starts[last] == start
+        assert located.faithful[last] == (start == 3)
+
+
+def test_sides_that_leave_out_other_bytes_are_not_alike():
+    """Two bytes of three on each side, each spelled as it stands: `ac` is not `ab`."""
+    pair = trained.pair(trained.three_digits, trained.single_digits)
+    no = np.zeros(1, bool)
+
+    def side(tokenizer, text, starts):
+        ids = [next(i for i in range(tokenizer.size) if tokenizer.bytes_of(i) == c.encode()) for c in text]
+        starts = np.array(starts)
+        return Located(
+            np.array(ids, np.int32), np.array([0, 2]), starts, starts + 1, np.ones(2, bool), no, no,
+            np.array([0, 3]),
+        )  # fmt: skip
+
+    student = side(pair.student, "ac", [0, 2])
+    for text, starts, exact in (("ab", [0, 1], [True, False]), ("ac", [0, 2], [True, True])):
+        (spans,) = align_located(pair, student, side(pair.teacher, text, starts))
+        assert spans.exact.tolist() == exact[: spans.chunk_count]
+    # Without a boundary in common but the text's two ends it is one chunk.
+    moved = side(pair.teacher, "bc", [1, 2])
+    (spans,) = align_located(pair, student, moved)
+    for chunk in range(spans.chunk_count):
+        written = [chunk_bytes(*part, chunk) for part in sides(pair, spans)]
+        assert spans.exact[chunk] == (written[0] == written[1])
+    whole = Located(*[getattr(student, f) for f in ("ids", "offsets")], np.array([0, 2]), np.array([1, 3]),
+                    np.ones(2, bool), no, no, np.array([0, 3]))  # fmt: skip
+    other = side(pair.teacher, "ab", [0, 1])
+    other = dataclasses.replace(other, starts=np.array([0, 0]), ends=np.array([2, 2]))
+    (spans,) = align_located(pair, whole, other)
+    assert spans.chunk_count == 1
+    assert spans.exact.tolist() == [False]
+
+
+def test_the_first_token_of_a_document_is_no_target():
+    pair = trained.pair(trained.three_digits, trained.single_digits)
+    row = join([with_document_marks(pair, s) for s in align_texts(pair, ["12 a", "201"])])
+    for side, pad_id in ((row.student, pair.student.pad_id), (row.teacher, pair.teacher.pad_id)):
+        for padding_side in ("right", "left"):
+            rows = token_rows([side], 16, pad_id, padding_side=padding_side)
+            first = [i for i in range(16) if rows.segments[0, i] != (rows.segments[0, i - 1] if i else 0)]
+            opens = [i for i in first if rows.segments[0, i] > 0]
+            assert len(opens) == 2
+            assert rows.mask[0].sum() == len(side)
+            assert np.flatnonzero(rows.mask[0] & ~rows.targets[0]).tolist() == opens
+            assert rows.ids[0][rows.mask[0]].tolist() == side.ids.tolist()
+            assert np.array_equal(rows.mask[0], rows.segments[0] > 0)
 
 
 def test_numbers():

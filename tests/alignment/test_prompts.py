@@ -192,6 +192,17 @@ def test_any_content_keeps_its_place(contents):
             assert word.encode() in exact
 
 
+def test_what_a_template_says_twice_is_aligned_once():
+    pair = chat_pair()
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}again: {{ messages[0].content }}!"
+    conversation = [{"role": "user", "content": "the cat 201"}, {"role": "assistant", "content": "dogs ran"}]
+    (row,) = align_chats(pair, [conversation], teacher_template=template)
+    inside = row.teacher.chunks >= 0
+    assert pieces(pair.teacher, row.teacher, inside) == b"the cat 201dogs ran"
+    assert np.all(np.diff(row.teacher.chunks[inside]) >= 0)
+    assert row.exact.all()
+
+
 def test_several_conversations_at_once():
     pair = chat_pair()
     other = [{"role": "user", "content": "201"}, {"role": "assistant", "content": "the cat"}]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
+from tokenizers import processors
 
 from tokens import trained
 from tokens.texts import DECOMPOSED, FEW, PIECES, texts
@@ -312,3 +313,28 @@ def test_a_chat_template_that_is_no_text(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"chat_template\.jinja: not UTF-8"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(("setting", "adds"), [(True, True), (False, False), (None, True), ("absent", True)])
+def test_whether_a_text_opens_with_bos_is_as_configured(tmp_path, setting, adds):
+    """The post-processor of these adds BOS; where the configuration says something it decides."""
+    tokenizer, config = trained.three_digits()
+    config = config if setting == "absent" else {**config, "add_bos_token": setting}
+    trained.save(tmp_path, tokenizer, config)
+    assert Tokenizer.load(tmp_path).adds_bos == adds
+    # DeepSeek: BOS by configuration alone. Without a BOS there is none to add.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trained.save(tmp_path, tokenizer, config)
+    assert Tokenizer.load(tmp_path).adds_bos == (setting is True)
+    trained.save(tmp_path, tokenizer, {"add_bos_token": True})
+    assert not Tokenizer.load(tmp_path).adds_bos
+
+
+def test_the_tokenizers_own_configuration_decides_roles(tmp_path):
+    trained.save(tmp_path, trained.three_digits()[0], {"eos_token": "<|end|>"})
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "<|begin|>", "pad_token": "."})
+    )
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.roles["eos"] == 1
+    assert loaded.bytes_of(loaded.roles["pad"]) == b"."
