@@ -34,6 +34,17 @@ def test_columns_follow_the_text():
         assert sum(len(getattr(c, side)) for c in found) == len(tokens)
 
 
+def test_gaps_of_either_side_are_shown():
+    pair = trained.pair(trained.single_digits, trained.three_digits)
+    (spans,) = align_texts(pair, ["201"])
+    found = columns(pair, with_document_marks(pair, spans))
+    assert [(c.kind, c.student, c.teacher) for c in found] == [
+        ("gap", (), ("<|begin|>",)),
+        ("several", ("2", "0", "1"), ("201",)),
+        ("one", ("<|end|>",), ("<|end|>",)),
+    ]
+
+
 @pytest.mark.parametrize("width", [30, 60, 200])
 def test_both_lines_of_a_row_are_as_wide(width):
     pair = trained.pair(trained.three_digits, trained.single_digits)

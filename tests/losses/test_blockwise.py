@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -366,3 +367,25 @@ def test_rows_stay_on_their_devices():
         function = jax.jit(lambda h: blockwise(CASES["p_kl"], tables_of(K.p_kl), h, UNEMBEDDING, block=5))
         text = function.lower(jax.device_put(HIDDEN, rows)).compile().as_text()
     assert f"f32[{B},{T_S},{D_S}]" not in text
+
+
+@pytest.mark.parametrize("name", ["p_kl-first", "h_kl-last"])
+def test_a_large_offset_of_the_logits_costs_no_digits(name):
+    """One more hidden unit, the same everywhere, moves all logits by 4096; the others are exact beside it."""
+
+    def eighths(x):
+        return jnp.round(x * 8) / 8
+
+    def moved(hidden, unembedding, offset):
+        more = jnp.ones((*hidden.shape[:-1], 1)), jnp.full((len(unembedding), 1), float(offset))
+        return jnp.concatenate([hidden, more[0]], -1), jnp.concatenate([unembedding, more[1]], -1)
+
+    config = replace(CASES[name], temperature=1.0)
+    tables = tables_of(config.kind)
+    rows = tuple(map(eighths, (HIDDEN, UNEMBEDDING))), tuple(map(eighths, TEACHER))
+    results = []
+    for offset in (0, 4096):
+        (hidden, unembedding), teacher = (moved(*side, offset) for side in rows)
+        values, slopes = gradients(blockwise, config, tables, hidden, unembedding, teacher=teacher, block=5)
+        results.append((values, slopes[0][..., :-1], slopes[1][..., :-1]))
+    assert_close(results[1], results[0])

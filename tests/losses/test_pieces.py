@@ -279,3 +279,16 @@ def test_the_gradient_of_the_fast_softmax_is_that_of_the_plain_one():
         if value is not learnable[0]:
             np.testing.assert_allclose(value, plain[0], rtol=1e-5)
             np.testing.assert_allclose(gradient, plain[1], rtol=1e-5, atol=1e-7)
+
+
+def test_a_large_offset_costs_the_fast_softmax_no_digits():
+    """What float32 leaves of the logits is the same distribution, wherever it lies."""
+    w = random_projection(5).split()
+    logits = (np.round(RNG.normal(0, 2, (4, V_S)) * 64) / 64).astype(np.float32)
+    back = RNG.normal(size=(4, 5)).astype(np.float32)
+    evaluate = jax.jit(
+        jax.value_and_grad(lambda z: jnp.sum(back * projected_softmax(z, w, COLUMNS["some"], V_T)))
+    )
+    (value, gradient), (moved, moved_gradient) = (evaluate(logits + np.float32(o)) for o in (0, 4096))
+    np.testing.assert_allclose(moved, value, rtol=1e-6)
+    np.testing.assert_allclose(moved_gradient, gradient, atol=1e-6 * np.abs(gradient).max())

@@ -8,7 +8,13 @@ from reference import gradient as reference_gradient
 from reference import losses as reference
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses import masked_mean, projection_kl, same_vocabulary_kl
+from xtoken_jax.losses import (
+    masked_mean,
+    next_token_cross_entropy,
+    projection_kl,
+    same_vocabulary_kl,
+    same_vocabulary_kl_by_chunk,
+)
 from xtoken_jax.projection.matrix import Projection
 
 B, T, V = 3, 6, 12
@@ -179,3 +185,29 @@ def test_the_teacher_gets_no_gradient_and_bfloat16_is_computed_in_float32():
     np.testing.assert_allclose(
         value, loss(student.astype(jnp.float32), teacher.astype(jnp.float32)), rtol=1e-6
     )
+
+
+def test_of_a_chunk_of_several_tokens_the_first_is_compared():
+    several = np.array([[-1, 0, 0, 1, -1, 2]] * B, np.int32)
+    single = np.array([[-1, 0, -1, 1, -1, 2]] * B, np.int32)
+    one, other = (
+        same_vocabulary_kl_by_chunk(
+            STUDENT, TEACHER, Alignment(chunks, chunks, np.ones((B, 3), bool)), size=V
+        )
+        for chunks in (several, single)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    last = np.array([[-1, -1, 0, 1, -1, 2]] * B, np.int32)
+    wrong = same_vocabulary_kl_by_chunk(
+        STUDENT, TEACHER, Alignment(last, last, np.ones((B, 3), bool)), size=V
+    )
+    assert not np.allclose(one[:, 0], wrong[:, 0], rtol=1e-2)
+
+
+def test_a_large_offset_costs_cross_entropy_no_digits():
+    logits = (np.round(STUDENT * 64) / 64).astype(np.float32)
+    ids = np.random.default_rng(3).integers(0, V, (B, T))
+    evaluate = jax.value_and_grad(lambda z: next_token_cross_entropy(z, ids, MASK)[0].sum())
+    (value, gradient), (moved, moved_gradient) = (evaluate(logits + np.float32(o)) for o in (0, 4096))
+    np.testing.assert_allclose(moved, value, rtol=1e-6)
+    np.testing.assert_allclose(moved_gradient, gradient, atol=1e-6)

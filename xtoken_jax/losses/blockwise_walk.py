@@ -22,6 +22,7 @@ from xtoken_jax.losses.blockwise_plan import (
 )
 from xtoken_jax.losses.blockwise_terms import TeacherRows, Term, TermSetting, make_term, merges_of
 from xtoken_jax.losses.chunks import next_tokens
+from xtoken_jax.losses.softmax import centred
 
 
 @jax.tree_util.register_dataclass
@@ -186,10 +187,11 @@ class _Student(NamedTuple):
     def cross_entropy(
         self, logits: jax.Array, next_ids: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Its share of the mean; the log-normalizers and the weight of each row, float32 [n]."""
+        """Its share of the mean; the log-normalizers (`centred`) and the weight of each row, float32 [n]."""
         if self.inputs.labelled is None:
             return jnp.float32(0), logits[:, 0], jnp.zeros(len(logits), jnp.float32)
         labelled = self.inputs.labelled.reshape(-1).at[positions].get(mode="fill", fill_value=False)
+        logits = centred(logits)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         values = normalizer - jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0]
         count = jnp.maximum(self.inputs.ce_count, 1.0)
@@ -202,7 +204,9 @@ class _Student(NamedTuple):
         columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         label = (columns == next_ids[:, None]).astype(jnp.float32)
         weights = weights[:, None]
-        return jnp.where(weights != 0, weights * (jnp.exp(logits - normalizer[:, None]) - label), 0.0)
+        return jnp.where(
+            weights != 0, weights * (jnp.exp(centred(logits) - normalizer[:, None]) - label), 0.0
+        )
 
     def add(self, gradient: Gradient, slope: jax.Array, rows: jax.Array, positions: jax.Array) -> Gradient:
         """With a block's share, from its slope by the logits [n, V_s]."""
