@@ -65,6 +65,8 @@ IDS = [RNG.choice([i for i in range(V) if i not in (2, 4, 50, 80)], (B, T)).asty
 REAL_TEACHER = np.arange(T_T)[None, :] < RNG.integers(T_T - 3, T_T + 1, (B, 1))
 FACTORS = RNG.uniform(0.5, 1.5, (B, C)).astype(np.float32)
 LOGITS = {widths: random_logits(RNG, widths) for widths in (PADDED, ODD)}
+# Exact in float32 beside the offset, so that what they stand for is the same.
+LOGITS["moved"] = tuple(jnp.round(z * 64) / 64 + 65536 for z in random_logits(RNG, PADDED))
 
 
 def on(mesh, x):
@@ -143,6 +145,20 @@ def test_p_kl_of_all_columns_and_odd_widths(meshes):
 
 def test_hybrid(meshes):
     check_hybrid(meshes, temperature=1.7, uncommon_top_k=9, common_weight=0.7)
+
+
+@pytest.mark.parametrize("merge", ["mean", "first"])
+def test_a_large_offset_costs_no_digits(one_mesh, merge):
+    ids = {"student_ids": IDS[0], "teacher_ids": IDS[1]}
+    check_p_kl([one_mesh], "moved", merge=merge, **ids)
+    check_hybrid([one_mesh], widths="moved", merge=merge, **ids)
+    mask = np.ones((B, T_S), bool)
+    check(
+        [one_mesh],
+        lambda mesh, s, t: vocab_parallel_cross_entropy(s, IDS[0], mask, mesh=mesh, size=V_S)[0],
+        lambda s, t: next_token_cross_entropy(s[..., :V_S], IDS[0], mask)[0],
+        "moved",
+    )
 
 
 def test_hybrid_of_odd_widths(meshes):
