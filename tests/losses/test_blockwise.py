@@ -371,7 +371,7 @@ def test_rows_stay_on_their_devices():
 
 @pytest.mark.parametrize("name", ["p_kl-first", "h_kl-last"])
 def test_a_large_offset_of_the_logits_costs_no_digits(name):
-    """One more hidden unit, the same everywhere, moves all logits by 65536; the others are exact beside it."""
+    """One more hidden unit, the same everywhere, moves all logits by 65536; they stay exact beside it."""
 
     def eighths(x):
         return jnp.round(x * 8) / 8
