@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+
+Sorted = TypeVar("Sorted", jax.Array, tuple[jax.Array, jax.Array])
+
+_PARTS = 32
 
 # XLA's CPU backend sorts integers five times as fast as floats, whose total order it compares one call at
 # a time, and pairs slower still. The bits of floats from 0 up are integers of the same order.
@@ -21,7 +28,9 @@ def largest(values: jax.Array, count: int) -> jax.Array:
     """
     return jax.lax.platform_dependent(
         values,
-        cpu=lambda x: _from_bits(jax.lax.sort(_bits(x))[..., ::-1][..., :count]),
+        cpu=lambda x: _by_parts(
+            lambda part: _from_bits(jax.lax.sort(_bits(part))[..., ::-1][..., :count]), x
+        ),
         default=lambda x: jax.lax.top_k(x, count)[0],
     )
 
@@ -29,7 +38,9 @@ def largest(values: jax.Array, count: int) -> jax.Array:
 def largest_with_places(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """`largest`, and where along the last axis each of them stands, int32 [..., count]."""
     return jax.lax.platform_dependent(
-        values, cpu=lambda x: _packed(x, count), default=lambda x: tuple(jax.lax.top_k(x, count))
+        values,
+        cpu=lambda x: _by_parts(lambda part: _packed(part, count), x),
+        default=lambda x: tuple(jax.lax.top_k(x, count)),
     )
 
 
@@ -51,3 +62,10 @@ def _bits(values: jax.Array) -> jax.Array:
 
 def _from_bits(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _by_parts(function: Callable[[jax.Array], Sorted], values: jax.Array) -> Sorted:
+    """`function` of a few rows at a time."""
+    # The CPU backend sorts on one thread, but runs what does not depend on each other on all of them.
+    parts = jnp.array_split(values, max(1, min(_PARTS, len(values))))
+    return jax.tree.map(lambda *found: jnp.concatenate(found), *map(function, parts))
