@@ -14,7 +14,15 @@ MODULES = [
     *(f"{PACKAGE.__name__}.{m.name}" for m in pkgutil.iter_modules(PACKAGE.__path__)),
 ]
 
-LOSSES = ("projection_kl", "hybrid_kl", "hybrid_terms", "rank_l1", "same_vocabulary_kl", "valid_chunks")
+LOSSES = (
+    "projection_kl",
+    "hybrid_kl",
+    "hybrid_terms",
+    "likelihood_matching",
+    "rank_l1",
+    "same_vocabulary_kl",
+    "valid_chunks",
+)
 
 
 def examples_of(name):

@@ -110,6 +110,18 @@ def test_rows_do_not_see_each_other(merge):
     np.testing.assert_array_equal(spread, merging(merge).spread(np.ones_like(back)).reshape(B, T, N)[0])
 
 
+def test_a_sum_is_the_mean_times_the_number_of_positions():
+    """Each position once, so that parts of a chunk add up."""
+    m = merging("sum")
+    number = [len(positions_of(CHUNKS[b], c)) for b, c in np.ndindex(B, C)]
+    expected = np.asarray(merging("mean").merge(VALUES)) * np.array(number)[:, None]
+    assert max(number) > 2
+    merged, pull = jax.vjp(m.merge, jnp.asarray(VALUES))
+    np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(m.merge_wide(jnp.asarray(VALUES)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(m.spread(merged), pull(merged)[0])
+
+
 def test_next_tokens_are_those_that_positions_predict():
     ids = RNG.integers(0, 50, (B, T))
     found = next_tokens(ids).reshape(B, T)

@@ -4,6 +4,7 @@ from xtoken_jax.losses.blockwise import BlockwiseLoss, blockwise_loss
 from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.config import LossConfig, LossKind, TeachersConfig
 from xtoken_jax.losses.hybrid_kl import HybridTerms, hybrid_kl, hybrid_terms
+from xtoken_jax.losses.likelihood import likelihood_matching
 from xtoken_jax.losses.objective import (
     distillation_loss,
     dynamic_scale,
@@ -49,6 +50,7 @@ __all__ = [
     "hybrid_kl",
     "hybrid_terms",
     "kd_scale_capped",
+    "likelihood_matching",
     "loss_tables",
     "masked_mean",
     "next_token_cross_entropy",

@@ -47,7 +47,7 @@ class Merging:
     Attributes:
         segments: int32 [B, T], the chunk of each position in its row, C for none.
         weights: float32 [B, T], its share in the chunk: 1/n of n positions under "mean"; 1 for the
-            chosen position and 0 for the others under "first" and "last".
+            chosen position and 0 for the others under "first" and "last"; 1 under "sum".
         count: C.
 
     Example:
@@ -68,6 +68,8 @@ class Merging:
         if merge in ("mean", "mean_normalized"):
             number = _by_row(jax.ops.segment_sum, jnp.ones(segments.shape, jnp.float32), segments, count)
             weights = 1 / jnp.take_along_axis(number, segments, axis=1)
+        elif merge == "sum":
+            weights = jnp.ones(segments.shape, jnp.float32)
         else:
             places = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
             choose = jax.ops.segment_min if merge == "first" else jax.ops.segment_max

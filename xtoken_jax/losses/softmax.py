@@ -1,4 +1,4 @@
-"""Softmax of wide rows: logits made ready for it, and log-probabilities of whole chunks."""
+"""Softmax of wide rows: logits made ready for it, log-probabilities of whole chunks, and of single tokens."""
 
 from __future__ import annotations
 
@@ -75,3 +75,39 @@ def _backward(residuals: tuple, slope: jax.Array) -> tuple:
 
 
 _merged.defvjp(_forward, _backward)
+
+
+def actual_log_softmax(logits: jax.Array, next_ids: jax.Array) -> jax.Array:
+    """float32 [N] of logits [N, V] and next_ids int32 [N]: log_softmax at the token that comes.
+
+    Exact, with its gradient, also for a token that is all but certain: -log(1 + exp(x)) of x = logsumexp
+    of the other tokens less the token's own logit, where log_softmax rounds what is below 1e-7 to 0.
+    """
+    return _actual(centred(logits), next_ids)
+
+
+@jax.custom_vjp
+def _actual(logits: jax.Array, next_ids: jax.Array) -> jax.Array:
+    return _actual_forward(logits, next_ids)[0]
+
+
+def _actual_forward(logits: jax.Array, next_ids: jax.Array) -> tuple[jax.Array, tuple]:
+    own = jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0]
+    others = jax.nn.logsumexp(jnp.where(_is_next(logits, next_ids), -jnp.inf, logits), axis=-1)
+    return -jax.nn.softplus(others - own), (logits, next_ids, own, others)
+
+
+def _actual_backward(residuals: tuple, slope: jax.Array) -> tuple:
+    logits, next_ids, own, others = residuals
+    normalizer = jnp.logaddexp(others, own)[:, None]
+    by_own = jax.nn.sigmoid(others - own)[:, None]  # 1 - p, not rounded
+    by_logits = jnp.where(_is_next(logits, next_ids), by_own, -jnp.exp(logits - normalizer))
+    slope = slope[:, None]
+    return jnp.where(slope != 0, slope * by_logits, 0.0), None
+
+
+def _is_next(logits: jax.Array, next_ids: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(next_ids.dtype, logits.shape, 1) == next_ids[:, None]
+
+
+_actual.defvjp(_actual_forward, _actual_backward)
