@@ -76,9 +76,9 @@ def build_projection(
     options = ProjectionOptions(entries, reverse, scale_trick, similar_special)
     student, teacher = pair.student, pair.teacher
     single = role_pairs(pair)
-    by_bytes = {content: j for j, content in reversed(_written(teacher).items())}  # the lowest id stays
+    by_bytes = {content: j for j, content in reversed(written(teacher).items())}  # the lowest id stays
     inexact: dict[int, bytes] = {}
-    for i, content in _written(student).items():
+    for i, content in written(student).items():
         if i in single:
             continue
         if (j := by_bytes.get(content)) is not None:
@@ -88,7 +88,7 @@ def build_projection(
 
     parts = [_weighted_pieces(teacher, inexact, entries)]
     if reverse:
-        columns, rows, weights = _weighted_pieces(student, _written(teacher), entries)
+        columns, rows, weights = _weighted_pieces(student, written(teacher), entries)
         parts.append((rows, columns, weights))
     if similar_special:
         found = list(similar_pairs(pair, single))
@@ -106,7 +106,7 @@ def build_projection(
     return Projection(indices, table.astype(np.float32), teacher.size)
 
 
-def _written(tokenizer: Tokenizer) -> dict[int, bytes]:
+def written(tokenizer: Tokenizer) -> dict[int, bytes]:
     """The bytes of every id that the tokenizer can give for a text, by rising id."""
     tokens = tokenizer.token_bytes
     barred = tokens.shadowed | tokens.unused | tokens.special

@@ -1,0 +1,307 @@
+"""Prefix KL: both models' probabilities of the same events, by the chain rule inside chunks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.chunks import Merging, valid_chunks
+from xtoken_jax.losses.divergence import kl_terms
+from xtoken_jax.losses.softmax import flat_logits
+from xtoken_jax.projection.events import Continuations, PrefixTables, log_masses
+
+
+def prefix_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alignment: Alignment,
+    tables: PrefixTables,
+    *,
+    student_ids: jax.Array,
+    teacher_ids: jax.Array,
+    temperature: float = 1.0,
+    direction: str = "forward",
+    beta: float = 0.5,
+) -> jax.Array:
+    """Prefix KL of every chunk.
+
+    The sum of three kinds of KL, each between probabilities of the same events on both sides:
+
+    1. Where the chunk begins, which event comes: those of `tables.student` and `tables.teacher`,
+       a model's probability of one being the sum over its tokens.
+    2. If the chunk is one student token s, after each of its teacher tokens t_1 .. t_d that are the
+       first pieces of s: how does the text go on? Of the student's tokens whose pieces begin with
+       t_1 .. t_d, the next piece, or the end of the token; against the teacher's next token, where any
+       that goes on with none of them is the end.
+    3. If the chunk is one teacher token, the same with the sides changed.
+
+    All are normalized over the events that both sides can price, so that the value is at least 0, and
+    0 where both models agree on them. A chunk whose first token nothing predicts is worth 0. On one
+    tokenizer there is but the first kind, which is then the ordinary KL.
+
+    Args:
+        student_logits: float [B, T_s, >= V_s]; columns past the tables' do not count.
+        teacher_logits: float [B, T_t, >= V_t]. They get no gradient.
+        alignment: chunk ids of tokens, [B, T_s] and [B, T_t], and `valid` [B, C].
+        tables: of `projection.prefixes.prefix_tables`.
+        student_ids, teacher_ids: int32 [B, T_s], [B, T_t].
+        temperature: tau > 0.
+        direction: "forward" or "reverse" KL, or "jsd" (`kl_terms`).
+        beta: of "jsd".
+
+    Returns:
+        float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
+
+    Raises:
+        ValueError: another direction.
+
+    Example:
+        The student writes "a", "b" and "ab", the teacher "a" and "b" alone.
+
+        >>> import numpy as np
+        >>> from xtoken_jax.projection.events import Components, Continuations
+        >>> ints = lambda *rows: np.array(rows, np.int32)
+        >>> events = Components(ints(1), ints(0, 2), ints(0, 0), ints(1, 0, 1), 2)
+        >>> of_teacher = Components(ints(1), ints(0), ints(0), ints(1, 0), 2)
+        >>> pieces = Continuations(ints(0, 2, 1), ints([0, -1], [1, -1], [0, 1]),
+        ...                        ints([0], [2], [0]), ints([2], [0], [2]), 2)
+        >>> nothing = Continuations(ints(0, 1), ints([0, -1], [1, -1]), ints([0], [0]), ints([0], [0]), 1)
+        >>> tables = PrefixTables(events, of_teacher, pieces, nothing)
+        >>> student = jnp.log(jnp.array([[[0.4, 0.2, 0.4], [1.0, 1.0, 1.0]]]))
+        >>> teacher = jnp.log(jnp.array([[[0.8, 0.2], [0.5, 0.5], [0.9, 0.1]]]))
+        >>> ids = ints([-1, 0]), ints([-1, 0, 0])  # the second token "ab" is the teacher's "a", "b"
+        >>> alignment = Alignment(*ids, jnp.ones((1, 1), bool))
+        >>> tokens = dict(student_ids=ints([1, 2]), teacher_ids=ints([1, 0, 1]))
+        >>> print(prefix_kl(student, teacher, alignment, tables, **tokens).round(6))
+        [[0.]]
+
+        Both say "a..." with 0.8, and then "b" with a half.
+    """
+    student = flat_logits(student_logits, tables.student_size) / temperature
+    teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size)) / temperature
+    plan = PrefixPlan.of(alignment, tables, student_ids, teacher_ids)
+    count = alignment.valid.shape[1]
+
+    def compare(of_teacher: jax.Array, of_student: jax.Array) -> jax.Array:
+        return kl_terms(of_teacher, of_student, direction, beta=beta).sum(-1)
+
+    wanted, own = (
+        jax.nn.log_softmax(log_masses(Merging.of(chunks, count, "first").merge_wide(logits), events))
+        for logits, chunks, events in (
+            (teacher, alignment.teacher_chunks, tables.teacher),
+            (student, alignment.student_chunks, tables.student),
+        )
+    )
+    values = compare(wanted, own).reshape(plan.counted.shape)
+    slots = Slots.of(plan.by_teacher, tables.student_pieces)
+    value = compare(slots.after(teacher, exact=False), slots.within(student, plan.by_teacher.start))
+    values = values + plan.by_teacher.by_chunk(value)
+    slots = Slots.of(plan.by_student, tables.teacher_pieces)
+    value = compare(slots.within(teacher, plan.by_student.start), slots.after(student, exact=True))
+    values = values + plan.by_student.by_chunk(value)
+    return jnp.where(plan.counted, values * temperature**2, 0.0)
+
+
+class Steps(NamedTuple):
+    """After each token of the side with several: which run of the other side's tokens is still possible.
+
+    Attributes:
+        start: int32 [B T], the position, in the flattened batch of the other side, that predicts the
+            chunk's one token there.
+        chunks: int32 [B, T], the chunk within its row, C for none.
+        begin, size: int32 [B T], the run of `Continuations.order`; size 0 where nothing is to be told.
+        depth: int32 [B T], d, pieces so far.
+        count: C.
+    """
+
+    start: jax.Array
+    chunks: jax.Array
+    begin: jax.Array
+    size: jax.Array
+    depth: jax.Array
+    count: int
+
+    def by_chunk(self, values: jax.Array) -> jax.Array:
+        """float [B T] -> [B, C]: the sum over each chunk's tokens."""
+        values = jnp.where(self.size > 0, values, 0.0).reshape(self.chunks.shape)
+        summed = jax.vmap(lambda v, c: jax.ops.segment_sum(v, c, self.count + 1))(values, self.chunks)
+        return summed[:, : self.count]
+
+
+class PrefixPlan(NamedTuple):
+    """What is compared where.
+
+    Attributes:
+        counted: bool [B, C], chunks that have a value.
+        by_teacher: steps along the teacher's tokens of chunks with one student token.
+        by_student: steps along the student's tokens of chunks with one teacher token.
+    """
+
+    counted: jax.Array
+    by_teacher: Steps
+    by_student: Steps
+
+    @classmethod
+    def of(
+        cls, alignment: Alignment, tables: PrefixTables, student_ids: jax.Array, teacher_ids: jax.Array
+    ) -> PrefixPlan:
+        """From the ids of both sides, int32 [B, T_s] and [B, T_t]."""
+        count = alignment.valid.shape[1]
+        student = _Tokens.of(alignment.student_chunks, student_ids, count)
+        teacher = _Tokens.of(alignment.teacher_chunks, teacher_ids, count)
+        # The first token of a row is predicted by nothing.
+        counted = valid_chunks(alignment) & (student.first > 0) & (teacher.first > 0)
+        return cls(
+            counted,
+            _steps(student, teacher, tables.student_pieces, counted),
+            _steps(teacher, student, tables.teacher_pieces, counted),
+        )
+
+
+class _Tokens(NamedTuple):
+    ids: jax.Array  # [B, T]
+    chunks: jax.Array  # [B, T], C for none
+    first: jax.Array  # [B, C], the place of the first token; T for an empty chunk
+    number: jax.Array  # [B, C]
+
+    @classmethod
+    def of(cls, chunks: jax.Array, ids: jax.Array, count: int) -> _Tokens:
+        chunks = jnp.asarray(chunks)
+        chunks = jnp.where((chunks >= 0) & (chunks < count), chunks, count)
+        places = jax.lax.broadcasted_iota(jnp.int32, chunks.shape, 1)
+        first = jax.vmap(lambda p, c: jax.ops.segment_min(p, c, count + 1))(places, chunks)[:, :count]
+        number = jax.vmap(lambda c: jnp.zeros(count + 1, jnp.int32).at[c].add(1))(chunks)[:, :count]
+        return cls(jnp.asarray(ids), chunks, jnp.minimum(first, chunks.shape[1]), number)
+
+
+def _steps(one: _Tokens, several: _Tokens, pieces: Continuations, counted: jax.Array) -> Steps:
+    """Along the tokens of `several` in chunks that are one token of the side `one`."""
+    length = several.ids.shape[1]
+
+    def at_chunk(values: jax.Array, fill: int) -> jax.Array:
+        padded = jnp.pad(values, ((0, 0), (0, 1)), constant_values=fill)
+        return jnp.take_along_axis(padded, several.chunks, axis=1)
+
+    place = jnp.clip(one.first, 0, one.ids.shape[1] - 1)
+    token = at_chunk(jnp.take_along_axis(one.ids, place, axis=1), 0)
+    begin_of_chunk = at_chunk(several.first, 0)
+    depth = jax.lax.broadcasted_iota(jnp.int32, several.ids.shape, 1) - begin_of_chunk + 1
+    wanted = at_chunk((counted & (one.number == 1)).astype(jnp.int32), 0) > 0
+    token = jnp.clip(token, 0, pieces.pieces.shape[0] - 1)
+    deepest = pieces.begin.shape[1]
+    inside = jnp.clip(depth, 1, deepest) - 1
+    expected = jnp.asarray(pieces.pieces)[token, inside]
+    # A prefix counts when none of its tokens is another than the piece there.
+    other = jnp.cumsum((several.ids != expected) | (depth > deepest), axis=1, dtype=jnp.int32)
+    before = jnp.pad(other, ((0, 0), (1, 0)))[:, :-1]
+    matches = other == jnp.take_along_axis(before, jnp.clip(begin_of_chunk, 0, length - 1), axis=1)
+    size = jnp.where(wanted & matches, jnp.asarray(pieces.size)[token, inside], 0)
+    rows = jnp.arange(len(one.ids), dtype=jnp.int32)[:, None]
+    start = jnp.clip(at_chunk(one.first, 1) - 1, 0, one.ids.shape[1] - 1) + rows * one.ids.shape[1]
+    return Steps(
+        start.reshape(-1),
+        several.chunks,
+        jnp.asarray(pieces.begin)[token, inside].reshape(-1),
+        size.reshape(-1),
+        depth.reshape(-1),
+        counted.shape[1],
+    )
+
+
+class Slots(NamedTuple):
+    """The events after each of N tokens: one for each token of the run, of which the first of a group counts.
+
+    Attributes:
+        tokens: int32 [N, L], of the side with one token.
+        pieces: int32 [N, L], of the side with several, the next one; -1 for the end.
+        group: int32 [N, L], the number of the group from 0; L where the run is over.
+        leads: bool [N, L], the first of its group.
+    """
+
+    tokens: jax.Array
+    pieces: jax.Array
+    group: jax.Array
+    leads: jax.Array
+
+    @classmethod
+    def of(cls, steps: Steps, table: Continuations) -> Slots:
+        """Of the runs of `steps`."""
+        places = jnp.arange(table.longest, dtype=jnp.int32)
+        inside = places < steps.size[:, None]
+        order = jnp.asarray(table.order)
+        tokens = order.at[steps.begin[:, None] + places].get(mode="clip")
+        pieces = jnp.asarray(table.pieces).at[tokens, steps.depth[:, None]].get(mode="clip")
+        pieces = jnp.where(inside, pieces, -1)
+        other = pieces[:, 1:] != pieces[:, :-1]
+        leads = inside & jnp.concatenate([jnp.ones_like(inside[:, :1]), other], axis=1)
+        group = jnp.where(inside, jnp.cumsum(leads, axis=1, dtype=jnp.int32) - 1, table.longest)
+        return cls(tokens, pieces, group, leads)
+
+    def within(self, logits: jax.Array, start: jax.Array) -> jax.Array:
+        """The side with one token: log-probabilities of the groups, given the prefix.
+
+        Args:
+            logits: float32 [N_1, V_1], of that side.
+            start: int32 [N], which of them.
+
+        Returns:
+            float32 [N, L], -inf but for the first of a group.
+        """
+        values = jnp.where(self.group < self.group.shape[1], logits[start[:, None], self.tokens], -jnp.inf)
+        return _normalized(_by_group(values, self.group), self.leads)
+
+    def after(self, logits: jax.Array, *, exact: bool) -> jax.Array:
+        """The side with several tokens: log-probabilities of the next piece, or of any other token.
+
+        Args:
+            logits: float32 [N, V_2], of that side, after the prefix.
+            exact: sum up what is not a piece, instead of taking the pieces' sum from 1: a small rest
+                keeps its digits, which only a logarithm of it needs.
+
+        Returns:
+            float32 [N, L], -inf but for the first of a group.
+        """
+        next_piece = self.leads & (self.pieces >= 0)
+        end = self.leads & (self.pieces < 0)
+        columns = jnp.where(next_piece, self.pieces, logits.shape[1])
+        rows = jnp.arange(len(logits), dtype=jnp.int32)[:, None]
+        values = logits.at[rows, columns].get(mode="fill", fill_value=-jnp.inf)
+        if exact:
+            rest = _log_sum(logits.at[rows, columns].set(-jnp.inf, mode="drop"))
+        else:
+            whole = _log_sum(logits)
+            rest = whole + jnp.log(jnp.maximum(1 - jnp.exp(values - whole[:, None]).sum(-1), 0.0))
+        return _normalized(jnp.where(end, rest[:, None], values), self.leads)
+
+
+def _log_sum(values: jax.Array) -> jax.Array:
+    """log sum exp along the last axis, with gradients of 0 where all is -inf."""
+    highest = jax.lax.stop_gradient(values.max(axis=-1, keepdims=True))
+    highest = jnp.where(highest > -jnp.inf, highest, 0.0)
+    total = jnp.exp(values - highest).sum(-1)
+    found = total > 0
+    return jnp.where(found, jnp.log(jnp.where(found, total, 1.0)) + highest[..., 0], -jnp.inf)
+
+
+def _normalized(values: jax.Array, leads: jax.Array) -> jax.Array:
+    values = jnp.where(leads, values, -jnp.inf)
+    total = _log_sum(values)[..., None]
+    return jnp.where(values > -jnp.inf, values - jnp.where(total > -jnp.inf, total, 0.0), -jnp.inf)
+
+
+def _by_group(values: jax.Array, group: jax.Array) -> jax.Array:
+    """log sum exp of each group, at every slot of it: [N, L] -> [N, L]."""
+    count = values.shape[1] + 1
+
+    def one(values: jax.Array, group: jax.Array) -> jax.Array:
+        highest = jax.ops.segment_max(jax.lax.stop_gradient(values), group, count, indices_are_sorted=True)
+        highest = jnp.where(highest > -jnp.inf, highest, 0.0)
+        sums = jax.ops.segment_sum(jnp.exp(values - highest[group]), group, count, indices_are_sorted=True)
+        found = sums > 0
+        logs = jnp.where(found, jnp.log(jnp.where(found, sums, 1.0)) + highest, -jnp.inf)
+        return logs[group]
+
+    return jax.vmap(one)(values, group)
