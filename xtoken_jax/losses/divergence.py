@@ -44,7 +44,8 @@ def kl_terms(
             return _jsd_terms(teacher, student, float(beta))
         direction = "reverse" if beta else "forward"
     lead, other = (teacher, student) if direction == "forward" else (student, teacher)
-    present = lead > -jnp.inf
+    # What underflows is absent too: 0 times an infinite difference would make NaN.
+    present = jnp.exp(lead) > 0
     # Both branches of a `where` are differentiated, so the absent ones are made harmless first.
     lead = jnp.where(present, lead, 0.0)
     other = jnp.where(present, other, 0.0)

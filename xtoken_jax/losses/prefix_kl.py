@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import Merging, valid_chunks
+from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.softmax import flat_logits
 from xtoken_jax.projection.events import Continuations, PrefixTables, log_masses
@@ -31,16 +32,18 @@ def prefix_kl(
     The sum of three kinds of KL, each between probabilities of the same events on both sides:
 
     1. Where the chunk begins, which event comes: those of `tables.student` and `tables.teacher`,
-       a model's probability of one being the sum over its tokens.
+       a model's probability of one being the sum over its tokens. Tokens that would have continued
+       the chunk before, by 2 or 3, are out: that it has ended is known here.
     2. If the chunk is one student token s, after each of its teacher tokens t_1 .. t_d that are the
        first pieces of s: how does the text go on? Of the student's tokens whose pieces begin with
        t_1 .. t_d, the next piece, or the end of the token; against the teacher's next token, where any
        that goes on with none of them is the end.
     3. If the chunk is one teacher token, the same with the sides changed.
 
-    All are normalized over the events that both sides can price, so that the value is at least 0, and
-    0 where both models agree on them. A chunk whose first token nothing predicts is worth 0. On one
-    tokenizer there is but the first kind, which is then the ordinary KL.
+    All are normalized over the events that both sides can price (an event that is -inf on one is left
+    out), so that the value is finite and at least 0, and 0 where both models agree on them. A chunk
+    whose first token nothing predicts is worth 0. On one tokenizer there is but the first kind, which
+    is then the ordinary KL.
 
     Args:
         student_logits: float [B, T_s, >= V_s]; columns past the tables' do not count.
@@ -62,7 +65,7 @@ def prefix_kl(
         The student writes "a", "b" and "ab", the teacher "a" and "b" alone.
 
         >>> import numpy as np
-        >>> from xtoken_jax.projection.events import Components, Continuations
+        >>> from xtoken_jax.projection.events import Continuations
         >>> ints = lambda *rows: np.array(rows, np.int32)
         >>> events = Components(ints(1), ints(0, 2), ints(0, 0), ints(1, 0, 1), 2)
         >>> of_teacher = Components(ints(1), ints(0), ints(0), ints(1, 0), 2)
@@ -83,26 +86,33 @@ def prefix_kl(
     student = flat_logits(student_logits, tables.student_size) / temperature
     teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size)) / temperature
     plan = PrefixPlan.of(alignment, tables, student_ids, teacher_ids)
-    count = alignment.valid.shape[1]
 
     def compare(of_teacher: jax.Array, of_student: jax.Array) -> jax.Array:
-        return kl_terms(of_teacher, of_student, direction, beta=beta).sum(-1)
+        return divergence(of_teacher, of_student, direction, beta)
 
-    wanted, own = (
-        jax.nn.log_softmax(log_masses(Merging.of(chunks, count, "first").merge_wide(logits), events))
-        for logits, chunks, events in (
-            (teacher, alignment.teacher_chunks, tables.teacher),
-            (student, alignment.student_chunks, tables.student),
-        )
-    )
+    after_teacher = Slots.of(plan.by_teacher, tables.student_pieces)
+    after_student = Slots.of(plan.by_student, tables.teacher_pieces)
+    steps_teacher, rest_teacher = after_teacher.after(teacher)
+    steps_student, rest_student = after_student.after(student)
+
+    wanted = log_masses(rest_teacher[plan.teacher_start], tables.teacher)
+    own = log_masses(rest_student[plan.student_start], tables.student)
     values = compare(wanted, own).reshape(plan.counted.shape)
-    slots = Slots.of(plan.by_teacher, tables.student_pieces)
-    value = compare(slots.after(teacher, exact=False), slots.within(student, plan.by_teacher.start))
+    value = compare(steps_teacher, after_teacher.within(student, plan.by_teacher.start))
     values = values + plan.by_teacher.by_chunk(value)
-    slots = Slots.of(plan.by_student, tables.teacher_pieces)
-    value = compare(slots.within(teacher, plan.by_student.start), slots.after(student, exact=True))
+    value = compare(after_student.within(teacher, plan.by_student.start), steps_student)
     values = values + plan.by_student.by_chunk(value)
     return jnp.where(plan.counted, values * temperature**2, 0.0)
+
+
+def divergence(teacher: jax.Array, student: jax.Array, direction: str, beta: float) -> jax.Array:
+    """float32 [N], of logarithms of masses [N, C] that need not sum to 1.
+
+    Both are normalized over the events that neither side excludes (-inf).
+    """
+    both = (teacher > -jnp.inf) & (student > -jnp.inf)
+    teacher, student = (_normalized(masses, both) for masses in (teacher, student))
+    return kl_terms(teacher, student, direction, beta=beta).sum(-1)
 
 
 class Steps(NamedTuple):
@@ -114,7 +124,7 @@ class Steps(NamedTuple):
         chunks: int32 [B, T], the chunk within its row, C for none.
         begin, size: int32 [B T], the run of `Continuations.order`; size 0 where nothing is to be told.
         depth: int32 [B T], d, pieces so far.
-        count: C.
+        chunk_count: C.
     """
 
     start: jax.Array
@@ -122,13 +132,13 @@ class Steps(NamedTuple):
     begin: jax.Array
     size: jax.Array
     depth: jax.Array
-    count: int
+    chunk_count: int
 
     def by_chunk(self, values: jax.Array) -> jax.Array:
         """float [B T] -> [B, C]: the sum over each chunk's tokens."""
         values = jnp.where(self.size > 0, values, 0.0).reshape(self.chunks.shape)
-        summed = jax.vmap(lambda v, c: jax.ops.segment_sum(v, c, self.count + 1))(values, self.chunks)
-        return summed[:, : self.count]
+        summed = jax.vmap(lambda v, c: jax.ops.segment_sum(v, c, self.chunk_count + 1))(values, self.chunks)
+        return summed[:, : self.chunk_count]
 
 
 class PrefixPlan(NamedTuple):
@@ -136,11 +146,14 @@ class PrefixPlan(NamedTuple):
 
     Attributes:
         counted: bool [B, C], chunks that have a value.
+        student_start, teacher_start: int32 [B C], positions that predict their first tokens.
         by_teacher: steps along the teacher's tokens of chunks with one student token.
         by_student: steps along the student's tokens of chunks with one teacher token.
     """
 
     counted: jax.Array
+    student_start: jax.Array
+    teacher_start: jax.Array
     by_teacher: Steps
     by_student: Steps
 
@@ -156,6 +169,8 @@ class PrefixPlan(NamedTuple):
         counted = valid_chunks(alignment) & (student.first > 0) & (teacher.first > 0)
         return cls(
             counted,
+            student.start().reshape(-1),
+            teacher.start().reshape(-1),
             _steps(student, teacher, tables.student_pieces, counted),
             _steps(teacher, student, tables.teacher_pieces, counted),
         )
@@ -168,13 +183,18 @@ class _Tokens(NamedTuple):
     number: jax.Array  # [B, C]
 
     @classmethod
-    def of(cls, chunks: jax.Array, ids: jax.Array, count: int) -> _Tokens:
+    def of(cls, chunks: jax.Array | np.ndarray, ids: jax.Array, count: int) -> _Tokens:
         chunks = jnp.asarray(chunks)
         chunks = jnp.where((chunks >= 0) & (chunks < count), chunks, count)
         places = jax.lax.broadcasted_iota(jnp.int32, chunks.shape, 1)
         first = jax.vmap(lambda p, c: jax.ops.segment_min(p, c, count + 1))(places, chunks)[:, :count]
         number = jax.vmap(lambda c: jnp.zeros(count + 1, jnp.int32).at[c].add(1))(chunks)[:, :count]
         return cls(jnp.asarray(ids), chunks, jnp.minimum(first, chunks.shape[1]), number)
+
+    def start(self) -> jax.Array:
+        """int32 [B, C]: the position in the flattened batch before the first token."""
+        rows, length = self.ids.shape
+        return jnp.clip(self.first - 1, 0, length - 1) + length * jnp.arange(rows, dtype=jnp.int32)[:, None]
 
 
 def _steps(one: _Tokens, several: _Tokens, pieces: Continuations, counted: jax.Array) -> Steps:
@@ -199,10 +219,8 @@ def _steps(one: _Tokens, several: _Tokens, pieces: Continuations, counted: jax.A
     before = jnp.pad(other, ((0, 0), (1, 0)))[:, :-1]
     matches = other == jnp.take_along_axis(before, jnp.clip(begin_of_chunk, 0, length - 1), axis=1)
     size = jnp.where(wanted & matches, jnp.asarray(pieces.size)[token, inside], 0)
-    rows = jnp.arange(len(one.ids), dtype=jnp.int32)[:, None]
-    start = jnp.clip(at_chunk(one.first, 1) - 1, 0, one.ids.shape[1] - 1) + rows * one.ids.shape[1]
     return Steps(
-        start.reshape(-1),
+        at_chunk(one.start(), 0).reshape(-1),
         several.chunks,
         jnp.asarray(pieces.begin)[token, inside].reshape(-1),
         size.reshape(-1),
@@ -229,7 +247,7 @@ class Slots(NamedTuple):
     @classmethod
     def of(cls, steps: Steps, table: Continuations) -> Slots:
         """Of the runs of `steps`."""
-        places = jnp.arange(table.longest, dtype=jnp.int32)
+        places = jnp.arange(table.longest, dtype=jnp.int32)[None]
         inside = places < steps.size[:, None]
         order = jnp.asarray(table.order)
         tokens = order.at[steps.begin[:, None] + places].get(mode="clip")
@@ -241,7 +259,7 @@ class Slots(NamedTuple):
         return cls(tokens, pieces, group, leads)
 
     def within(self, logits: jax.Array, start: jax.Array) -> jax.Array:
-        """The side with one token: log-probabilities of the groups, given the prefix.
+        """The side with one token: logarithms of the masses of the groups.
 
         Args:
             logits: float32 [N_1, V_1], of that side.
@@ -251,30 +269,25 @@ class Slots(NamedTuple):
             float32 [N, L], -inf but for the first of a group.
         """
         values = jnp.where(self.group < self.group.shape[1], logits[start[:, None], self.tokens], -jnp.inf)
-        return _normalized(_by_group(values, self.group), self.leads)
+        return jnp.where(self.leads, _by_group(values, self.group), -jnp.inf)
 
-    def after(self, logits: jax.Array, *, exact: bool) -> jax.Array:
-        """The side with several tokens: log-probabilities of the next piece, or of any other token.
+    def after(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The side with several tokens: logarithms of the masses of the next piece, or of any other token.
 
         Args:
             logits: float32 [N, V_2], of that side, after the prefix.
-            exact: sum up what is not a piece, instead of taking the pieces' sum from 1: a small rest
-                keeps its digits, which only a logarithm of it needs.
 
         Returns:
-            float32 [N, L], -inf but for the first of a group.
+            float32 [N, L], -inf but for the first of a group; and the logits [N, V_2] with -inf for the
+            pieces, which are what is left when the token has ended.
         """
         next_piece = self.leads & (self.pieces >= 0)
         end = self.leads & (self.pieces < 0)
         columns = jnp.where(next_piece, self.pieces, logits.shape[1])
         rows = jnp.arange(len(logits), dtype=jnp.int32)[:, None]
         values = logits.at[rows, columns].get(mode="fill", fill_value=-jnp.inf)
-        if exact:
-            rest = _log_sum(logits.at[rows, columns].set(-jnp.inf, mode="drop"))
-        else:
-            whole = _log_sum(logits)
-            rest = whole + jnp.log(jnp.maximum(1 - jnp.exp(values - whole[:, None]).sum(-1), 0.0))
-        return _normalized(jnp.where(end, rest[:, None], values), self.leads)
+        rest = logits.at[rows, columns].set(-jnp.inf, mode="drop")
+        return jnp.where(end, _log_sum(rest)[:, None], values), rest
 
 
 def _log_sum(values: jax.Array) -> jax.Array:
@@ -286,10 +299,10 @@ def _log_sum(values: jax.Array) -> jax.Array:
     return jnp.where(found, jnp.log(jnp.where(found, total, 1.0)) + highest[..., 0], -jnp.inf)
 
 
-def _normalized(values: jax.Array, leads: jax.Array) -> jax.Array:
-    values = jnp.where(leads, values, -jnp.inf)
-    total = _log_sum(values)[..., None]
-    return jnp.where(values > -jnp.inf, values - jnp.where(total > -jnp.inf, total, 0.0), -jnp.inf)
+def _normalized(values: jax.Array, both: jax.Array) -> jax.Array:
+    values = jnp.where(both, values, -jnp.inf)
+    total = _log_sum(values)[:, None]
+    return jnp.where(both, values - jnp.where(total > -jnp.inf, total, 0.0), -jnp.inf)
 
 
 def _by_group(values: jax.Array, group: jax.Array) -> jax.Array:

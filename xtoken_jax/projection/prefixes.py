@@ -38,17 +38,29 @@ def prefix_tables(pair: TokenizerPair, *, depth: int = DEPTH) -> PrefixTables:
     roles = role_pairs(pair)
     by_student = _pieces(pair.student, pair.teacher, set(roles))
     by_teacher = _pieces(pair.teacher, pair.student, set(roles.values()))
+    return tables_of_pieces(by_student, by_teacher, roles, pair.student.size, pair.teacher.size, depth)
+
+
+def tables_of_pieces(
+    by_student: dict[int, list[int]],
+    by_teacher: dict[int, list[int]],
+    roles: dict[int, int],
+    student_size: int,
+    teacher_size: int,
+    depth: int = DEPTH,
+) -> PrefixTables:
+    """`prefix_tables` from rho, sigma and pairs of special tokens; V_s and V_t say how wide they are."""
     edges = [(s, pieces[0]) for s, pieces in by_student.items()]
     edges += [(pieces[0], x) for x, pieces in by_teacher.items()]
     edges += list(roles.items())
     if not edges:
         raise UserError("prefix_kl: the two tokenizers have no text in common")
-    student, teacher = _components(np.array(edges, np.int64), pair.student.size, pair.teacher.size)
+    student, teacher = _components(np.array(edges, np.int64), student_size, teacher_size)
     return PrefixTables(
         student,
         teacher,
-        _continuations(by_student, pair.student.size, depth),
-        _continuations(by_teacher, pair.teacher.size, depth),
+        _continuations(by_student, student_size, depth),
+        _continuations(by_teacher, teacher_size, depth),
     )
 
 
@@ -108,6 +120,6 @@ def _continuations(pieces_of: dict[int, list[int]], size: int, depth: int) -> Co
         has = first[:, d - 1] >= 0
         begin[tokens[has], d - 1] = start[run][has]
         length[tokens[has], d - 1] = (count * differs)[run][has]
-    pieces = np.full((size, depth + 1), -1, np.int32)
-    pieces[tokens] = first
-    return Continuations(tokens, pieces, begin, length, max(1, int(length.max(initial=0))))
+    table = np.full((size, depth + 1), -1, np.int32)
+    table[tokens] = first
+    return Continuations(tokens, table, begin, length, max(1, int(length.max(initial=0))))
