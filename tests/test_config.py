@@ -42,6 +42,13 @@ def test_a_file_wins_over_a_default_and_a_word_over_a_file():
     assert experiment.loss.top_k == 8192
 
 
+def test_every_loss_has_a_file_of_its_name():
+    for kind in LossKind:
+        assert load_experiment(["experiment=quickstart", f"loss={kind.value}"]).loss.kind is kind
+    alm = load_experiment(["experiment=quickstart", "loss=alm"]).loss
+    assert (alm.likelihood_temperature, alm.max_scale) == (100, 1000)
+
+
 def test_a_source_of_the_users_own_begins_on_the_command_line():
     experiment = load_experiment([*PAIR, "data.train.more.kind=text", "data.train.more.path=c.txt"])
     assert list(experiment.data.train) == ["text", "more"]

@@ -142,6 +142,7 @@ CASES = {
     "h_kl-first": LossConfig(K.h_kl, uncommon_top_k=3, merge=Merge.first),
     "h_kl-last": LossConfig(K.h_kl, merge=Merge.last, direction=Direction.reverse),
     "uld": LossConfig(K.uld, temperature=1.3),
+    "alm": LossConfig(K.alm, likelihood_temperature=3.0),
     "same_vocabulary": LossConfig(K.same_vocabulary, top_k=5, temperature=1.3),
     "same_vocabulary-all": LossConfig(K.same_vocabulary, top_k=None, direction=Direction.reverse),
     "none": LossConfig(K.none),
@@ -159,7 +160,7 @@ def test_values_and_gradients(name):
     assert np.all(np.asarray(expected[1][1])[V_S:] == 0)
 
 
-@pytest.mark.parametrize("name", ["p_kl", "gold"])
+@pytest.mark.parametrize("name", ["p_kl", "gold", "alm"])
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 200])
 def test_sizes_of_blocks(name, block):
     config = CASES[name]
@@ -181,7 +182,7 @@ def expected_of(name):
     return gradients(plain, CASES[name], tables_of(CASES[name].kind))
 
 
-@pytest.mark.parametrize("name", ["p_kl", "gold"])
+@pytest.mark.parametrize("name", ["p_kl", "gold", "alm"])
 def test_a_teacher_block_of_any_size(name):
     config = CASES[name]
     tables = tables_of(config.kind)
@@ -189,7 +190,7 @@ def test_a_teacher_block_of_any_size(name):
     assert_close(found, expected_of(name))
 
 
-@pytest.mark.parametrize("name", ["p_kl-all-last", "h_kl-first"])
+@pytest.mark.parametrize("name", ["p_kl-all-last", "h_kl-first", "alm"])
 def test_the_term_alone(name):
     """Without labels, as for a second teacher."""
     config = CASES[name]
@@ -208,7 +209,7 @@ def test_the_term_alone(name):
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["p_kl", "h_kl-last"])
+@pytest.mark.parametrize("name", ["p_kl", "h_kl-last", "alm"])
 def test_fixed_weights(name):
     config = CASES[name]
     tables = tables_of(config.kind)
@@ -250,7 +251,7 @@ def test_a_learnable_projection_gets_its_gradient():
     assert_close(slope(blockwise, block=4), expected)
 
 
-@pytest.mark.parametrize("name", ["p_kl", "gold"])
+@pytest.mark.parametrize("name", ["p_kl", "gold", "alm"])
 def test_bfloat16_is_as_exact_as_the_plain_way(name):
     """Both ways against the same numbers in float32, which is exact enough to tell."""
     config = CASES[name]
@@ -330,6 +331,8 @@ def test_what_is_missing_is_told():
         blockwise_loss(
             HIDDEN, UNEMBEDDING, *TEACHER, ALIGNMENT, tables_of(K.gold), IDS, TARGETS, CASES["h_kl-first"]
         )
+    with pytest.raises(ValueError, match="alm with merge='mean' needs teacher_ids"):
+        blockwise_loss(HIDDEN, UNEMBEDDING, *TEACHER, ALIGNMENT, tables_of(K.alm), IDS, TARGETS, CASES["alm"])
     with pytest.raises(ValueError, match="needs a teacher"):
         blockwise_loss(HIDDEN, UNEMBEDDING, None, None, None, None, IDS, TARGETS, CASES["p_kl"])
     with pytest.raises(ValueError, match="auto"):
@@ -338,7 +341,14 @@ def test_what_is_missing_is_told():
 
 @pytest.mark.parametrize(
     ("shape", "name"),
-    [((8, 1, 1), "p_kl-first"), ((4, 2, 1), "gold"), ((4, 2, 1), "p_kl"), ((2, 2, 2), "p_kl")],
+    [
+        ((8, 1, 1), "p_kl-first"),
+        ((4, 2, 1), "gold"),
+        ((4, 2, 1), "p_kl"),
+        ((2, 2, 2), "p_kl"),
+        ((8, 1, 1), "alm"),
+        ((2, 2, 2), "alm"),
+    ],
 )
 def test_sharded_equals_one_device(shape, name):
     config = CASES[name]
@@ -369,7 +379,7 @@ def test_rows_stay_on_their_devices():
     assert f"f32[{B},{T_S},{D_S}]" not in text
 
 
-@pytest.mark.parametrize("name", ["p_kl-first", "h_kl-last"])
+@pytest.mark.parametrize("name", ["p_kl-first", "h_kl-last", "alm"])
 def test_a_large_offset_of_the_logits_costs_no_digits(name):
     """One more hidden unit, the same everywhere, moves all logits by 65536; they stay exact beside it."""
 

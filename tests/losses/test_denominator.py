@@ -78,6 +78,7 @@ TERMS = {
     "h_kl": LossConfig(LossKind.h_kl, direction=Direction.reverse),
     "gold last": LossConfig(LossKind.gold, merge=Merge.last, common_weight=None, uncommon_weight=None),
     "uld": LossConfig(LossKind.uld),
+    "alm": LossConfig(LossKind.alm, likelihood_temperature=5.0),
     "same_vocabulary by chunk": LossConfig(LossKind.same_vocabulary),
     "same_vocabulary": None,
     "ce": None,

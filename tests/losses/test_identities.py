@@ -14,6 +14,7 @@ from xtoken_jax.losses import (
     dynamic_scale,
     hybrid_kl,
     hybrid_terms,
+    likelihood_matching,
     masked_mean,
     next_token_cross_entropy,
     projection_kl,
@@ -249,6 +250,7 @@ IN_FLOAT64 = {
         s, t, a, Partition.relaxed(w), direction="jsd", merge=merge, uncommon_weight=None, **ids
     ),
     "uld": lambda s, t, a, w, ids, merge: rank_l1(s, t, a),
+    "alm": lambda s, t, a, w, ids, merge: likelihood_matching(s, t, a, likelihood_temperature=3.0, **ids),
     "same vocabulary": lambda s, t, a, w, ids, merge: same_vocabulary_kl(
         s, t, np.ones((B, T), bool), size=V_S, top_k=9
     )[0],
@@ -272,6 +274,7 @@ def everything_in_float64(monkeypatch):
         "chunks",
         "divergence",
         "hybrid_kl",
+        "likelihood",
         "projection_kl",
         "rank",
         "reduce",

@@ -16,6 +16,7 @@ from xtoken_jax.losses import (
     distillation_loss,
     hybrid_kl,
     kd_scale_capped,
+    likelihood_matching,
     loss_tables,
     masked_mean,
     projection_kl,
@@ -26,10 +27,10 @@ from xtoken_jax.losses import (
 from xtoken_jax.losses.config import Combine, Direction, Merge, Score
 from xtoken_jax.projection.matrix import Partition, Projection
 
-AUTO, P_KL, H_KL, GOLD, ULD, SAME, NONE = (
-    LossKind[name] for name in ("auto", "p_kl", "h_kl", "gold", "uld", "same_vocabulary", "none")
+AUTO, P_KL, H_KL, GOLD, ULD, ALM, SAME, NONE = (
+    LossKind[name] for name in ("auto", "p_kl", "h_kl", "gold", "uld", "alm", "same_vocabulary", "none")
 )
-TERMS = [P_KL, H_KL, GOLD, ULD, SAME]
+TERMS = [P_KL, H_KL, GOLD, ULD, ALM, SAME]
 JSD, REVERSE = Direction.jsd, Direction.reverse
 
 REFUSED = [
@@ -39,6 +40,17 @@ REFUSED = [
     ({"temperature": float("nan")}, r"loss\.temperature=nan"),
     ({"temperature": float("inf")}, r"loss\.temperature=inf"),
     ({"temperature": 0.0, "kind": NONE}, r"loss\.temperature=0\.0"),
+    ({"likelihood_temperature": 0.0, "kind": ALM}, r"loss\.likelihood_temperature=0\.0: must be above 0"),
+    ({"likelihood_temperature": float("inf"), "kind": ALM}, r"loss\.likelihood_temperature=inf"),
+    # Logits have a temperature, or chunks.
+    ({"temperature": 2.0, "kind": ALM}, r"loss\.temperature=2\.0: loss\.kind=alm does not read it; p_kl"),
+    *(
+        (
+            {"likelihood_temperature": 50.0, "kind": kind},
+            rf"loss\.likelihood_temperature=50\.0: loss\.kind={kind.value} does not read it; alm would",
+        )
+        for kind in (AUTO, P_KL, H_KL, GOLD, ULD, SAME)
+    ),
     ({"top_k": 0}, r"loss\.top_k=0: must be at least 1"),
     ({"uncommon_top_k": 0, "kind": GOLD}, r"loss\.uncommon_top_k=0"),
     ({"max_scale": 0.0}, r"loss\.max_scale=0\.0: must be above 0, or null"),
@@ -54,6 +66,8 @@ REFUSED = [
     ({"top_k": 100, "kind": H_KL}, r"loss\.top_k=100: loss\.kind=h_kl does not read it; p_kl, same_vocab"),
     ({"top_k": None, "kind": GOLD}, r"loss\.top_k=null: loss\.kind=gold"),
     ({"top_k": 100, "kind": ULD}, r"loss\.top_k=100: loss\.kind=uld"),
+    ({"top_k": 100, "kind": ALM}, r"loss\.top_k=100: loss\.kind=alm"),
+    ({"uncommon_top_k": 100, "kind": ALM}, r"loss\.uncommon_top_k=100: loss\.kind=alm"),
     ({"uncommon_top_k": 100, "kind": P_KL}, r"loss\.uncommon_top_k=100: loss\.kind=p_kl"),
     ({"uncommon_top_k": 100, "kind": ULD}, r"loss\.uncommon_top_k=100: loss\.kind=uld"),
     ({"uncommon_top_k": 100, "kind": SAME}, r"loss\.uncommon_top_k=100: loss\.kind=same_vocabulary"),
@@ -68,8 +82,10 @@ REFUSED = [
     ({"merge": Merge.mean_normalized, "kind": GOLD}, r"not for loss\.kind=gold"),
     ({"merge": Merge.mean_normalized}, r"not for loss\.kind=h_kl, which auto may choose"),
     ({"merge": Merge.first, "kind": ULD}, r"loss\.merge=first: not for loss\.kind=uld; choose mean"),
+    ({"merge": Merge.first, "kind": ALM}, r"loss\.merge=first: not for loss\.kind=alm; choose mean"),
     ({"merge": Merge.last, "kind": SAME}, r"loss\.merge=last: not for loss\.kind=same_vocabulary"),
-    # A rank has no direction.
+    # A rank has no direction, nor has the text.
+    ({"direction": REVERSE, "kind": ALM}, r"loss\.direction=reverse: loss\.kind=alm does not read it"),
     ({"direction": REVERSE, "kind": ULD}, r"loss\.direction=reverse: loss\.kind=uld does not read it"),
     ({"direction": JSD, "kind": ULD}, r"loss\.direction=jsd"),
     ({"kd_weight": 0.0, "ce_weight": 0.0, "dynamic_scaling": False}, r"leave nothing to learn from"),
@@ -93,6 +109,8 @@ ACCEPTED = [
     {"kind": GOLD, "direction": JSD, "common_weight": None, "uncommon_weight": None},
     {"kind": GOLD, "uncommon_weight": 0.0},
     {"kind": H_KL, "uncommon_top_k": 10},
+    {"kind": ALM, "likelihood_temperature": 1.0, "max_scale": None},
+    *({"kind": kind, "temperature": 2.0} for kind in LossKind if kind is not ALM),
     {"kind": SAME, "top_k": None, "direction": REVERSE},
     {"kind": AUTO, "top_k": 100, "uncommon_top_k": 100, "common_weight": 0.5},  # whichever it will be
     {"kind": P_KL, "top_k": None, "direction": JSD, "beta": 0.0},
@@ -227,6 +245,41 @@ def test_trl_weights_are_the_matched_share_of_the_teacher():
 def test_uld_gets_what_is_configured():
     expected = rank_l1(STUDENT, TEACHER, ALIGNMENT, temperature=2.0, student_size=V_S, teacher_size=V_T)
     np.testing.assert_allclose(term(PROJECTION, kind=ULD, temperature=2.0), expected, rtol=1e-5)
+
+
+def test_alm_gets_what_is_configured():
+    expected = likelihood_matching(
+        STUDENT, TEACHER, ALIGNMENT, likelihood_temperature=3.0, student_size=V_S, teacher_size=V_T, **IDS
+    )
+    assert float(expected.max()) > 1e-2
+    found = term(PROJECTION, kind=ALM, likelihood_temperature=3.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert not np.allclose(found, term(PROJECTION, kind=ALM), atol=1e-4)
+    with pytest.raises(ValueError, match="alm needs student_ids and teacher_ids"):
+        distillation_loss(LossConfig(kind=ALM))(
+            STUDENT, TEACHER, ALIGNMENT, loss_tables(ALM, PROJECTION), REAL, student_ids=IDS["student_ids"]
+        )
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_what_needs_ids_is_what_fails_without(kind):
+    for merge in Merge:
+        config = LossConfig(kind=kind, merge=merge)
+        try:
+            config.validate_merge()
+        except UserError:
+            continue
+        tables = loss_tables(kind, IDENTITY if kind is SAME else PROJECTION)
+        teacher = TEACHER[..., :V_S] if kind is SAME else TEACHER
+
+        def values(config=config, tables=tables, teacher=teacher):
+            return distillation_loss(config)(STUDENT, teacher, ALIGNMENT, tables, REAL)
+
+        if config.needs_ids:
+            with pytest.raises(ValueError, match="_ids"):
+                values()
+        else:
+            values()
 
 
 @pytest.mark.parametrize("top_k", [None, 4])

@@ -10,15 +10,23 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from projection.random_w import random_w, rows_of
 from reference import gradient as reference_gradient
+from reference import likelihood as reference_likelihood
 from reference import losses as reference
 from reference import projection as reference_projection
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses import hybrid_kl, hybrid_terms, next_token_cross_entropy, projection_kl
+from xtoken_jax.losses import (
+    hybrid_kl,
+    hybrid_terms,
+    likelihood_matching,
+    next_token_cross_entropy,
+    projection_kl,
+)
 from xtoken_jax.losses.vocab_parallel import (
     vocab_parallel_cross_entropy,
     vocab_parallel_hybrid_kl,
     vocab_parallel_hybrid_terms,
+    vocab_parallel_likelihood_matching,
     vocab_parallel_projection_kl,
 )
 from xtoken_jax.mesh import MeshConfig, make_mesh
@@ -125,6 +133,16 @@ def check_hybrid(meshes, kind="strict", widths=PADDED, block=3, **options):
     check(meshes, loss, lambda s, t: hybrid_kl(s, t, ALIGNMENT, partition, **options), widths)
 
 
+def check_likelihood(meshes, widths=PADDED, **options):
+    options = {"student_ids": IDS[0], "teacher_ids": IDS[1], "likelihood_temperature": 3.0} | options
+    options |= {"student_size": V_S, "teacher_size": V_T}
+
+    def loss(mesh, student, teacher):
+        return vocab_parallel_likelihood_matching(student, teacher, ALIGNMENT, mesh=mesh, **options)
+
+    check(meshes, loss, lambda s, t: likelihood_matching(s, t, ALIGNMENT, **options), widths)
+
+
 @pytest.fixture
 def meshes():
     return [make_mesh(config) for config in MESHES.values()]
@@ -147,11 +165,40 @@ def test_hybrid(meshes):
     check_hybrid(meshes, temperature=1.7, uncommon_top_k=9, common_weight=0.7)
 
 
+@pytest.mark.parametrize("widths", [PADDED, ODD], ids=["padded", "odd"])
+def test_likelihood_matching(meshes, widths):
+    """Rows over 8, 4, 2 and 1 devices, the vocabulary over 1, 2, 4 and 8."""
+    check_likelihood(meshes, widths)
+
+
+def test_likelihood_matching_of_nearly_certain_and_of_excluded_chunks(one_mesh):
+    """What log_softmax would round, and a student's token of -inf, which is infinite on both ways."""
+    student, teacher = LOGITS[PADDED]
+    coming = np.arange(PADDED[0]) == np.roll(IDS[0], -1, axis=1)[..., None]
+    student = jnp.where(coming, jnp.max(student[..., :V_S], -1, keepdims=True) + 14.0, student)
+    student = student.at[0, 2, IDS[0][0, 3]].set(-jnp.inf)
+    options = {"student_ids": IDS[0], "teacher_ids": IDS[1], "student_size": V_S, "teacher_size": V_T}
+    expected, slope = value_and_gradient(
+        lambda s: likelihood_matching(s, teacher, ALIGNMENT, **options), student
+    )
+    assert np.isinf(expected[0]).sum() == 1
+    placed, other = on(one_mesh, student), on(one_mesh, teacher)
+    with jax.set_mesh(one_mesh):
+        found, found_slope = value_and_gradient(
+            lambda s: vocab_parallel_likelihood_matching(s, other, ALIGNMENT, mesh=one_mesh, **options),
+            placed,
+        )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.all(np.isfinite(slope))
+    np.testing.assert_allclose(found_slope, slope, rtol=1e-5, atol=1e-6 * np.abs(slope).max())
+
+
 @pytest.mark.parametrize("merge", ["mean", "first"])
 def test_a_large_offset_costs_no_digits(one_mesh, merge):
     ids = {"student_ids": IDS[0], "teacher_ids": IDS[1]}
     check_p_kl([one_mesh], "moved", merge=merge, **ids)
     check_hybrid([one_mesh], widths="moved", merge=merge, **ids)
+    check_likelihood([one_mesh], "moved")
     mask = np.ones((B, T_S), bool)
     check(
         [one_mesh],
@@ -275,8 +322,15 @@ def gold_twin(student, teacher):
     return [[None if v is None else sum(v) for v in row] for row in terms]
 
 
+def alm_twin(student, teacher):
+    return reference_likelihood.likelihood_matching(
+        student, teacher, ALIGNMENT.student_chunks, ALIGNMENT.teacher_chunks, ALIGNMENT.valid, *IDS,
+        *PADDED, likelihood_temperature=3.0,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["p_kl", "gold"])
+@pytest.mark.parametrize("kind", ["p_kl", "gold", "alm"])
 def test_no_further_from_float64_than_the_plain_loss(one_mesh, kind, dtype):
     rng = np.random.default_rng(2)
     student, teacher = (
@@ -286,11 +340,15 @@ def test_no_further_from_float64_than_the_plain_loss(one_mesh, kind, dtype):
     if kind == "p_kl":
         twin, plain = p_kl_twin, lambda s: projection_kl(s, teacher, ALIGNMENT, W, top_k=20)
         w = shard_projection(W, one_mesh, "tensor")
-        ours = functools.partial(vocab_parallel_projection_kl, top_k=20, projection=w)
+        ours = functools.partial(vocab_parallel_projection_kl, top_k=20, projection=w, block=4)
+    elif kind == "alm":
+        options = {"student_ids": IDS[0], "teacher_ids": IDS[1], "likelihood_temperature": 3.0}
+        twin, plain = alm_twin, lambda s: likelihood_matching(s, teacher, ALIGNMENT, **options)
+        ours = functools.partial(vocab_parallel_likelihood_matching, **options)
     else:
         partition = Partition.strict(W)
         twin, plain = gold_twin, lambda s: hybrid_kl(s, teacher, ALIGNMENT, partition, uncommon_top_k=9)
-        ours = functools.partial(vocab_parallel_hybrid_kl, uncommon_top_k=9, partition=partition)
+        ours = functools.partial(vocab_parallel_hybrid_kl, uncommon_top_k=9, partition=partition, block=4)
 
     def weighted(values):
         pairs = zip(np.ravel(FACTORS), [v for row in values for v in row], strict=True)
@@ -299,6 +357,7 @@ def test_no_further_from_float64_than_the_plain_loss(one_mesh, kind, dtype):
     exact_student, exact_teacher = (np.asarray(x, np.float64).tolist() for x in (student, teacher))
     exact = np.array([[v or 0.0 for v in row] for row in twin(exact_student, exact_teacher)])
     coordinates = [(b, int(rng.integers(T_S)), int(rng.integers(V_S))) for b in (0, 1, 2, 4, 6, 7) * 3]
+    coordinates += [(b, p, int(IDS[0][b, p + 1])) for b in range(B) for p in range(T_S - 1)]
     exact_slope = reference_gradient.differences(
         lambda z: weighted(twin(z, exact_teacher)), exact_student, coordinates
     )
@@ -314,7 +373,7 @@ def test_no_further_from_float64_than_the_plain_loss(one_mesh, kind, dtype):
     expected = errors(plain, student)
     with jax.set_mesh(one_mesh):
         placed, other = on(one_mesh, student), on(one_mesh, teacher)
-        found = errors(lambda s: ours(s, other, ALIGNMENT, mesh=one_mesh, block=4), placed)
+        found = errors(lambda s: ours(s, other, ALIGNMENT, mesh=one_mesh), placed)
     # A float32 rounding or two are a matter of the order of sums.
     assert found[0] <= expected[0] + 4e-7
     assert found[1] <= expected[1] + 1e-6 * np.abs(exact_slope).max()
@@ -329,6 +388,9 @@ def test_nothing_aligned_is_zero_with_a_zero_gradient(one_mesh):
     for loss in (
         lambda s: vocab_parallel_projection_kl(s, teacher, nothing, w, mesh=one_mesh),
         lambda s: vocab_parallel_hybrid_kl(s, teacher, nothing, Partition.strict(W), mesh=one_mesh),
+        lambda s: vocab_parallel_likelihood_matching(
+            s, teacher, nothing, student_ids=IDS[0], teacher_ids=IDS[1], mesh=one_mesh
+        ),
     ):
         with jax.set_mesh(one_mesh):
             values, gradient = value_and_gradient(loss, student)

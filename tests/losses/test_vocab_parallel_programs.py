@@ -14,6 +14,7 @@ from xtoken_jax.losses import hybrid_kl, projection_kl
 from xtoken_jax.losses.vocab_parallel import (
     vocab_parallel_cross_entropy,
     vocab_parallel_hybrid_kl,
+    vocab_parallel_likelihood_matching,
     vocab_parallel_projection_kl,
 )
 from xtoken_jax.mesh import MeshConfig, make_mesh
@@ -62,7 +63,7 @@ def program(mesh, loss):
         return function.lower(*logits, alignment, sharded, partition).compile().as_text()
 
 
-@pytest.mark.parametrize("kind", ["p_kl", "p_kl_all", "gold", "ce"])
+@pytest.mark.parametrize("kind", ["p_kl", "p_kl_all", "gold", "alm", "ce"])
 @pytest.mark.parametrize("name", ["2x4", "1x8"])
 def test_no_device_holds_a_whole_vocabulary_of_its_rows(name, kind):
     mesh = make_mesh(MESHES[name])
@@ -73,13 +74,16 @@ def test_no_device_holds_a_whole_vocabulary_of_its_rows(name, kind):
         "p_kl": lambda s, t, a, w, p: vocab_parallel_projection_kl(s, t, a, w, top_k=COLUMNS, **options),
         "p_kl_all": lambda s, t, a, w, p: vocab_parallel_projection_kl(s, t, a, w, **options),
         "gold": lambda s, t, a, w, p: vocab_parallel_hybrid_kl(s, t, a, p, **options),
+        "alm": lambda s, t, a, w, p: vocab_parallel_likelihood_matching(
+            s, t, a, student_ids=a.student_chunks, teacher_ids=a.teacher_chunks, mesh=mesh
+        ),
         "ce": lambda s, t, a, w, p: vocab_parallel_cross_entropy(
             s, a.student_chunks, a.valid, mesh=mesh, size=SIZES[0]
         )[0],
     }
     text = program(mesh, losses[kind])
     shapes = shapes_in(text)
-    at_once = {"p_kl": 1, "p_kl_all": BLOCK, "gold": BLOCK // n, "ce": 1}[kind]
+    at_once = {"p_kl": 1, "p_kl_all": BLOCK, "gold": BLOCK // n, "alm": 1, "ce": 1}[kind]
     whole = {shape for shape in shapes if FULL & set(shape)}
     assert max([math.prod(shape) // max(FULL & set(shape)) for shape in whole], default=1) <= at_once
     # Nothing is larger than a device's own part of the logits.
@@ -106,7 +110,7 @@ def test_no_device_holds_a_whole_vocabulary_of_its_rows(name, kind):
                 ("all-gather", WIDTHS[1]),
             ]
         )
-    if kind == "ce":
+    if kind in ("alm", "ce"):
         assert not wide
 
 

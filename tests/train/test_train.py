@@ -41,7 +41,7 @@ def quiet():
     return Console(quiet=True)
 
 
-@pytest.mark.parametrize("kind", [LossKind.p_kl, LossKind.h_kl, LossKind.none])
+@pytest.mark.parametrize("kind", [LossKind.p_kl, LossKind.h_kl, LossKind.alm, LossKind.none])
 def test_a_step_on_any_mesh_is_the_step_on_one_device(kind, words):
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)

@@ -12,6 +12,7 @@ from xtoken_jax.losses.objective import (
     loss_tables,
     total_loss,
 )
+from xtoken_jax.losses.prefix_kl import prefix_kl
 from xtoken_jax.losses.projection_kl import projection_kl
 from xtoken_jax.losses.rank import rank_l1
 from xtoken_jax.losses.reduce import masked_mean
@@ -31,6 +32,7 @@ from xtoken_jax.losses.vocab_parallel import (
     vocab_parallel_cross_entropy,
     vocab_parallel_hybrid_kl,
     vocab_parallel_hybrid_terms,
+    vocab_parallel_likelihood_matching,
     vocab_parallel_projection_kl,
 )
 
@@ -54,6 +56,7 @@ __all__ = [
     "loss_tables",
     "masked_mean",
     "next_token_cross_entropy",
+    "prefix_kl",
     "projection_kl",
     "rank_l1",
     "same_vocabulary_kl",
@@ -64,5 +67,6 @@ __all__ = [
     "vocab_parallel_cross_entropy",
     "vocab_parallel_hybrid_kl",
     "vocab_parallel_hybrid_terms",
+    "vocab_parallel_likelihood_matching",
     "vocab_parallel_projection_kl",
 ]

@@ -19,7 +19,7 @@ from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.blockwise_terms import TermSetting
 from xtoken_jax.losses.blockwise_walk import Inputs, Setting, walk
 from xtoken_jax.losses.chunks import valid_chunks
-from xtoken_jax.losses.config import LossConfig, LossKind, Merge
+from xtoken_jax.losses.config import LossConfig, LossKind
 from xtoken_jax.mesh import BATCH
 from xtoken_jax.projection.matrix import LearnableProjection, Partition
 
@@ -84,7 +84,7 @@ def blockwise_loss(
         student_ids: int32 [B, T_s].
         student_targets: bool [B, T_s], tokens that count as labels; None for no cross-entropy (0).
         config: the term and its settings; weights and scaling are not read here.
-        teacher_ids: int32 [B, T_t], for merges "first" and "last".
+        teacher_ids: int32 [B, T_t], for merges "first" and "last", and for ALM.
         teacher_mask: bool [B, T_t], real positions; others do not choose columns. None: all do.
         student_size: V_s; None: what the tables say, or all rows of the unembedding.
         ce_count, kd_count: how many positions and chunks of all micro-batches count. None: of this one.
@@ -148,10 +148,10 @@ def _inputs(
         if teacher_hidden is None or teacher_unembedding is None or alignment is None or tables is None:
             raise ValueError(f"{config.kind} needs a teacher, an alignment and tables")
         config.validate_merge()
-        if config.merge not in (Merge.first, Merge.last):
+        if not config.needs_ids:
             teacher_ids = None
         elif teacher_ids is None:
-            raise ValueError(f"merge={config.merge.value!r} needs teacher_ids")
+            raise ValueError(f"{config.kind.value} with merge={config.merge.value!r} needs teacher_ids")
         kd_count = valid_chunks(alignment).sum(dtype=jnp.float32) if kd_count is None else kd_count
         learnt = jnp.asarray(tables.logits) if isinstance(tables, LearnableProjection) else None
     inputs = Inputs(
@@ -177,6 +177,7 @@ def _setting(
         term = TermSetting(
             config.kind, config.temperature, config.top_k, config.uncommon_top_k, config.direction.value,
             config.beta, config.merge.value, config.common_weight, config.uncommon_weight,
+            config.likelihood_temperature,
         )  # fmt: skip
         of_tables = _sizes(inputs.tables)
         student_size = of_tables[0] if given is None else given

@@ -20,9 +20,10 @@ from xtoken_jax.losses.hybrid_kl import (
     hybrid_values,
     target_of_merged,
 )
+from xtoken_jax.losses.likelihood import likelihood_kl
 from xtoken_jax.losses.projection_kl import chunk_values, highest, projected_softmax
 from xtoken_jax.losses.rank import sorted_l1
-from xtoken_jax.losses.softmax import centred, merged_log_softmax
+from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax
 from xtoken_jax.projection.matrix import LearnableProjection, Partition
 
 
@@ -38,6 +39,7 @@ class TermSetting(NamedTuple):
     merge: str
     common_weight: float | None
     uncommon_weight: float | None
+    likelihood_temperature: float
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,14 @@ class Term:
 
 
 def merges_of(setting: TermSetting) -> str:
-    """How positions weigh in their chunk: same-vocabulary distillation compares the first ones."""
-    return "first" if setting.kind is LossKind.same_vocabulary else setting.merge
+    """How positions weigh in their chunk: same-vocabulary distillation compares the first ones, ALM sums."""
+    own = {LossKind.same_vocabulary: "first", LossKind.alm: "sum"}
+    return own.get(setting.kind, setting.merge)
+
+
+def temperature_of(setting: TermSetting) -> float:
+    """Of the logits on both sides; ALM has one of chunks instead."""
+    return 1.0 if setting.kind is LossKind.alm else setting.temperature
 
 
 def make_term(setting: TermSetting, tables: Any, teacher: TeacherRows) -> Term:
@@ -106,6 +114,8 @@ def make_term(setting: TermSetting, tables: Any, teacher: TeacherRows) -> Term:
         return _hybrid(setting, tables, teacher)
     if setting.kind is LossKind.uld:
         return _uld(setting, teacher)
+    if setting.kind is LossKind.alm:
+        return _alm(setting, teacher)
     return _same_vocabulary(setting, teacher)
 
 
@@ -163,6 +173,26 @@ def _uld(setting: TermSetting, teacher: TeacherRows) -> Term:
         target=jnp.exp,
         student=lambda z, ids, merging, _: merged_log_softmax(z, None, merging),
         values=lambda merged, target: sorted_l1(jnp.exp(merged), target) * tau**2,
+        whole_rows=True,
+    )
+
+
+def _alm(setting: TermSetting, teacher: TeacherRows) -> Term:
+    """One number a chunk on each side, so that no row of a vocabulary is merged."""
+    tau = temperature_of(setting)
+
+    def summed(logits: jax.Array, next_ids: jax.Array, merging: Merging) -> jax.Array:
+        return merging.merge(actual_log_softmax(logits, next_ids)[:, None])
+
+    def of_teacher(block: Block) -> jax.Array:
+        next_ids = cast(jax.Array, teacher.next(block.positions))
+        return summed(teacher.logits(block.positions, tau), next_ids, block.merging)
+
+    return Term(
+        teacher=of_teacher,
+        target=lambda merged: merged,
+        student=lambda z, ids, merging, _: summed(z, ids, merging),
+        values=lambda m, t: likelihood_kl(m[:, 0], t[:, 0], setting.likelihood_temperature),
         whole_rows=True,
     )
 

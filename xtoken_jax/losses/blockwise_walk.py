@@ -20,7 +20,14 @@ from xtoken_jax.losses.blockwise_plan import (
     pull_to_hidden,
     rows_at,
 )
-from xtoken_jax.losses.blockwise_terms import TeacherRows, Term, TermSetting, make_term, merges_of
+from xtoken_jax.losses.blockwise_terms import (
+    TeacherRows,
+    Term,
+    TermSetting,
+    make_term,
+    merges_of,
+    temperature_of,
+)
 from xtoken_jax.losses.chunks import next_tokens
 from xtoken_jax.losses.softmax import centred
 
@@ -275,7 +282,7 @@ def _over_groups(
         target = term.target(_teacher(groups.teacher, term, setting.teacher_block, chunk, last, chunks))
 
         rows, logits, next_ids = student.block(block.positions)
-        tau = setting.term.temperature if setting.term is not None else 1.0
+        tau = temperature_of(setting.term) if setting.term is not None else 1.0
 
         def merge(logits: jax.Array, learnt: jax.Array | None) -> jax.Array:
             return term.student(logits / tau, next_ids, block.merging, learnt)

@@ -13,7 +13,8 @@ from xtoken_jax.errors import UserError
 class LossKind(Enum):
     """The distillation term; "auto" leaves the choice to the audit, "none" trains without a teacher.
 
-    `uld` (Universal Logit Distillation) is `rank_l1`; `same_vocabulary` is for a teacher that shares
+    `uld` (Universal Logit Distillation) is `rank_l1`; `alm` (approximate likelihood matching) is
+    `likelihood_matching`; `same_vocabulary` is for a teacher that shares
     the student's tokenizer.
     """
 
@@ -22,6 +23,7 @@ class LossKind(Enum):
     h_kl = "h_kl"
     gold = "gold"
     uld = "uld"
+    alm = "alm"
     same_vocabulary = "same_vocabulary"
     none = "none"
 
@@ -48,11 +50,14 @@ class LossConfig:
     """The objective.
 
     Attributes:
-        kind: auto, p_kl, h_kl, gold, uld, same_vocabulary or none.
-        temperature: tau > 0, on both sides; the term is multiplied by tau^2.
+        kind: auto, p_kl, h_kl, gold, uld, alm, same_vocabulary or none.
+        temperature: tau > 0, on both sides; the term is multiplied by tau^2. Not for ALM.
+        likelihood_temperature: tau > 0 of ALM, which takes the root of its chunks' probabilities. Term and
+            gradient are about tau times smaller than those of other kinds, for max_scale or kd_weight
+            to make up for.
         top_k: teacher columns that P-KL and same_vocabulary compare; null for all.
         uncommon_top_k: sorted entries that GOLD and H-KL compare.
-        direction: forward or reverse KL, or jsd; not for ULD.
+        direction: forward or reverse KL, or jsd; not for ULD and ALM.
         beta: the teacher's share of jsd's mixture, 0 to 1; TRL's GOLD has 0.5.
         merge: mean; first or last for P-KL, GOLD and H-KL; mean_normalized for P-KL.
         common_weight, uncommon_weight: of the two parts of GOLD and H-KL; null for the matched
@@ -66,6 +71,7 @@ class LossConfig:
 
     kind: LossKind = LossKind.auto
     temperature: float = 1.0
+    likelihood_temperature: float = 100.0
     top_k: int | None = 8192
     uncommon_top_k: int = 8192
     direction: Direction = Direction.forward
@@ -98,6 +104,11 @@ class LossConfig:
                 raise UserError(
                     f"loss.merge={self.merge.value}: not for loss.kind={kind.value}{auto}; choose {choices}"
                 )
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether the term reads which token came at a position, and so the ids of both sides."""
+        return self.kind is LossKind.alm or self.merge in (Merge.first, Merge.last)
 
     def _validate_combinations(self) -> None:
         kinds = _CHOICES.get(self.kind, (self.kind,))
@@ -206,6 +217,7 @@ _WEIGHT = (lambda x: 0 <= x < math.inf, "must not be negative")
 _COUNT = (lambda x: x >= 1, "must be at least 1")
 _RANGES = {
     "temperature": _POSITIVE,
+    "likelihood_temperature": _POSITIVE,
     "top_k": _COUNT,
     "uncommon_top_k": _COUNT,
     "block": _COUNT,
@@ -221,6 +233,8 @@ _CHOICES = {LossKind.auto: (LossKind.p_kl, LossKind.h_kl)}
 _HYBRID = (LossKind.gold, LossKind.h_kl)
 # Settings of only some of the terms. The others in LossConfig are for all.
 _READ_BY = {
+    "temperature": (LossKind.p_kl, *_HYBRID, LossKind.uld, LossKind.same_vocabulary),
+    "likelihood_temperature": (LossKind.alm,),
     "top_k": (LossKind.p_kl, LossKind.same_vocabulary),
     "uncommon_top_k": _HYBRID,
     "direction": (LossKind.p_kl, *_HYBRID, LossKind.same_vocabulary),
@@ -232,5 +246,6 @@ _MERGES = {
     LossKind.gold: (Merge.mean, Merge.first, Merge.last),
     LossKind.h_kl: (Merge.mean, Merge.first, Merge.last),
     LossKind.uld: (Merge.mean,),
+    LossKind.alm: (Merge.mean,),  # it sums, whatever the merge
     LossKind.same_vocabulary: (Merge.mean,),
 }

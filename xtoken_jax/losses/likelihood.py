@@ -62,21 +62,23 @@ def likelihood_matching(
 
         0.4 log(0.4 / 0.25) + 0.6 log(0.6 / 0.75).
     """
+    student = actual_log_softmax(flat_logits(student_logits, student_size), next_tokens(student_ids))
+    teacher = actual_log_softmax(flat_logits(teacher_logits, teacher_size), next_tokens(teacher_ids))
+    return matched_chunks(student, jax.lax.stop_gradient(teacher), alignment, likelihood_temperature)
+
+
+def matched_chunks(
+    student: jax.Array, teacher: jax.Array, alignment: Alignment, likelihood_temperature: float
+) -> jax.Array:
+    """float32 [B, C] of the log-probabilities of the tokens that come, [B T_s] and [B T_t]."""
     count = alignment.valid.shape[1]
 
-    def likelihoods(logits: jax.Array, size: int | None, ids: jax.Array, chunks: Array) -> jax.Array:
-        log_p = actual_log_softmax(flat_logits(logits, size), next_tokens(ids))
-        return chunk_log_likelihoods(log_p, Merging.of(chunks, count, "sum"))
+    def summed(log_p: jax.Array, chunks: Array) -> jax.Array:
+        return Merging.of(chunks, count, "sum").merge(log_p[:, None])[:, 0]
 
-    student = likelihoods(student_logits, student_size, student_ids, alignment.student_chunks)
-    teacher = likelihoods(teacher_logits, teacher_size, teacher_ids, alignment.teacher_chunks)
-    values = likelihood_kl(student, jax.lax.stop_gradient(teacher), likelihood_temperature)
+    sums = summed(student, alignment.student_chunks), summed(teacher, alignment.teacher_chunks)
+    values = likelihood_kl(*sums, likelihood_temperature)
     return jnp.where(valid_chunks(alignment), values.reshape(alignment.valid.shape), 0.0)
-
-
-def chunk_log_likelihoods(log_probabilities: jax.Array, merging: Merging) -> jax.Array:
-    """float32 [K]: sums of the log-probabilities [N] of the tokens that come, by a "sum" merging."""
-    return merging.merge(log_probabilities[:, None])[:, 0]
 
 
 @jax.custom_vjp

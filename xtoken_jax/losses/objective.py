@@ -14,6 +14,7 @@ from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses.config import Direction, LossConfig, LossKind, Merge
 from xtoken_jax.losses.hybrid_kl import hybrid_kl
+from xtoken_jax.losses.likelihood import likelihood_matching
 from xtoken_jax.losses.projection_kl import projection_kl
 from xtoken_jax.losses.rank import rank_l1
 from xtoken_jax.losses.same_vocabulary import same_vocabulary_kl_by_chunk
@@ -38,7 +39,7 @@ __all__ = [
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class VocabularySizes:
-    """V_s and V_t of the tokenizers, all that ULD and same-vocabulary distillation need to know."""
+    """V_s and V_t of the tokenizers, all that ULD, ALM and same-vocabulary distillation need to know."""
 
     student: int = field(metadata={"static": True})
     teacher: int | None = field(metadata={"static": True})
@@ -67,7 +68,7 @@ class DistillationLoss(Protocol):
 def distillation_loss(config: LossConfig) -> DistillationLoss:
     """The chosen term: (student_logits, teacher_logits, alignment, tables, teacher_mask) -> [B, C].
 
-    Merges "first" and "last" also read student_ids [B, T_s] and teacher_ids [B, T_t].
+    Merges "first" and "last", and ALM, also read student_ids [B, T_s] and teacher_ids [B, T_t].
 
     Raises:
         UserError: settings that the kind does not go with.
@@ -123,6 +124,18 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
             return rank_l1(
                 *logits, alignment, temperature=tau, student_size=sizes.student, teacher_size=sizes.teacher
             )
+        if kind is LossKind.alm:
+            if student_ids is None or teacher_ids is None:
+                raise ValueError("alm needs student_ids and teacher_ids")
+            return likelihood_matching(
+                *logits,
+                alignment,
+                student_ids=student_ids,
+                teacher_ids=teacher_ids,
+                likelihood_temperature=config.likelihood_temperature,
+                student_size=sizes.student,
+                teacher_size=sizes.teacher,
+            )
         return same_vocabulary_kl_by_chunk(
             *logits,
             alignment,
@@ -154,7 +167,7 @@ def loss_tables(kind: LossKind, projection: Projection | LearnableProjection) ->
         return projection.split()
     if kind is LossKind.same_vocabulary:
         _check_same_vocabulary(projection)
-    if kind in (LossKind.uld, LossKind.same_vocabulary):
+    if kind in (LossKind.uld, LossKind.alm, LossKind.same_vocabulary):
         return VocabularySizes(projection.student_size, projection.teacher_size)
     return Partition.strict(projection) if kind is LossKind.gold else Partition.relaxed(projection)
 

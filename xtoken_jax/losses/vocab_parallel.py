@@ -1,12 +1,13 @@
-"""P-KL, GOLD and H-KL, and cross-entropy of logits whose vocabulary is split over a mesh axis.
+"""P-KL, GOLD, H-KL, ALM and cross-entropy of logits whose vocabulary is split over a mesh axis.
 
-The values and gradients of `projection_kl`, `hybrid_kl` and `next_token_cross_entropy`, for a model
-whose unembedding is split: no device ever holds the whole vocabulary of its rows.
+The values and gradients of `projection_kl`, `hybrid_kl`, `likelihood_matching` and
+`next_token_cross_entropy`, for a model whose unembedding is split: no device ever holds the whole
+vocabulary of its rows.
 
 Forward and backward are programs of their own, with the collectives written out, and a `custom_vjp`
 stands around the two: nothing is differentiated through a collective, and what is kept in between is
-chosen. `shard_map` still checks by types that what is declared whole on every device is so. All three
-exchange vectors [N] for log-normalizers. Beyond that, for every chunk:
+chosen. `shard_map` still checks by types that what is declared whole on every device is so. All
+exchange vectors [N] for log-normalizers; ALM and cross-entropy nothing else. Beyond that, for every chunk:
 
 P-KL: both sides at the k chosen columns are summed by reduce-scatter, so that a device compares k / n
 of them; the gradient at the columns is gathered. 3 k numbers, against the V_s + V_t of gathered logits.
@@ -30,7 +31,9 @@ from jax.sharding import Mesh
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import MERGES, next_tokens, valid_chunks
 from xtoken_jax.losses.hybrid_kl import HybridTerms
+from xtoken_jax.losses.likelihood import matched_chunks
 from xtoken_jax.losses.vocab_hybrid_kl import HybridSetting, hybrid
+from xtoken_jax.losses.vocab_likelihood import next_token_log_softmax
 from xtoken_jax.losses.vocab_projection_kl import ProjectionSetting, p_kl
 from xtoken_jax.losses.vocab_shards import Layout, Rows
 from xtoken_jax.mesh import BATCH
@@ -190,6 +193,44 @@ def vocab_parallel_hybrid_terms(
     parts = hybrid(setting, student, jax.lax.stop_gradient(teacher), rows, partition)
     valid = valid_chunks(alignment)
     return HybridTerms(*(jnp.where(valid, part * temperature**2, 0.0) for part in parts))
+
+
+def vocab_parallel_likelihood_matching(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alignment: Alignment,
+    *,
+    student_ids: jax.Array,
+    teacher_ids: jax.Array,
+    mesh: Mesh,
+    axis: str = "tensor",
+    data_axes: tuple[str, ...] = BATCH,
+    likelihood_temperature: float = 100.0,
+    student_size: int | None = None,
+    teacher_size: int | None = None,
+) -> jax.Array:
+    """`likelihood_matching` over a split vocabulary (ALM, arXiv 2503.20083, section 3).
+
+    Args:
+        student_logits, teacher_logits, alignment, mesh: as in `vocab_parallel_projection_kl`.
+        student_ids, teacher_ids, likelihood_temperature, student_size, teacher_size: as in
+            `likelihood_matching`.
+
+    Returns:
+        float32 [B, C]; 0 for chunks outside `valid_chunks(alignment)`.
+
+    Raises:
+        ValueError: rows that the data axes do not divide.
+    """
+    layout = Layout(mesh, axis, tuple(data_axes))
+
+    def log_p(logits: jax.Array, ids: jax.Array, size: int | None) -> jax.Array:
+        size = logits.shape[-1] if size is None else size
+        return next_token_log_softmax(layout, size, layout.padded(logits), jnp.asarray(ids)).reshape(-1)
+
+    student = log_p(student_logits, student_ids, student_size)
+    teacher = log_p(jax.lax.stop_gradient(teacher_logits), teacher_ids, teacher_size)
+    return matched_chunks(student, teacher, alignment, likelihood_temperature)
 
 
 def vocab_parallel_cross_entropy(
