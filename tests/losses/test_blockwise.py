@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from dataclasses import replace
 
 import jax
@@ -377,6 +378,35 @@ def test_rows_stay_on_their_devices():
         function = jax.jit(lambda h: blockwise(CASES["p_kl"], tables_of(K.p_kl), h, UNEMBEDDING, block=5))
         text = function.lower(jax.device_put(HIDDEN, rows)).compile().as_text()
     assert f"f32[{B},{T_S},{D_S}]" not in text
+
+
+@pytest.mark.parametrize(("name", "rows"), [("alm", 24), ("uld", 24), ("gold", 24)])
+def test_no_more_rows_of_a_vocabulary_than_a_block_has(name, rows):
+    """None of a chunk either, where ALM keeps one number."""
+    batch, length, widths = 8, 64, (1009, 1201)
+    hidden = [jnp.zeros((batch, length, d)) for d in (D_S, D_T)]
+    unembeddings = [jnp.zeros((v, d)) for v, d in zip(widths, (D_S, D_T), strict=True)]
+    ids = jnp.zeros((batch, length), jnp.int32)
+    alignment = Alignment(ids, ids, jnp.ones((batch, length), bool))
+    one_to_one = np.arange(widths[0], dtype=np.int32)[:, None]
+    projection = Projection(one_to_one, np.ones((widths[0], 1), np.float32), widths[1])
+    config = replace(CASES[name], uncommon_top_k=3)
+    tables = jax.tree.map(jnp.asarray, loss_tables(config.kind, projection))
+
+    def total(hidden_s, unembedding_s):
+        found = blockwise_loss(
+            hidden_s, unembedding_s, hidden[1], unembeddings[1], alignment, tables, ids,
+            jnp.ones(ids.shape, bool), config, teacher_ids=ids, block=16, teacher_block=rows,
+        )  # fmt: skip
+        return total_loss(found.ce, found.kd)[0]
+
+    program = jax.jit(jax.grad(total, argnums=(0, 1)), compiler_options=QUICK).lower(
+        hidden[0], unembeddings[0]
+    )
+    shapes = re.findall(r"f32\[(\d+),1201\]", program.compile().as_text())
+    assert max(map(int, shapes)) == rows
+    # Of chunks there are as many as a block of the student has positions.
+    assert ("16" in shapes) == (name != "alm")
 
 
 @pytest.mark.parametrize("name", ["p_kl-first", "h_kl-last", "alm"])
