@@ -22,7 +22,8 @@ ALLOWED = {
     "alignment.batch": set(),
     "alignment": {"tokens"},
     "projection.matrix": set(),
-    # As the losses, these two need jax alone.
+    "projection.events": set(),
+    # As the losses, these three need jax alone.
     "projection.sharded": {"projection.matrix"},
     "projection": {"tokens"},
     # What tokens stand for, and rows of W as text.
@@ -33,7 +34,7 @@ ALLOWED = {
     "models": {"mesh"},
     # It compares the tokenizer's size with the model's vocabulary.
     "models.load": {"models", "mesh", "tokens.tokenizer"},
-    "losses": {"mesh", "alignment.batch", "projection.matrix", "projection.sharded"},
+    "losses": {"mesh", "alignment.batch", "projection.matrix", "projection.events", "projection.sharded"},
     "train": {"models", "losses", "data", "mesh"},
     "evaluate": {"models", "losses", "data", "alignment", "tokens", "mesh"},
     "export": {"models", "tokens", "mesh"},
@@ -47,7 +48,7 @@ ALLOWED = {
 WIRING = {"__init__", "cli", "distill", "runs"}  # these may import anything
 
 # Anyone's code can use these with nothing but jax.
-JAX_ONLY = ("losses", "alignment.batch", "projection.matrix")
+JAX_ONLY = ("losses", "alignment.batch", "projection.matrix", "projection.events")
 
 
 def modules():

@@ -25,6 +25,7 @@ from xtoken_jax.losses import (
 from xtoken_jax.losses.blockwise import blockwise_loss
 from xtoken_jax.losses.config import Direction, Merge
 from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.projection.prefixes import tables_of_pieces
 
 B, T_S, T_T, C = 8, 11, 13, 9
 V_S, V_T = 13, 17  # of the tokenizers
@@ -63,6 +64,15 @@ def make_projection():
     return Projection(indices, weights, V_T)
 
 
+def make_prefixes():
+    """The student's even tokens are the teacher's 0 to 3, the odd ones begin with them; and the reverse."""
+    by_student = {
+        i: [i // 4] if i % 2 == 0 else [i // 4, *RNG.choice(V_T, i % 3).tolist()] for i in range(V_S)
+    }
+    by_teacher = {i: [4 * (i % 4)] if i < 4 else [4 * (i % 4), int(RNG.integers(V_S))] for i in range(V_T)}
+    return tables_of_pieces(by_student, by_teacher, {}, V_S, V_T)
+
+
 ALIGNMENT = make_alignment()
 PROJECTION = make_projection()
 IDENTITY = Projection(np.arange(V_S, dtype=np.int32)[:, None], np.ones((V_S, 1), np.float32), V_S)
@@ -74,6 +84,7 @@ TEACHER = (
 )
 IDS = jnp.asarray(RNG.integers(0, V_S, (B, T_S)), jnp.int32)
 TEACHER_IDS = jnp.asarray(RNG.integers(0, V_S, (B, T_T)), jnp.int32)
+PREFIXES = make_prefixes()
 TARGETS = jnp.asarray(RNG.random((B, T_S)) < 0.7).at[2].set(False)
 TEACHER_MASK = jnp.ones((B, T_T), bool).at[3, 7:].set(False)
 SCALE = 10.0  # of `total_loss`
@@ -82,6 +93,8 @@ SCALE = 10.0  # of `total_loss`
 def tables_of(kind):
     if kind is LossKind.none:
         return None
+    if kind is LossKind.prefix_kl:
+        return jax.tree.map(jnp.asarray, PREFIXES)
     projection = IDENTITY if kind is LossKind.same_vocabulary else PROJECTION
     return jax.tree.map(jnp.asarray, loss_tables(kind, projection))
 
@@ -144,6 +157,8 @@ CASES = {
     "h_kl-last": LossConfig(K.h_kl, merge=Merge.last, direction=Direction.reverse),
     "uld": LossConfig(K.uld, temperature=1.3),
     "alm": LossConfig(K.alm, likelihood_temperature=3.0),
+    "prefix_kl": LossConfig(K.prefix_kl, temperature=1.3),
+    "prefix_kl-reverse": LossConfig(K.prefix_kl, direction=Direction.reverse),
     "same_vocabulary": LossConfig(K.same_vocabulary, top_k=5, temperature=1.3),
     "same_vocabulary-all": LossConfig(K.same_vocabulary, top_k=None, direction=Direction.reverse),
     "none": LossConfig(K.none),
@@ -161,7 +176,7 @@ def test_values_and_gradients(name):
     assert np.all(np.asarray(expected[1][1])[V_S:] == 0)
 
 
-@pytest.mark.parametrize("name", ["p_kl", "gold", "alm"])
+@pytest.mark.parametrize("name", ["p_kl", "gold", "alm", "prefix_kl"])
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 200])
 def test_sizes_of_blocks(name, block):
     config = CASES[name]
@@ -183,7 +198,7 @@ def expected_of(name):
     return gradients(plain, CASES[name], tables_of(CASES[name].kind))
 
 
-@pytest.mark.parametrize("name", ["p_kl", "gold", "alm"])
+@pytest.mark.parametrize("name", ["p_kl", "gold", "alm", "prefix_kl"])
 def test_a_teacher_block_of_any_size(name):
     config = CASES[name]
     tables = tables_of(config.kind)
@@ -191,7 +206,7 @@ def test_a_teacher_block_of_any_size(name):
     assert_close(found, expected_of(name))
 
 
-@pytest.mark.parametrize("name", ["p_kl-all-last", "h_kl-first", "alm"])
+@pytest.mark.parametrize("name", ["p_kl-all-last", "h_kl-first", "alm", "prefix_kl"])
 def test_the_term_alone(name):
     """Without labels, as for a second teacher."""
     config = CASES[name]
@@ -210,7 +225,7 @@ def test_the_term_alone(name):
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["p_kl", "h_kl-last", "alm"])
+@pytest.mark.parametrize("name", ["p_kl", "h_kl-last", "alm", "prefix_kl"])
 def test_fixed_weights(name):
     config = CASES[name]
     tables = tables_of(config.kind)
@@ -252,7 +267,7 @@ def test_a_learnable_projection_gets_its_gradient():
     assert_close(slope(blockwise, block=4), expected)
 
 
-@pytest.mark.parametrize("name", ["p_kl", "gold", "alm"])
+@pytest.mark.parametrize("name", ["p_kl", "gold", "alm", "prefix_kl"])
 def test_bfloat16_is_as_exact_as_the_plain_way(name):
     """Both ways against the same numbers in float32, which is exact enough to tell."""
     config = CASES[name]
@@ -349,6 +364,8 @@ def test_what_is_missing_is_told():
         ((2, 2, 2), "p_kl"),
         ((8, 1, 1), "alm"),
         ((2, 2, 2), "alm"),
+        ((8, 1, 1), "prefix_kl"),
+        ((2, 2, 2), "prefix_kl"),
     ],
 )
 def test_sharded_equals_one_device(shape, name):
@@ -409,7 +426,7 @@ def test_no_more_rows_of_a_vocabulary_than_a_block_has(name, rows):
     assert ("16" in shapes) == (name != "alm")
 
 
-@pytest.mark.parametrize("name", ["p_kl-first", "h_kl-last", "alm"])
+@pytest.mark.parametrize("name", ["p_kl-first", "h_kl-last", "alm", "prefix_kl"])
 def test_a_large_offset_of_the_logits_costs_no_digits(name):
     """One more hidden unit, the same everywhere, moves all logits by 65536; they stay exact beside it."""
 

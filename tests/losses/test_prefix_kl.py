@@ -11,8 +11,16 @@ from reference import gradient as reference_gradient
 from reference import prefix as reference
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses import valid_chunks
-from xtoken_jax.losses.prefix_kl import prefix_kl
+from xtoken_jax.losses import (
+    LossConfig,
+    LossKind,
+    blockwise_loss,
+    masked_mean,
+    next_token_cross_entropy,
+    prefix_kl,
+    total_loss,
+    valid_chunks,
+)
 from xtoken_jax.projection.events import log_masses
 from xtoken_jax.projection.prefixes import tables_of_pieces
 
@@ -290,3 +298,41 @@ def test_masses_of_events_have_their_gradient():
         coordinates = list(np.ndindex(*logits.shape))
         by_steps = reference_gradient.differences(lambda z: float(total(np.array(z))), logits, coordinates)
     np.testing.assert_allclose([found[i] for i in coordinates], by_steps, atol=1e-8)
+
+
+@pytest.mark.parametrize(("block", "weights"), [(2, None), (3, (0.5, 2.0)), (64, (1.0, 1.0))])
+def test_blockwise_equals_plain_where_tokens_are_pieces(block, weights):
+    """Ids of real chunks, so that every kind of step is there."""
+    ids, alignment, _, _ = batch(ROWS)
+    alignment.valid[1, 2] = False
+    tables = tables_of_pieces(BY_STUDENT, BY_TEACHER, ROLES, V_S, V_T)
+    rng = np.random.default_rng(2)
+    hidden = [jnp.asarray(rng.normal(0, 1, (*i.shape, 5)), jnp.float32) for i in ids]
+    unembedding = [jnp.asarray(rng.normal(0, 1, (v + 2, 5)), jnp.float32) for v in (V_S, V_T)]
+    targets = jnp.ones(ids[0].shape, bool).at[0, 3:].set(False)
+    config = LossConfig(LossKind.prefix_kl, temperature=1.5)
+    scaling = {"max_scale": 10.0} if weights is None else {
+        "dynamic_scaling": False, "ce_weight": weights[0], "kd_weight": weights[1]
+    }  # fmt: skip
+
+    def plain(h, u):
+        logits = [jnp.einsum("btd,vd->btv", *pair) for pair in ((h, u), (hidden[1], unembedding[1]))]
+        keys = {"student_ids": ids[0], "teacher_ids": ids[1], "temperature": 1.5}
+        kd = masked_mean(prefix_kl(*logits, alignment, tables, **keys), valid_chunks(alignment))
+        ce = masked_mean(*next_token_cross_entropy(logits[0][..., :V_S], ids[0], targets))
+        return total_loss(ce, kd, **scaling)[0], (ce, kd)
+
+    def blocks(h, u):
+        found = blockwise_loss(
+            h, u, hidden[1], unembedding[1], alignment, tables, ids[0], targets, config,
+            teacher_ids=ids[1], block=block, weights=weights,
+        )  # fmt: skip
+        total = total_loss(found.ce, found.kd, **scaling)[0] if weights is None else found.total
+        return total, (found.ce, found.kd)
+
+    wanted, found = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden[0], unembedding[0])
+        for f in (plain, blocks)
+    )
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=3e-6, atol=3e-6 * float(jnp.abs(theirs).max()))

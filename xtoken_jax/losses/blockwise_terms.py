@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.blockwise_plan import Block, logits_of, rows_at
+from xtoken_jax.losses.blockwise_prefix import PrefixBatch
 from xtoken_jax.losses.chunks import Merging
 from xtoken_jax.losses.config import LossKind
 from xtoken_jax.losses.divergence import kl_terms
@@ -21,9 +23,11 @@ from xtoken_jax.losses.hybrid_kl import (
     target_of_merged,
 )
 from xtoken_jax.losses.likelihood import likelihood_kl
+from xtoken_jax.losses.prefix_kl import divergence
 from xtoken_jax.losses.projection_kl import chunk_values, highest, projected_softmax
 from xtoken_jax.losses.rank import sorted_l1
 from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax
+from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition
 
 
@@ -82,22 +86,27 @@ class Term:
     Attributes:
         teacher: of a block, what its positions add to the teacher's side of each chunk, float32 [K, m_t].
         target: of the complete sum, what the student's chunks are compared with.
-        student: (logits float32 [n, V_s] over tau, next ids [n], merging, learnt weights or None) ->
+        student: (logits float32 [n, V_s] over tau, next ids [n], the block, learnt weights or None) ->
             float32 [K, m_s].
         values: (the complete sum, target) -> float32 [K], times tau^2.
         whole_rows: whether `teacher` computes rows of V_t, so that groups must be small on its side too.
+        at_positions: (logits over tau, positions) -> float32 [n], what positions are worth by themselves,
+            times tau^2; None for nothing.
+        positions: bool [N_s], those that have such a value.
     """
 
     teacher: Callable[[Block], jax.Array]
     target: Callable[[jax.Array], Any]
-    student: Callable[[jax.Array, jax.Array, Merging, jax.Array | None], jax.Array]
+    student: Callable[[jax.Array, jax.Array, Block, jax.Array | None], jax.Array]
     values: Callable[[jax.Array, Any], jax.Array]
     whole_rows: bool
+    at_positions: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    positions: jax.Array | None = None
 
 
 def merges_of(setting: TermSetting) -> str:
     """How positions weigh in their chunk: same-vocabulary distillation compares the first ones, ALM sums."""
-    own = {LossKind.same_vocabulary: "first", LossKind.alm: "sum"}
+    own = {LossKind.same_vocabulary: "first", LossKind.prefix_kl: "first", LossKind.alm: "sum"}
     return own.get(setting.kind, setting.merge)
 
 
@@ -106,8 +115,20 @@ def temperature_of(setting: TermSetting) -> float:
     return 1.0 if setting.kind is LossKind.alm else setting.temperature
 
 
-def make_term(setting: TermSetting, tables: Any, teacher: TeacherRows) -> Term:
-    """The term of one batch; for P-KL it looks at all of the teacher's positions to choose columns."""
+def make_term(
+    setting: TermSetting,
+    tables: Any,
+    teacher: TeacherRows,
+    alignment: Alignment,
+    student_ids: jax.Array,
+    teacher_ids: jax.Array | None,
+) -> Term:
+    """The term of one batch.
+
+    P-KL looks at all of the teacher's positions to choose columns, prefix KL at those within chunks.
+    """
+    if setting.kind is LossKind.prefix_kl:
+        return _prefix(setting, tables, teacher, alignment, student_ids, cast(jax.Array, teacher_ids))
     if setting.kind is LossKind.p_kl:
         return _p_kl(setting, tables, teacher)
     if setting.kind in (LossKind.gold, LossKind.h_kl):
@@ -133,10 +154,10 @@ def _p_kl(setting: TermSetting, projection: Any, teacher: TeacherRows) -> Term:
         return merged + block.merging.other_tokens(actual)[:, None]
 
     def of_student(
-        logits: jax.Array, next_ids: jax.Array, merging: Merging, learnt: jax.Array | None
+        logits: jax.Array, next_ids: jax.Array, block: Block, learnt: jax.Array | None
     ) -> jax.Array:
         own = projection if learnt is None else replace(cast(LearnableProjection, projection), logits=learnt)
-        return merging.merge(projected_softmax(logits, own, columns, teacher.size))
+        return block.merging.merge(projected_softmax(logits, own, columns, teacher.size))
 
     return Term(
         teacher=of_teacher,
@@ -160,7 +181,7 @@ def _hybrid(setting: TermSetting, partition: Partition, teacher: TeacherRows) ->
     return Term(
         teacher=lambda block: _merged(teacher, block, tau, by_token),
         target=lambda merged: target_of_merged(merged, partition, setting.uncommon_top_k),
-        student=lambda z, ids, merging, _: merged_log_softmax(z, ids if by_token else None, merging),
+        student=lambda z, ids, block, _: merged_log_softmax(z, ids if by_token else None, block.merging),
         values=values,
         whole_rows=True,
     )
@@ -171,7 +192,7 @@ def _uld(setting: TermSetting, teacher: TeacherRows) -> Term:
     return Term(
         teacher=lambda block: _merged(teacher, block, tau, False),
         target=jnp.exp,
-        student=lambda z, ids, merging, _: merged_log_softmax(z, None, merging),
+        student=lambda z, ids, block, _: merged_log_softmax(z, None, block.merging),
         values=lambda merged, target: sorted_l1(jnp.exp(merged), target) * tau**2,
         whole_rows=True,
     )
@@ -191,9 +212,35 @@ def _alm(setting: TermSetting, teacher: TeacherRows) -> Term:
     return Term(
         teacher=of_teacher,
         target=lambda merged: merged,
-        student=lambda z, ids, merging, _: summed(z, ids, merging),
+        student=lambda z, ids, block, _: summed(z, ids, block.merging),
         values=lambda m, t: likelihood_kl(m[:, 0], t[:, 0], setting.likelihood_temperature),
         whole_rows=True,
+    )
+
+
+def _prefix(
+    setting: TermSetting,
+    tables: PrefixTables,
+    teacher: TeacherRows,
+    alignment: Alignment,
+    student_ids: jax.Array,
+    teacher_ids: jax.Array,
+) -> Term:
+    tau, direction, beta = setting.temperature, setting.direction, setting.beta
+    batch = PrefixBatch.of(alignment, tables, student_ids, teacher_ids, teacher.logits, tau, teacher.block)
+
+    def of_teacher(block: Block) -> jax.Array:
+        logits = teacher.logits(block.positions, tau)
+        return block.merging.merge(batch.teacher_events(logits, block.positions))
+
+    return Term(
+        teacher=of_teacher,
+        target=lambda merged: merged,
+        student=lambda z, _, block, __: block.merging.merge(batch.student_events(z, block.positions)),
+        values=lambda m, t: divergence(t, m, direction, beta) * tau**2,
+        whole_rows=True,
+        at_positions=lambda z, positions: batch.steps(z, positions, direction, beta) * tau**2,
+        positions=batch.by_student.size > 0,
     )
 
 
@@ -202,10 +249,10 @@ def _same_vocabulary(setting: TermSetting, teacher: TeacherRows) -> Term:
     chosen = _choose(teacher, tau, sys.maxsize if setting.top_k is None else setting.top_k)
 
     def of_student(
-        logits: jax.Array, next_ids: jax.Array, merging: Merging, learnt: jax.Array | None
+        logits: jax.Array, next_ids: jax.Array, block: Block, learnt: jax.Array | None
     ) -> jax.Array:
         logits = logits if chosen.columns is None else logits[:, chosen.columns]
-        return merged_log_softmax(logits, None, merging)
+        return merged_log_softmax(logits, None, block.merging)
 
     return Term(
         teacher=lambda block: merged_log_softmax(chosen.logits(block.positions), None, block.merging),

@@ -134,6 +134,7 @@ def _local(
     )
     sums = _Sums(jnp.float32(0), jnp.float32(0), None if slopes is None else nothing)
     place = jnp.int32(0)
+    term, also = None, inputs.labelled
     if setting.term is None or inputs.alignment is None or inputs.alignment.valid.shape[1] == 0:
         side = Side.of(
             jnp.full_like(inputs.student_ids, -1),
@@ -142,14 +143,19 @@ def _local(
             "mean",
         )
     else:
-        teacher = _teacher_rows(setting, inputs)
+        term = make_term(
+            setting.term, inputs.tables, _teacher_rows(setting, inputs), inputs.alignment, inputs.student_ids,
+            inputs.teacher_ids,
+        )  # fmt: skip
+        if term.positions is not None:
+            more = term.positions.reshape(inputs.student_ids.shape)
+            also = more if also is None else also | more
         merge = merges_of(setting.term)
-        groups = Groups.of(inputs.alignment, inputs.labelled, merge, merge)
-        term = make_term(setting.term, inputs.tables, teacher)
+        groups = Groups.of(inputs.alignment, also, merge, merge)
         place, sums = _over_groups(student, groups, term, learnt, sums)
         side = groups.student
-    if inputs.labelled is not None:
-        sums = _over_rest(student, side, place, sums)
+    if also is not None:
+        sums = _over_rest(student, side, term, place, sums)
     if setting.axes:
         ce, kd = jax.lax.psum((sums.ce, sums.kd), setting.axes)
         sums = _Sums(ce, kd, sums.gradient)
@@ -215,6 +221,19 @@ class _Student(NamedTuple):
             weights != 0, weights * (jnp.exp(centred(logits) - normalizer[:, None]) - label), 0.0
         )
 
+    def by_position(
+        self, term: Term | None, logits: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array | float]]:
+        """What the term has by position as a share of its mean; and its slope by logits for one of that."""
+        if term is None or term.at_positions is None or self.setting.term is None:
+            return jnp.float32(0), lambda _: 0.0
+        at_positions, tau = term.at_positions, temperature_of(self.setting.term)
+        count = jnp.maximum(self.inputs.kd_count, 1.0)
+        value, pull = _vjp(
+            self.slopes is not None, lambda z: at_positions(z / tau, positions).sum() / count, logits
+        )
+        return value, lambda slope: pull(slope)[0]
+
     def add(self, gradient: Gradient, slope: jax.Array, rows: jax.Array, positions: jax.Array) -> Gradient:
         """With a block's share, from its slope by the logits [n, V_s]."""
         slope = jnp.pad(slope, ((0, 0), (0, len(self.unembedding) - slope.shape[1])))
@@ -222,20 +241,21 @@ class _Student(NamedTuple):
         return Gradient(by_rows, add_outer(gradient.unembedding, slope, rows), gradient.learnt)
 
 
-def _over_rest(student: _Student, side: Side, place: jax.Array, sums: _Sums) -> _Sums:
-    """Cross-entropy of the positions from `place` on, which have no chunk."""
-    size = student.setting.block
+def _over_rest(student: _Student, side: Side, term: Term | None, place: jax.Array, sums: _Sums) -> _Sums:
+    """Cross-entropy, and what the term has by position, of those from `place` on, which have no chunk."""
+    size, slopes = student.setting.block, student.slopes
 
     def one(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
         place, sums = carry
         positions = side.block(place, side.wanted, size, jnp.int32(0), 1).positions
         rows, logits, next_ids = student.block(positions)
         ce, normalizer, weights = student.cross_entropy(logits, next_ids, positions)
+        kd, pull = student.by_position(term, logits, positions)
         gradient = sums.gradient
-        if gradient is not None and student.slopes is not None:
-            slope = student.ce_slope(logits, next_ids, normalizer, student.slopes[0] * weights)
+        if gradient is not None and slopes is not None:
+            slope = student.ce_slope(logits, next_ids, normalizer, slopes[0] * weights) + pull(slopes[1])
             gradient = student.add(gradient, slope, rows, positions)
-        return place + size, _Sums(sums.ce + ce, sums.kd, gradient)
+        return place + size, _Sums(sums.ce + ce, sums.kd + kd, gradient)
 
     return jax.lax.while_loop(lambda carry: carry[0] < side.wanted, one, (place, sums))[1]
 
@@ -285,7 +305,7 @@ def _over_groups(
         tau = temperature_of(setting.term) if setting.term is not None else 1.0
 
         def merge(logits: jax.Array, learnt: jax.Array | None) -> jax.Array:
-            return term.student(logits / tau, next_ids, block.merging, learnt)
+            return term.student(logits / tau, next_ids, block, learnt)
 
         merged, pull = _vjp(slopes is not None, merge, logits, learnt)
         part = merged[0] + jnp.where(state.place == begin, 0.0, state.part)
@@ -299,16 +319,18 @@ def _over_groups(
         kd = jnp.where(finished, values, 0.0).sum() / kd_count
         ce, normalizer, weights = student.cross_entropy(logits, next_ids, block.positions)
         weights = jnp.where(counts, weights, 0.0)
+        more, pull_more = student.by_position(term, logits, block.positions)
+        kd = kd + jnp.where(counts, more, 0.0)
 
         gradient = state.sums.gradient
         if gradient is not None and slopes is not None:
             kd_slope, by_learnt = pull(*pull_values(jnp.where(compared, slopes[1] / kd_count, 0.0)))
             ce_slope = student.ce_slope(logits, next_ids, normalizer, slopes[0] * weights)
-            slope = ce_slope + jnp.where(counts, kd_slope, 0.0)
+            slope = ce_slope + jnp.where(counts, kd_slope + pull_more(slopes[1]), 0.0)
             gradient = student.add(gradient, slope, rows, block.positions)
             if gradient.learnt is not None:
-                more = gradient.learnt + jnp.where(counts, by_learnt, 0.0)
-                gradient = gradient._replace(learnt=more)
+                learnt_slope = gradient.learnt + jnp.where(counts, by_learnt, 0.0)
+                gradient = gradient._replace(learnt=learnt_slope)
 
         done = ~long | (state.again & complete)
         turn = long & ~state.again & complete
@@ -321,10 +343,10 @@ def _over_groups(
         )
 
     part = jax.eval_shape(
-        lambda z, i, m, w: term.student(z, i, m, w)[0],
+        lambda z, i, b, w: term.student(z, i, b, w)[0],
         jax.ShapeDtypeStruct((size, setting.student_size), jnp.float32),
         jax.ShapeDtypeStruct((size,), jnp.int32),
-        side.block(jnp.int32(0), jnp.int32(0), size, jnp.int32(0), chunks).merging,
+        side.block(jnp.int32(0), jnp.int32(0), size, jnp.int32(0), chunks),
         learnt,
     )
     start = _State(jnp.int32(0), jnp.int32(0), jnp.zeros((), bool), jnp.zeros(part.shape, part.dtype), sums)

@@ -14,7 +14,8 @@ class LossKind(Enum):
     """The distillation term; "auto" leaves the choice to the audit, "none" trains without a teacher.
 
     `uld` (Universal Logit Distillation) is `rank_l1`; `alm` (approximate likelihood matching) is
-    `likelihood_matching`; `same_vocabulary` is for a teacher that shares
+    `likelihood_matching`; `prefix_kl` compares the same events on both sides; `same_vocabulary` is for a
+    teacher that shares
     the student's tokenizer.
     """
 
@@ -24,6 +25,7 @@ class LossKind(Enum):
     gold = "gold"
     uld = "uld"
     alm = "alm"
+    prefix_kl = "prefix_kl"
     same_vocabulary = "same_vocabulary"
     none = "none"
 
@@ -50,7 +52,7 @@ class LossConfig:
     """The objective.
 
     Attributes:
-        kind: auto, p_kl, h_kl, gold, uld, alm, same_vocabulary or none.
+        kind: auto, p_kl, h_kl, gold, uld, alm, prefix_kl, same_vocabulary or none.
         temperature: tau > 0, on both sides; the term is multiplied by tau^2. Not for ALM.
         likelihood_temperature: tau > 0 of ALM, which takes the root of its chunks' probabilities. Term and
             gradient are about tau times smaller than those of other kinds, for max_scale or kd_weight
@@ -108,7 +110,7 @@ class LossConfig:
     @property
     def needs_ids(self) -> bool:
         """Whether the term reads which token came at a position, and so the ids of both sides."""
-        return self.kind is LossKind.alm or self.merge in (Merge.first, Merge.last)
+        return self.kind in (LossKind.alm, LossKind.prefix_kl) or self.merge in (Merge.first, Merge.last)
 
     def _validate_combinations(self) -> None:
         kinds = _CHOICES.get(self.kind, (self.kind,))
@@ -233,11 +235,11 @@ _CHOICES = {LossKind.auto: (LossKind.p_kl, LossKind.h_kl)}
 _HYBRID = (LossKind.gold, LossKind.h_kl)
 # Settings of only some of the terms. The others in LossConfig are for all.
 _READ_BY = {
-    "temperature": (LossKind.p_kl, *_HYBRID, LossKind.uld, LossKind.same_vocabulary),
+    "temperature": (LossKind.p_kl, *_HYBRID, LossKind.uld, LossKind.prefix_kl, LossKind.same_vocabulary),
     "likelihood_temperature": (LossKind.alm,),
     "top_k": (LossKind.p_kl, LossKind.same_vocabulary),
     "uncommon_top_k": _HYBRID,
-    "direction": (LossKind.p_kl, *_HYBRID, LossKind.same_vocabulary),
+    "direction": (LossKind.p_kl, *_HYBRID, LossKind.prefix_kl, LossKind.same_vocabulary),
     "common_weight": _HYBRID,
     "uncommon_weight": _HYBRID,
 }
@@ -247,5 +249,6 @@ _MERGES = {
     LossKind.h_kl: (Merge.mean, Merge.first, Merge.last),
     LossKind.uld: (Merge.mean,),
     LossKind.alm: (Merge.mean,),  # it sums, whatever the merge
+    LossKind.prefix_kl: (Merge.mean,),  # it has no merge: events are compared where they happen
     LossKind.same_vocabulary: (Merge.mean,),
 }

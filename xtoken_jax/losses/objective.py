@@ -15,9 +15,11 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.losses.config import Direction, LossConfig, LossKind, Merge
 from xtoken_jax.losses.hybrid_kl import hybrid_kl
 from xtoken_jax.losses.likelihood import likelihood_matching
+from xtoken_jax.losses.prefix_kl import prefix_kl
 from xtoken_jax.losses.projection_kl import projection_kl
 from xtoken_jax.losses.rank import rank_l1
 from xtoken_jax.losses.same_vocabulary import same_vocabulary_kl_by_chunk
+from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection, SplitProjection
 
 __all__ = [
@@ -45,8 +47,8 @@ class VocabularySizes:
     teacher: int | None = field(metadata={"static": True})
 
 
-# What the distillation term reads beside logits: W, the partition made from it, or sizes.
-LossTables = SplitProjection | LearnableProjection | Partition | VocabularySizes
+# What the distillation term reads beside logits: W, the partition made from it, events, or sizes.
+LossTables = SplitProjection | LearnableProjection | Partition | PrefixTables | VocabularySizes
 
 
 class DistillationLoss(Protocol):
@@ -68,7 +70,7 @@ class DistillationLoss(Protocol):
 def distillation_loss(config: LossConfig) -> DistillationLoss:
     """The chosen term: (student_logits, teacher_logits, alignment, tables, teacher_mask) -> [B, C].
 
-    Merges "first" and "last", and ALM, also read student_ids [B, T_s] and teacher_ids [B, T_t].
+    Merges "first" and "last", ALM and prefix KL also read student_ids [B, T_s] and teacher_ids [B, T_t].
 
     Raises:
         UserError: settings that the kind does not go with.
@@ -119,6 +121,19 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
                 common_weight=config.common_weight,
                 uncommon_weight=config.uncommon_weight,
             )
+        if kind is LossKind.prefix_kl:
+            if student_ids is None or teacher_ids is None:
+                raise ValueError("prefix_kl needs student_ids and teacher_ids")
+            return prefix_kl(
+                *logits,
+                alignment,
+                cast(PrefixTables, tables),
+                student_ids=student_ids,
+                teacher_ids=teacher_ids,
+                temperature=tau,
+                direction=direction,
+                beta=beta,
+            )
         sizes = cast(VocabularySizes, tables)
         if kind is LossKind.uld:
             return rank_l1(
@@ -153,10 +168,15 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
 def loss_tables(kind: LossKind, projection: Projection | LearnableProjection) -> LossTables:
     """What `distillation_loss` of this kind reads (host): W split for speed, a partition, or sizes.
 
+    Not for prefix_kl, whose tables are made of the tokenizers: `projection.prefixes.prefix_tables`.
+
     Raises:
+        ValueError: prefix_kl.
         UserError: a learnable W for another kind than P-KL, or a teacher of another tokenizer for
             same_vocabulary.
     """
+    if kind is LossKind.prefix_kl:
+        raise ValueError("prefix_kl reads the tables of projection.prefixes.prefix_tables(pair), not W")
     if isinstance(projection, LearnableProjection):
         if kind is not LossKind.p_kl:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -115,7 +116,9 @@ def divergence(teacher: jax.Array, student: jax.Array, direction: str, beta: flo
     return kl_terms(teacher, student, direction, beta=beta).sum(-1)
 
 
-class Steps(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Steps:
     """After each token of the side with several: which run of the other side's tokens is still possible.
 
     Attributes:
@@ -132,7 +135,13 @@ class Steps(NamedTuple):
     begin: jax.Array
     size: jax.Array
     depth: jax.Array
-    chunk_count: int
+    chunk_count: int = field(metadata={"static": True})
+
+    def at(self, positions: jax.Array) -> Steps:
+        """Those after some of the tokens, int32 [n]; size 0 for positions past the end."""
+        start, begin, depth = (x.at[positions].get(mode="clip") for x in (self.start, self.begin, self.depth))
+        size = self.size.at[positions].get(mode="fill", fill_value=0)
+        return replace(self, start=start, begin=begin, size=size, depth=depth)
 
     def by_chunk(self, values: jax.Array) -> jax.Array:
         """float [B T] -> [B, C]: the sum over each chunk's tokens."""
@@ -147,6 +156,7 @@ class PrefixPlan(NamedTuple):
     Attributes:
         counted: bool [B, C], chunks that have a value.
         student_start, teacher_start: int32 [B C], positions that predict their first tokens.
+        student_number, teacher_number: int32 [B, C], how many tokens they have.
         by_teacher: steps along the teacher's tokens of chunks with one student token.
         by_student: steps along the student's tokens of chunks with one teacher token.
     """
@@ -154,6 +164,8 @@ class PrefixPlan(NamedTuple):
     counted: jax.Array
     student_start: jax.Array
     teacher_start: jax.Array
+    student_number: jax.Array
+    teacher_number: jax.Array
     by_teacher: Steps
     by_student: Steps
 
@@ -171,6 +183,8 @@ class PrefixPlan(NamedTuple):
             counted,
             student.start().reshape(-1),
             teacher.start().reshape(-1),
+            student.number,
+            teacher.number,
             _steps(student, teacher, tables.student_pieces, counted),
             _steps(teacher, student, tables.teacher_pieces, counted),
         )
@@ -235,13 +249,13 @@ class Slots(NamedTuple):
     Attributes:
         tokens: int32 [N, L], of the side with one token.
         pieces: int32 [N, L], of the side with several, the next one; -1 for the end.
-        group: int32 [N, L], the number of the group from 0; L where the run is over.
+        inside: bool [N, L], slots of the run.
         leads: bool [N, L], the first of its group.
     """
 
     tokens: jax.Array
     pieces: jax.Array
-    group: jax.Array
+    inside: jax.Array
     leads: jax.Array
 
     @classmethod
@@ -255,8 +269,7 @@ class Slots(NamedTuple):
         pieces = jnp.where(inside, pieces, -1)
         other = pieces[:, 1:] != pieces[:, :-1]
         leads = inside & jnp.concatenate([jnp.ones_like(inside[:, :1]), other], axis=1)
-        group = jnp.where(inside, jnp.cumsum(leads, axis=1, dtype=jnp.int32) - 1, table.longest)
-        return cls(tokens, pieces, group, leads)
+        return cls(tokens, pieces, inside, leads)
 
     def within(self, logits: jax.Array, start: jax.Array) -> jax.Array:
         """The side with one token: logarithms of the masses of the groups.
@@ -268,8 +281,8 @@ class Slots(NamedTuple):
         Returns:
             float32 [N, L], -inf but for the first of a group.
         """
-        values = jnp.where(self.group < self.group.shape[1], logits[start[:, None], self.tokens], -jnp.inf)
-        return jnp.where(self.leads, _by_group(values, self.group), -jnp.inf)
+        values = jnp.where(self.inside, logits[start[:, None], self.tokens], -jnp.inf)
+        return jnp.where(self.leads, _group_sums(values, self.leads), -jnp.inf)
 
     def after(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The side with several tokens: logarithms of the masses of the next piece, or of any other token.
@@ -281,13 +294,19 @@ class Slots(NamedTuple):
             float32 [N, L], -inf but for the first of a group; and the logits [N, V_2] with -inf for the
             pieces, which are what is left when the token has ended.
         """
-        next_piece = self.leads & (self.pieces >= 0)
-        end = self.leads & (self.pieces < 0)
-        columns = jnp.where(next_piece, self.pieces, logits.shape[1])
         rows = jnp.arange(len(logits), dtype=jnp.int32)[:, None]
-        values = logits.at[rows, columns].get(mode="fill", fill_value=-jnp.inf)
-        rest = logits.at[rows, columns].set(-jnp.inf, mode="drop")
+        values = logits.at[rows, self._columns(logits)].get(mode="fill", fill_value=-jnp.inf)
+        rest = self.rest(logits)
+        end = self.leads & (self.pieces < 0)
         return jnp.where(end, _log_sum(rest)[:, None], values), rest
+
+    def rest(self, logits: jax.Array) -> jax.Array:
+        """The second result of `after` alone."""
+        rows = jnp.arange(len(logits), dtype=jnp.int32)[:, None]
+        return logits.at[rows, self._columns(logits)].set(-jnp.inf, mode="drop")
+
+    def _columns(self, logits: jax.Array) -> jax.Array:
+        return jnp.where(self.leads & (self.pieces >= 0), self.pieces, logits.shape[1])
 
 
 def _log_sum(values: jax.Array) -> jax.Array:
@@ -305,16 +324,30 @@ def _normalized(values: jax.Array, both: jax.Array) -> jax.Array:
     return jnp.where(both, values - jnp.where(total > -jnp.inf, total, 0.0), -jnp.inf)
 
 
-def _by_group(values: jax.Array, group: jax.Array) -> jax.Array:
-    """log sum exp of each group, at every slot of it: [N, L] -> [N, L]."""
-    count = values.shape[1] + 1
+@jax.custom_vjp
+def _group_sums(values: jax.Array, leads: jax.Array) -> jax.Array:
+    """log sum exp of each group, at its first slot: [N, L] -> [N, L], of no meaning at the others."""
+    return _group_sums_forward(values, leads)[0]
 
-    def one(values: jax.Array, group: jax.Array) -> jax.Array:
-        highest = jax.ops.segment_max(jax.lax.stop_gradient(values), group, count, indices_are_sorted=True)
-        highest = jnp.where(highest > -jnp.inf, highest, 0.0)
-        sums = jax.ops.segment_sum(jnp.exp(values - highest[group]), group, count, indices_are_sorted=True)
-        found = sums > 0
-        logs = jnp.where(found, jnp.log(jnp.where(found, sums, 1.0)) + highest, -jnp.inf)
-        return logs[group]
 
-    return jax.vmap(one)(values, group)
+def _group_sums_forward(values: jax.Array, leads: jax.Array) -> tuple[jax.Array, tuple]:
+    # Groups are runs. From the right, a sum starts again behind the first slot of the group before.
+    last = jnp.concatenate([leads[:, 1:], jnp.ones_like(leads[:, :1])], axis=1)
+
+    def join(right: tuple, left: tuple) -> tuple:
+        return jnp.where(left[1], left[0], jnp.logaddexp(right[0], left[0])), left[1] | right[1]
+
+    sums, _ = jax.lax.associative_scan(join, (values, last), reverse=True, axis=1)
+    return sums, (values, leads, sums)
+
+
+def _group_sums_backward(residuals: tuple, gradient: jax.Array) -> tuple:
+    values, leads, sums = residuals
+    places = jax.lax.broadcasted_iota(jnp.int32, leads.shape, 1)
+    first = jax.lax.cummax(jnp.where(leads, places, 0), axis=1)
+    gradient, sums = (jnp.take_along_axis(x, first, axis=1) for x in (jnp.where(leads, gradient, 0.0), sums))
+    share = jnp.where((values > -jnp.inf) & (gradient != 0), values - sums, -jnp.inf)
+    return gradient * jnp.exp(share), None
+
+
+_group_sums.defvjp(_group_sums_forward, _group_sums_backward)
