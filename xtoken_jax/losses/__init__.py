@@ -33,6 +33,7 @@ from xtoken_jax.losses.vocab_parallel import (
     vocab_parallel_hybrid_kl,
     vocab_parallel_hybrid_terms,
     vocab_parallel_likelihood_matching,
+    vocab_parallel_prefix_kl,
     vocab_parallel_projection_kl,
 )
 
@@ -68,5 +69,6 @@ __all__ = [
     "vocab_parallel_hybrid_kl",
     "vocab_parallel_hybrid_terms",
     "vocab_parallel_likelihood_matching",
+    "vocab_parallel_prefix_kl",
     "vocab_parallel_projection_kl",
 ]

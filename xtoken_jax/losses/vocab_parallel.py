@@ -1,6 +1,6 @@
-"""P-KL, GOLD, H-KL, ALM and cross-entropy of logits whose vocabulary is split over a mesh axis.
+"""P-KL, GOLD, H-KL, ALM, prefix KL and cross-entropy of logits whose vocabulary is split over a mesh axis.
 
-The values and gradients of `projection_kl`, `hybrid_kl`, `likelihood_matching` and
+The values and gradients of `projection_kl`, `hybrid_kl`, `likelihood_matching`, `prefix_kl` and
 `next_token_cross_entropy`, for a model whose unembedding is split: no device ever holds the whole
 vocabulary of its rows.
 
@@ -15,6 +15,9 @@ of them; the gradient at the columns is gathered. 3 k numbers, against the V_s +
 GOLD and H-KL: an all-to-all makes a block of chunks with 1/n of the vocabularies into 1/n of the chunks
 with the vocabularies whole, there the plain loss is taken, and its slope goes back the same way:
 (2 V_s + V_t) / n numbers.
+
+Prefix KL: the same for its events; and for every token inside a chunk after which something is compared,
+3 L numbers, L the most tokens that begin alike.
 
 N is a device's own positions, n the devices on the vocabulary's axis.
 """
@@ -34,9 +37,11 @@ from xtoken_jax.losses.hybrid_kl import HybridTerms
 from xtoken_jax.losses.likelihood import matched_chunks
 from xtoken_jax.losses.vocab_hybrid_kl import HybridSetting, hybrid
 from xtoken_jax.losses.vocab_likelihood import next_token_log_softmax
+from xtoken_jax.losses.vocab_prefix_kl import PrefixRows, PrefixSetting, prefix
 from xtoken_jax.losses.vocab_projection_kl import ProjectionSetting, p_kl
 from xtoken_jax.losses.vocab_shards import Layout, Rows
 from xtoken_jax.mesh import BATCH
+from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection
 from xtoken_jax.projection.sharded import ShardedProjection
 
@@ -231,6 +236,65 @@ def vocab_parallel_likelihood_matching(
     student = log_p(student_logits, student_ids, student_size)
     teacher = log_p(jax.lax.stop_gradient(teacher_logits), teacher_ids, teacher_size)
     return matched_chunks(student, teacher, alignment, likelihood_temperature)
+
+
+def vocab_parallel_prefix_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alignment: Alignment,
+    tables: PrefixTables,
+    *,
+    student_ids: jax.Array,
+    teacher_ids: jax.Array,
+    mesh: Mesh,
+    axis: str = "tensor",
+    data_axes: tuple[str, ...] = BATCH,
+    block: int = 64,
+    temperature: float = 1.0,
+    direction: str = "forward",
+    beta: float = 0.5,
+) -> jax.Array:
+    """`prefix_kl` over a split vocabulary.
+
+    Args:
+        student_logits, teacher_logits, alignment, mesh: as in `vocab_parallel_projection_kl`.
+        tables: of `projection.prefixes.prefix_tables`, whole on every device.
+        student_ids, teacher_ids: int32 [B, T_s], [B, T_t], rows over `data_axes`.
+        block: chunks of a device's rows that are exchanged at once, and tokens inside chunks, rounded up
+            to a multiple of the axis's n devices. A device then holds block / n chunks with all of V_s
+            and V_t.
+        temperature, direction, beta: as in `prefix_kl`.
+
+    Returns:
+        float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
+
+    Raises:
+        ValueError: as `prefix_kl`, or rows that the data axes do not divide.
+
+    Example:
+        That of `prefix_kl` with other models, on as many devices as there are.
+
+        >>> import numpy as np
+        >>> from xtoken_jax.mesh import MeshConfig, make_mesh
+        >>> from xtoken_jax.projection.prefixes import tables_of_pieces
+        >>> tables = tables_of_pieces({0: [0], 1: [1], 2: [0, 1]}, {0: [0], 1: [1]}, {}, 3, 2)
+        >>> student = jnp.log(jnp.array([[[0.4, 0.2, 0.4], [1.0, 1.0, 1.0]]]))
+        >>> teacher = jnp.log(jnp.array([[[0.5, 0.5], [0.5, 0.5], [0.9, 0.1]]]))
+        >>> ids = np.array([[-1, 0]]), np.array([[-1, 0, 0]])
+        >>> alignment = Alignment(*ids, jnp.ones((1, 1), bool))
+        >>> tokens = dict(student_ids=np.array([[1, 2]]), teacher_ids=np.array([[1, 0, 1]]))
+        >>> mesh = make_mesh(MeshConfig(data=1, tensor=jax.device_count()))
+        >>> loss = jax.jit(partial(vocab_parallel_prefix_kl, mesh=mesh))
+        >>> value = loss(student, teacher, alignment, tables, **tokens)
+        >>> print(f"{value.item():.4f}")  # 0.5 log(0.5 / 0.8) + 0.5 log(0.5 / 0.2)
+        0.2231
+    """
+    layout = Layout(mesh, axis, tuple(data_axes))
+    student, teacher = layout.padded(student_logits), layout.padded(teacher_logits)
+    rows = PrefixRows(alignment, jnp.asarray(student_ids), jnp.asarray(teacher_ids))
+    setting = PrefixSetting(layout, direction, beta, temperature, block)
+    values = prefix(setting, student, jax.lax.stop_gradient(teacher), rows, tables)
+    return values * temperature**2
 
 
 def vocab_parallel_cross_entropy(
