@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from xtoken_jax.projection.cache import cached_projection
     from xtoken_jax.projection.files import load_projection, save_projection
     from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection
+    from xtoken_jax.projection.prefixes import prefix_tables
     from xtoken_jax.projection.sharded import shard_projection
     from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
@@ -48,6 +49,7 @@ _MODULES = {
     "load_projection": "projection.files",
     "losses": "losses",
     "pack": "alignment.rows",
+    "prefix_tables": "projection.prefixes",
     "save_projection": "projection.files",
     "shard_projection": "projection.sharded",
     "token_rows": "alignment.align",
@@ -74,6 +76,7 @@ __all__ = [
     "load_projection",
     "losses",
     "pack",
+    "prefix_tables",
     "save_projection",
     "shard_projection",
     "token_rows",

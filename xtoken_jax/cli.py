@@ -23,7 +23,7 @@ arguments are key=value pairs:
 
   experiment=quickstart       an embedded run of minutes, on the CPU, without any download
   experiment=smollm2          SmolLM2-135M into a Llama 3.1 student (see experiments/smollm2)
-  loss=p_kl | h_kl | gold | alm | none  instead of the audit's choice
+  loss=p_kl | h_kl | prefix_kl | none  instead of the audit's choice
   student.path=DIR teacher.path=DIR    your own Hugging Face folders
   data.train.text.path=FILE.jsonl      your own text
   train.steps=1000 optimizer.learning_rate=1e-4 data.batch_size=16 run_dir=runs/mine

@@ -31,6 +31,7 @@ from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.files import load_projection
+from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
 from xtoken_jax.runs import claim
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
@@ -178,6 +179,14 @@ def _load_teacher(
         return kind, None
     _name(console, "teacher", pair.teacher)
     model, params = open_model(experiment.teacher, pair.teacher.size, mesh=mesh, key=jax.random.key(0))
+    if kind is LossKind.prefix_kl:
+        if experiment.projection is not None:
+            raise UserError(
+                f"projection={experiment.projection}: loss.kind=prefix_kl reads no W; its events are made of "
+                "the two tokenizers"
+            )
+        console.print(f"loss     {kind.value}: as configured")
+        return kind, _Teacher(model, params, jax.device_put(prefix_tables(pair), replicated(mesh)))
     if experiment.projection is None:
         projection = cached_projection(pair)
     else:

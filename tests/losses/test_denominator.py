@@ -27,6 +27,7 @@ from xtoken_jax.losses import (
 )
 from xtoken_jax.losses.config import Direction, Merge
 from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.projection.prefixes import tables_of_pieces
 
 B, T, V_S, V_T, C = 8, 7, 11, 14, 9
 RNG = np.random.default_rng(6)
@@ -70,6 +71,11 @@ def some_batch(teacher_width):
 PROJECTION = some_projection()
 IDENTITY = Projection(np.arange(V_S, dtype=np.int32)[:, None], np.ones((V_S, 1), np.float32), V_S)
 TWO, ONE = some_batch(V_T), some_batch(V_S)
+# Even tokens of the student are teacher tokens, odd ones begin with them.
+PREFIXES = tables_of_pieces(
+    {i: [i // 2] if i % 2 == 0 else [i // 2, i] for i in range(V_S)}, {i: [2 * i] for i in range(V_S // 2)},
+    {}, V_S, V_T,
+)  # fmt: skip
 JSD = Direction.jsd
 TERMS = {
     "p_kl": LossConfig(LossKind.p_kl, temperature=2.0),
@@ -79,6 +85,7 @@ TERMS = {
     "gold last": LossConfig(LossKind.gold, merge=Merge.last, common_weight=None, uncommon_weight=None),
     "uld": LossConfig(LossKind.uld),
     "alm": LossConfig(LossKind.alm, likelihood_temperature=5.0),
+    "prefix_kl": LossConfig(LossKind.prefix_kl, temperature=1.3),
     "same_vocabulary by chunk": LossConfig(LossKind.same_vocabulary),
     "same_vocabulary": None,
     "ce": None,
@@ -96,7 +103,10 @@ def values_of(name, batch):
     if name == "same_vocabulary":
         return same_vocabulary_kl(batch["student"], batch["teacher"], batch["mask"], temperature=2.0)
     config = TERMS[name]
-    tables = loss_tables(config.kind, IDENTITY if "same_vocabulary" in name else PROJECTION)
+    if config.kind is LossKind.prefix_kl:
+        tables = PREFIXES
+    else:
+        tables = loss_tables(config.kind, IDENTITY if "same_vocabulary" in name else PROJECTION)
     alignment = Alignment(*(batch[n] for n in ("student_chunks", "teacher_chunks", "valid")))
     ids = {n: batch[n] for n in ("student_ids", "teacher_ids")}
     values = distillation_loss(config)(batch["student"], batch["teacher"], alignment, tables, None, **ids)

@@ -17,6 +17,7 @@ from xtoken_jax.losses import (
     likelihood_matching,
     masked_mean,
     next_token_cross_entropy,
+    prefix_kl,
     projection_kl,
     rank_l1,
     same_vocabulary_kl,
@@ -24,6 +25,7 @@ from xtoken_jax.losses import (
     valid_chunks,
 )
 from xtoken_jax.projection.matrix import Partition, Projection
+from xtoken_jax.projection.prefixes import tables_of_pieces
 
 B, T, V_S, V_T = 8, 6, 11, 14
 
@@ -235,6 +237,11 @@ def test_projection_kl_can_push_an_uncommon_student_token_up(merge):
         assert common(student, teacher)[0, 0, numeral] > 0
 
 
+# Even tokens of the student are teacher tokens, odd ones begin with them.
+PREFIXES = tables_of_pieces(
+    {i: [i // 2] if i % 2 == 0 else [i // 2, i] for i in range(V_S)}, {i: [2 * i] for i in range(V_S // 2)},
+    {}, V_S, V_T,
+)  # fmt: skip
 IN_FLOAT64 = {
     "p_kl": lambda s, t, a, w, ids, merge: projection_kl(s, t, a, w, merge=merge, top_k=9, **ids),
     "p_kl split": lambda s, t, a, w, ids, merge: projection_kl(
@@ -251,6 +258,7 @@ IN_FLOAT64 = {
     ),
     "uld": lambda s, t, a, w, ids, merge: rank_l1(s, t, a),
     "alm": lambda s, t, a, w, ids, merge: likelihood_matching(s, t, a, likelihood_temperature=3.0, **ids),
+    "prefix": lambda s, t, a, w, ids, merge: prefix_kl(s, t, a, PREFIXES, temperature=1.3, **ids),
     "same vocabulary": lambda s, t, a, w, ids, merge: same_vocabulary_kl(
         s, t, np.ones((B, T), bool), size=V_S, top_k=9
     )[0],
@@ -275,6 +283,7 @@ def everything_in_float64(monkeypatch):
         "divergence",
         "hybrid_kl",
         "likelihood",
+        "prefix_kl",
         "projection_kl",
         "rank",
         "reduce",

@@ -19,6 +19,7 @@ from xtoken_jax.losses import (
     likelihood_matching,
     loss_tables,
     masked_mean,
+    prefix_kl,
     projection_kl,
     rank_l1,
     same_vocabulary_kl,
@@ -26,10 +27,12 @@ from xtoken_jax.losses import (
 )
 from xtoken_jax.losses.config import Combine, Direction, Merge, Score
 from xtoken_jax.projection.matrix import Partition, Projection
+from xtoken_jax.projection.prefixes import tables_of_pieces
 
 AUTO, P_KL, H_KL, GOLD, ULD, ALM, SAME, NONE = (
     LossKind[name] for name in ("auto", "p_kl", "h_kl", "gold", "uld", "alm", "same_vocabulary", "none")
 )
+PREFIX = LossKind.prefix_kl
 TERMS = [P_KL, H_KL, GOLD, ULD, ALM, SAME]
 JSD, REVERSE = Direction.jsd, Direction.reverse
 
@@ -82,6 +85,8 @@ REFUSED = [
     ({"merge": Merge.mean_normalized, "kind": GOLD}, r"not for loss\.kind=gold"),
     ({"merge": Merge.mean_normalized}, r"not for loss\.kind=h_kl, which auto may choose"),
     ({"merge": Merge.first, "kind": ULD}, r"loss\.merge=first: not for loss\.kind=uld; choose mean"),
+    ({"merge": Merge.first, "kind": PREFIX}, r"loss\.merge=first: not for loss\.kind=prefix_kl; choose mean"),
+    ({"top_k": 100, "kind": PREFIX}, r"loss\.top_k=100: loss\.kind=prefix_kl does not read it; p_kl"),
     ({"merge": Merge.first, "kind": ALM}, r"loss\.merge=first: not for loss\.kind=alm; choose mean"),
     ({"merge": Merge.last, "kind": SAME}, r"loss\.merge=last: not for loss\.kind=same_vocabulary"),
     # A rank has no direction, nor has the text.
@@ -245,6 +250,20 @@ def test_trl_weights_are_the_matched_share_of_the_teacher():
 def test_uld_gets_what_is_configured():
     expected = rank_l1(STUDENT, TEACHER, ALIGNMENT, temperature=2.0, student_size=V_S, teacher_size=V_T)
     np.testing.assert_allclose(term(PROJECTION, kind=ULD, temperature=2.0), expected, rtol=1e-5)
+
+
+def test_prefix_kl_gets_what_is_configured():
+    pieces = {i: [i] for i in range(V_S - 1)} | {V_S - 1: [0, 1]}
+    tables = tables_of_pieces(pieces, {i: [i] for i in range(V_S - 1)}, {}, V_S, V_T)
+    expected = prefix_kl(STUDENT, TEACHER, ALIGNMENT, tables, temperature=2.0, direction="reverse", **IDS)
+    assert float(expected.max()) > 1e-2
+    config = LossConfig(kind=PREFIX, temperature=2.0, direction=REVERSE)
+    found = distillation_loss(config)(STUDENT, TEACHER, ALIGNMENT, tables, REAL, **IDS)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="prefix_kl needs student_ids and teacher_ids"):
+        distillation_loss(config)(STUDENT, TEACHER, ALIGNMENT, tables, REAL)
+    with pytest.raises(ValueError, match=r"prefix_tables\(pair\), not W"):
+        loss_tables(PREFIX, PROJECTION)
 
 
 def test_alm_gets_what_is_configured():

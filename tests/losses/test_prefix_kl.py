@@ -63,29 +63,39 @@ def batch(rows, width_s=V_S, width_t=V_T, seed=0, scale=2.0):
     return ids, Alignment(*chunks, np.ones((len(rows), count), bool)), places, logits
 
 
-def twin(ids, places, logits, counted, depth, tau):
+def twin(ids, places, logits, counted, depth, tau, open_ends=((), ())):
     values = np.zeros(counted.shape)
     for row in range(len(counted)):
         chunks = [place[1:] for place in places if place[0] == row and counted[place[:2]]]
         pair = logits[0][row], logits[1][row]
-        found = reference.row_values(*pair, (ids[0][row], ids[1][row]), chunks, TABLES, depth, tau)
+        rows = ids[0][row], ids[1][row]
+        found = reference.row_values(*pair, rows, chunks, TABLES, depth, tau, open_ends)
         for number, value in found.items():
             values[row, number] = value
     return values
 
 
-@pytest.mark.parametrize(("tau", "depth", "width"), [(1.0, 8, 0), (2.0, 8, 3), (1.0, 1, 0)])
-def test_values_and_gradients_equal_the_twin(tau, depth, width):
+OPEN = ({(0, 2), (3, 2)}, {(3, 0)})
+
+
+@pytest.mark.parametrize(
+    ("tau", "depth", "width", "open_ends"),
+    [(1.0, 8, 0, ((), ())), (2.0, 8, 3, ((), ())), (1.0, 1, 0, ((), ())), (1.0, 8, 0, OPEN)],
+)
+def test_values_and_gradients_equal_the_twin(tau, depth, width, open_ends):
     ids, alignment, places, logits = batch(ROWS, V_S + width, V_T + width)
     alignment.valid[1, 2] = False
-    tables = tables_of_pieces(BY_STUDENT, BY_TEACHER, ROLES, V_S, V_T, depth)
+    tables = tables_of_pieces(
+        BY_STUDENT, BY_TEACHER, ROLES, V_S, V_T, depth=depth, student_open=open_ends[0],
+        teacher_open=open_ends[1],
+    )  # fmt: skip
     keys = {"student_ids": ids[0], "teacher_ids": ids[1], "temperature": tau}
 
     def value(student):
         return prefix_kl(student, jnp.asarray(logits[1]), alignment, tables, **keys)
 
     counted = np.asarray(valid_chunks(alignment))
-    wanted = twin(ids, places, [z.tolist() for z in logits], counted, depth, tau)
+    wanted = twin(ids, places, [z.tolist() for z in logits], counted, depth, tau, open_ends)
     np.testing.assert_allclose(value(jnp.asarray(logits[0])), wanted, rtol=2e-6, atol=2e-6)
     assert (wanted > 0).sum() >= 13
 
@@ -94,7 +104,7 @@ def test_values_and_gradients_equal_the_twin(tau, depth, width):
     coordinates = list(itertools.product(*map(range, (*logits[0].shape[:2], V_S))))[::3]
 
     def total(student):
-        return twin(ids, places, [student, logits[1].tolist()], counted, depth, tau).sum()
+        return twin(ids, places, [student, logits[1].tolist()], counted, depth, tau, open_ends).sum()
 
     by_twin = reference_gradient.differences(total, logits[0], coordinates)
     np.testing.assert_allclose([found[i] for i in coordinates], by_twin, atol=5e-6)

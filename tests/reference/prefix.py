@@ -35,7 +35,7 @@ def masses(groups, probabilities, side):
     return {i: sum(probabilities[n] for s, n in group if s == side) for i, group in enumerate(groups)}
 
 
-def step(prefix, pieces_of, one, several):
+def step(prefix, pieces_of, one, several, open_ends=()):
     """(one's, several's) events after a prefix of pieces; None where there is nothing to tell apart.
 
     one, several: probabilities of tokens, of the side with one token where the chunk begins and of the
@@ -46,6 +46,8 @@ def step(prefix, pieces_of, one, several):
     for token, pieces in pieces_of.items():
         if list(pieces[:d]) == list(prefix):
             following = pieces[d] if len(pieces) > d else END
+            if any(list(pieces_of[e]) == list(prefix) and y == following for e, y in open_ends):
+                following = END
             of_one[following] = of_one.get(following, 0.0) + one[token]
     if len(of_one) < 2:
         return None
@@ -63,7 +65,7 @@ def steps(one, several, pieces_of, depth):
         yield list(several[:d])
 
 
-def row_values(student_logits, teacher_logits, ids, chunks, tables, depth, tau):
+def row_values(student_logits, teacher_logits, ids, chunks, tables, depth, tau, open_ends=((), ())):
     """The value of each chunk of a row.
 
     chunks: (number, (first, past the last) of the student's tokens, the same of the teacher's), those
@@ -85,14 +87,14 @@ def row_values(student_logits, teacher_logits, ids, chunks, tables, depth, tau):
         if len(student) == 1:
             for prefix in steps(student[0], teacher, by_student, depth):
                 place = t0 + len(prefix) - 1
-                found = step(prefix, by_student, p[s0 - 1], q[place])
+                found = step(prefix, by_student, p[s0 - 1], q[place], open_ends[0])
                 if found:
                     value += kl(found[1], found[0])
                     out_t[place] = [piece for piece in found[0] if piece is not END]
         if len(teacher) == 1:
             for prefix in steps(teacher[0], student, by_teacher, depth):
                 place = s0 + len(prefix) - 1
-                found = step(prefix, by_teacher, q[t0 - 1], p[place])
+                found = step(prefix, by_teacher, q[t0 - 1], p[place], open_ends[1])
                 if found:
                     value += kl(found[0], found[1])
                     out_s[place] = [piece for piece in found[0] if piece is not END]

@@ -16,6 +16,7 @@ from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from xtoken_jax.models.decoder import logits
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
+from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 from xtoken_jax.train.metrics import read_metrics
 from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -41,7 +42,9 @@ def quiet():
     return Console(quiet=True)
 
 
-@pytest.mark.parametrize("kind", [LossKind.p_kl, LossKind.h_kl, LossKind.alm, LossKind.none])
+@pytest.mark.parametrize(
+    "kind", [LossKind.p_kl, LossKind.h_kl, LossKind.alm, LossKind.prefix_kl, LossKind.none]
+)
 def test_a_step_on_any_mesh_is_the_step_on_one_device(kind, words):
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
@@ -49,7 +52,11 @@ def test_a_step_on_any_mesh_is_the_step_on_one_device(kind, words):
         training_batches(pair, read_windows(pair, experiment.data.train, experiment.data), experiment.data)
     )
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
-    tables = None if kind is LossKind.none else loss_tables(kind, build_projection(pair))
+    tables = None
+    if kind is LossKind.prefix_kl:
+        tables = prefix_tables(pair)
+    elif kind is not LossKind.none:
+        tables = loss_tables(kind, build_projection(pair))
 
     def one_step(mesh_config, devices):
         mesh = make_mesh(mesh_config, devices=devices)

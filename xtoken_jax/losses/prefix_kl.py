@@ -38,7 +38,8 @@ def prefix_kl(
     2. If the chunk is one student token s, after each of its teacher tokens t_1 .. t_d that are the
        first pieces of s: how does the text go on? Of the student's tokens whose pieces begin with
        t_1 .. t_d, the next piece, or the end of the token; against the teacher's next token, where any
-       that goes on with none of them is the end.
+       that goes on with none of them is the end. A piece that the student could also write behind the
+       ended token counts as the end on both sides.
     3. If the chunk is one teacher token, the same with the sides changed.
 
     All are normalized over the events that both sides can price (an event that is -inf on one is left
@@ -70,9 +71,9 @@ def prefix_kl(
         >>> ints = lambda *rows: np.array(rows, np.int32)
         >>> events = Components(ints(1), ints(0, 2), ints(0, 0), ints(1, 0, 1), 2)
         >>> of_teacher = Components(ints(1), ints(0), ints(0), ints(1, 0), 2)
-        >>> pieces = Continuations(ints(0, 2, 1), ints([0, -1], [1, -1], [0, 1]),
-        ...                        ints([0], [2], [0]), ints([2], [0], [2]), 2)
-        >>> nothing = Continuations(ints(0, 1), ints([0, -1], [1, -1]), ints([0], [0]), ints([0], [0]), 1)
+        >>> rho, sigma = ints([0, -1], [1, -1], [0, 1]), ints([0, -1], [1, -1])
+        >>> pieces = Continuations(ints(0, 2, 1), rho, rho, ints([0], [2], [0]), ints([2], [0], [2]), 2)
+        >>> nothing = Continuations(ints(0, 1), sigma, sigma, ints([0], [0]), ints([0], [0]), 1)
         >>> tables = PrefixTables(events, of_teacher, pieces, nothing)
         >>> student = jnp.log(jnp.array([[[0.4, 0.2, 0.4], [1.0, 1.0, 1.0]]]))
         >>> teacher = jnp.log(jnp.array([[[0.8, 0.2], [0.5, 0.5], [0.9, 0.1]]]))
@@ -265,7 +266,7 @@ class Slots(NamedTuple):
         inside = places < steps.size[:, None]
         order = jnp.asarray(table.order)
         tokens = order.at[steps.begin[:, None] + places].get(mode="clip")
-        pieces = jnp.asarray(table.pieces).at[tokens, steps.depth[:, None]].get(mode="clip")
+        pieces = jnp.asarray(table.following).at[tokens, steps.depth[:, None]].get(mode="clip")
         pieces = jnp.where(inside, pieces, -1)
         other = pieces[:, 1:] != pieces[:, :-1]
         leads = inside & jnp.concatenate([jnp.ones_like(inside[:, :1]), other], axis=1)

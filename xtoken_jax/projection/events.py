@@ -41,6 +41,8 @@ class Continuations:
     Attributes:
         order: int32 [R], tokens with pieces, in the order of their pieces.
         pieces: int32 [V, D + 1], the first pieces of each token in the other vocabulary, -1 past the end.
+        following: int32 [V, D + 1], at [i, d] how token i goes on after d pieces: with its next piece, or
+            -1 where that is no sign against the token having ended there, as it has at its own end.
         begin, size: int32 [V, D]: at [i, d - 1] the run of `order` that shares the first d pieces of
             token i; size 0 where i has fewer pieces, or all of the run go on in the same way.
         longest: the largest size.
@@ -48,6 +50,7 @@ class Continuations:
 
     order: Array
     pieces: Array
+    following: Array
     begin: Array
     size: Array
     longest: int = field(metadata={"static": True})

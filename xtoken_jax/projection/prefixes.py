@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -22,7 +24,8 @@ def prefix_tables(pair: TokenizerPair, *, depth: int = DEPTH) -> PrefixTables:
     rho(s) is the teacher's tokenization of the student's token s, sigma(x) the student's of the
     teacher's token x; a token whose bytes are one of the other's is that one. s and x belong to one
     event where rho(s) begins with x or sigma(x) with s: the connected components of these edges.
-    Special tokens with a common role make an event of their own. Tokens that the other side cannot
+    Special tokens with a common role make an event of their own. A piece that a text can also have
+    behind the ended token (`tables_of_pieces`) is no sign of a longer one. Tokens that the other side cannot
     write, unused ids and byte tokens that no text gives are in none.
 
     Args:
@@ -38,7 +41,16 @@ def prefix_tables(pair: TokenizerPair, *, depth: int = DEPTH) -> PrefixTables:
     roles = role_pairs(pair)
     by_student = _pieces(pair.student, pair.teacher, set(roles))
     by_teacher = _pieces(pair.teacher, pair.student, set(roles.values()))
-    return tables_of_pieces(by_student, by_teacher, roles, pair.student.size, pair.teacher.size, depth)
+    return tables_of_pieces(
+        by_student,
+        by_teacher,
+        roles,
+        pair.student.size,
+        pair.teacher.size,
+        depth=depth,
+        student_open=_open_ends(by_student, pair.student, pair.teacher),
+        teacher_open=_open_ends(by_teacher, pair.teacher, pair.student),
+    )
 
 
 def tables_of_pieces(
@@ -47,9 +59,16 @@ def tables_of_pieces(
     roles: dict[int, int],
     student_size: int,
     teacher_size: int,
+    *,
     depth: int = DEPTH,
+    student_open: Collection[tuple[int, int]] = (),
+    teacher_open: Collection[tuple[int, int]] = (),
 ) -> PrefixTables:
-    """`prefix_tables` from rho, sigma and pairs of special tokens; V_s and V_t say how wide they are."""
+    """`prefix_tables` from rho, sigma and pairs of special tokens; V_s and V_t say how wide they are.
+
+    `student_open` has pairs of a student token and a teacher piece that can come behind it although
+    other student tokens go on with it; `teacher_open` the reverse.
+    """
     edges = [(s, pieces[0]) for s, pieces in by_student.items()]
     edges += [(pieces[0], x) for x, pieces in by_teacher.items()]
     edges += list(roles.items())
@@ -59,9 +78,28 @@ def tables_of_pieces(
     return PrefixTables(
         student,
         teacher,
-        _continuations(by_student, student_size, depth),
-        _continuations(by_teacher, teacher_size, depth),
+        _continuations(by_student, student_size, depth, student_open),
+        _continuations(by_teacher, teacher_size, depth, teacher_open),
     )
+
+
+def _open_ends(pieces_of: dict[int, list[int]], source: Tokenizer, target: Tokenizer) -> set[tuple[int, int]]:
+    """(token, piece): the source writes the bytes of both as that token and more, not as a longer token.
+
+    "part" and "icular", where the source has "particularly" but not "particular": the piece behind the
+    token does not say that the token went on.
+    """
+    whole = {tuple(pieces): i for i, pieces in reversed(pieces_of.items())}
+    pairs = {
+        (whole[tuple(pieces[:d])], pieces[d])
+        for pieces in pieces_of.values()
+        for d in range(1, len(pieces))
+        if tuple(pieces[:d]) in whole
+    }
+    ordered = sorted(pairs)
+    contents, others = source.token_bytes.contents, target.token_bytes.contents
+    written = tokenize_bytes(source, [contents[token] + others[piece] for token, piece in ordered])
+    return {pair for pair, ids in zip(ordered, written, strict=True) if ids and ids[0] == pair[0]}
 
 
 def _pieces(source: Tokenizer, target: Tokenizer, roles: set[int]) -> dict[int, list[int]]:
@@ -102,24 +140,32 @@ def _components(edges: np.ndarray, student_size: int, teacher_size: int) -> tupl
     return made[0], made[1]
 
 
-def _continuations(pieces_of: dict[int, list[int]], size: int, depth: int) -> Continuations:
+def _continuations(
+    pieces_of: dict[int, list[int]], size: int, depth: int, open_ends: Collection[tuple[int, int]]
+) -> Continuations:
+    whole = {tuple(pieces): i for i, pieces in reversed(pieces_of.items())}
     tokens = np.fromiter(pieces_of, np.int32, len(pieces_of))
-    first = np.full((len(tokens), depth + 1), -1, np.int32)
+    first, following = np.full((2, len(tokens), depth + 1), -1, np.int32)
     for place, pieces in enumerate(pieces_of.values()):
-        first[place, : len(pieces)] = pieces[: depth + 1]
-    order = np.lexsort((tokens, *first.T[::-1]))
-    tokens, first = tokens[order], first[order]
+        first[place, : len(pieces)] = following[place, : len(pieces)] = pieces[: depth + 1]
+        for d in range(1, min(len(pieces), depth + 1)):
+            if (whole.get(tuple(pieces[:d]), -1), pieces[d]) in open_ends:
+                following[place, d] = -1
+    # What counts as the end comes first of a run, and tokens with the same piece stay together in it.
+    keys = [column for d in range(depth + 1) for column in (following[:, d], first[:, d])]
+    order = np.lexsort((tokens, *keys[::-1]))
+    tokens, first, following = tokens[order], first[order], following[order]
     begin, length = np.zeros((2, size, depth), np.int32)
-    same = np.ones(len(tokens) - 1, bool)
+    same = np.ones(max(0, len(tokens) - 1), bool)
     for d in range(1, depth + 1):
         same &= first[1:, d - 1] == first[:-1, d - 1]
-        run = np.concatenate([[0], np.cumsum(~same)])
+        run = np.concatenate([[0], np.cumsum(~same)])[: len(tokens)]
         _, start, count = np.unique(run, return_index=True, return_counts=True)
         # Tokens of a run that all go on with one piece, or all end here, leave nothing to tell apart.
-        differs = first[start, d] != first[start + count - 1, d]
+        differs = following[start, d] != following[start + count - 1, d]
         has = first[:, d - 1] >= 0
         begin[tokens[has], d - 1] = start[run][has]
         length[tokens[has], d - 1] = (count * differs)[run][has]
-    table = np.full((size, depth + 1), -1, np.int32)
-    table[tokens] = first
-    return Continuations(tokens, table, begin, length, max(1, int(length.max(initial=0))))
+    tables = np.full((2, size, depth + 1), -1, np.int32)
+    tables[:, tokens] = first, following
+    return Continuations(tokens, tables[0], tables[1], begin, length, max(1, int(length.max(initial=0))))
