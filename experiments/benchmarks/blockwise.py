@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from prefix_case import fetched_pair, prefix_case
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses import (
@@ -37,7 +38,7 @@ from xtoken_jax.losses import (
 from xtoken_jax.losses.blockwise import blockwise_loss
 from xtoken_jax.projection.matrix import Projection
 
-KINDS = ("p_kl", "gold", "h_kl", "uld", "none")
+KINDS = ("p_kl", "gold", "h_kl", "uld", "alm", "prefix_kl", "none")
 WAYS = ("plain", "blockwise", "plain, fixed weights", "blockwise, fixed weights")
 
 
@@ -76,22 +77,26 @@ def alignment_of(rng: np.random.Generator, batch: int, length: int) -> Alignment
 def objective(way: str, config: LossConfig, block: int, size: int) -> Callable[..., jax.Array]:
     """(student hidden and unembedding, teacher's, alignment, tables, ids, targets) -> the total."""
 
-    def plain(hs: Any, us: Any, ht: Any, ut: Any, alignment: Any, tables: Any, ids: Any, targets: Any) -> Any:
+    def plain(
+        hs: Any, us: Any, ht: Any, ut: Any, alignment: Any, tables: Any, ids: Any, targets: Any, others: Any
+    ) -> Any:
         logits = jnp.einsum("btd,vd->btv", hs, us, preferred_element_type=jnp.float32)[..., :size]
         ce = masked_mean(*next_token_cross_entropy(logits, ids, targets))
         if config.kind is LossKind.none:
             return ce
         teacher = jnp.einsum("btd,vd->btv", ht, ut, preferred_element_type=jnp.float32)
-        values = distillation_loss(config)(logits, teacher, alignment, tables, None)
+        values = distillation_loss(config)(
+            logits, teacher, alignment, tables, None, student_ids=ids, teacher_ids=others
+        )
         kd = masked_mean(values, valid_chunks(alignment))
         return total_loss(ce, kd, dynamic_scaling="fixed" not in way)[0]
 
     def blockwise(*args: Any) -> Any:
-        values = blockwise_loss(*args, config, block=block)
+        values = blockwise_loss(*args[:-1], config, teacher_ids=args[-1], block=block)
         return values.ce if config.kind is LossKind.none else total_loss(values.ce, values.kd)[0]
 
     def fixed(*args: Any) -> Any:
-        return blockwise_loss(*args, config, block=block, weights=(1.0, 1.0)).total
+        return blockwise_loss(*args[:-1], config, teacher_ids=args[-1], block=block, weights=(1.0, 1.0)).total
 
     return plain if way.startswith("plain") else fixed if "fixed" in way else blockwise
 
@@ -108,7 +113,14 @@ def arguments(sizes: Sizes, kind: LossKind) -> tuple:
 
     rows = (sizes.batch, sizes.length)
     tables = None
-    if kind is not LossKind.none:
+    alignment = jax.tree.map(jnp.asarray, alignment_of(rng, *rows))
+    ids, others = (jnp.asarray(rng.integers(v, size=rows), jnp.int32) for v in (sizes.student, sizes.teacher))
+    if kind is LossKind.prefix_kl:
+        pair = fetched_pair("llama3_1", "qwen3")
+        if pair is None or (pair.student.size, pair.teacher.size) != (sizes.student, sizes.teacher):
+            raise SystemExit("prefix_kl needs the tokenizers of `make tokenizers` and their sizes")
+        tables, alignment, ids, others = prefix_case(pair, *rows)
+    elif kind is not LossKind.none:
         projection = random_projection(rng, sizes.student, sizes.teacher)
         tables = jax.tree.map(jnp.asarray, loss_tables(kind, projection))
     return (
@@ -116,10 +128,11 @@ def arguments(sizes: Sizes, kind: LossKind) -> tuple:
         normal(keys[1], sizes.student, sizes.student_width),
         normal(keys[2], *rows, sizes.teacher_width),
         normal(keys[3], sizes.teacher, sizes.teacher_width),
-        jax.tree.map(jnp.asarray, alignment_of(rng, *rows)),
+        alignment,
         tables,
-        jnp.asarray(rng.integers(sizes.student, size=rows), jnp.int32),
+        ids,
         jnp.ones(rows, bool),
+        others,
     )
 
 

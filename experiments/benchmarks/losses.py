@@ -21,14 +21,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from prefix_case import fetched_pair, prefix_case
 
-from xtoken_jax import TokenizerPair
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.hub import cache_folder
 from xtoken_jax.losses import (
     hybrid_kl,
+    likelihood_matching,
     masked_mean,
     next_token_cross_entropy,
+    prefix_kl,
     projection_kl,
     rank_l1,
     valid_chunks,
@@ -37,6 +38,7 @@ from xtoken_jax.losses.chunks import Merging
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.projection_kl import chunk_values, top_columns
 from xtoken_jax.projection.cache import cached_projection
+from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import Partition, Projection
 
 STUDENT, TEACHER = "llama3_1", "qwen3"
@@ -48,9 +50,9 @@ Case = tuple[Callable[..., jax.Array], tuple]
 
 def projection_of(student: int, teacher: int) -> tuple[Projection, str]:
     """W of the two sizes and what it is."""
-    folders = [cache_folder() / "tokenizers" / name for name in (STUDENT, TEACHER)]
-    if (student, teacher) == (V_S, V_T) and all((f / "tokenizer.json").is_file() for f in folders):
-        projection = cached_projection(TokenizerPair.load(*folders))
+    pair = fetched_pair(STUDENT, TEACHER)
+    if (student, teacher) == (V_S, V_T) and pair is not None:
+        projection = cached_projection(pair)
         if (projection.student_size, projection.teacher_size) == (V_S, V_T):
             return projection, f"{STUDENT} -> {TEACHER}"
     return made_up(student, teacher), "made up"
@@ -131,9 +133,23 @@ def main_cases(projection: Projection, positions: int, top_k: int) -> dict[str, 
     def uld(s: jax.Array, t: jax.Array, a: Alignment) -> jax.Array:
         return masked_mean(rank_l1(s, t, a), valid_chunks(a))
 
+    def alm(s: jax.Array, t: jax.Array, a: Alignment, ids: jax.Array) -> jax.Array:
+        values = likelihood_matching(s, t, a, student_ids=ids, teacher_ids=ids)
+        return masked_mean(values, valid_chunks(a))
+
+    def prefix(s: jax.Array, t: jax.Array, tables: PrefixTables, a: Alignment, *ids: jax.Array) -> jax.Array:
+        values = prefix_kl(s, t, a, tables, student_ids=ids[0], teacher_ids=ids[1])
+        return masked_mean(values, valid_chunks(a))
+
     def ce(s: jax.Array, ids: jax.Array) -> jax.Array:
         return masked_mean(*next_token_cross_entropy(s, ids, jnp.ones(ids.shape, bool)))
 
+    # Prefix KL needs tokens that are pieces of each other: those of real text.
+    of_prefix = {}
+    pair = fetched_pair(STUDENT, TEACHER)
+    if pair is not None and (pair.student.size, pair.teacher.size) == (projection.student_size, width):
+        tables, of_text, *both = prefix_case(pair, 1, positions)
+        of_prefix = {"prefix KL": (prefix, (student, teacher, tables, of_text, *both))}
     return {
         "ordinary KL over V_t": (full_kl, (teacher + 1, teacher)),
         "P-KL, W split (as in training)": (p_kl(top_k), (student, teacher, split, alignment)),
@@ -141,6 +157,8 @@ def main_cases(projection: Projection, positions: int, top_k: int) -> dict[str, 
         "P-KL, W split, all V_t columns": (p_kl(width), (student, teacher, split, alignment)),
         "GOLD": (hybrid, (student, teacher, strict, alignment)),
         "H-KL": (hybrid, (student, teacher, relaxed, alignment)),
+        **of_prefix,
+        "ALM": (alm, (student, teacher, alignment, ids)),
         "ULD": (uld, (student, teacher, alignment)),
         "cross-entropy alone": (ce, (student, ids)),
     }
