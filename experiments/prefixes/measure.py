@@ -38,7 +38,7 @@ from xtoken_jax.projection.events import Continuations, PrefixTables
 from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
-END = -1  # the next piece of a token that has no more
+END = -1  # in `Continuations.following`: the token has ended, or the piece could come behind its end too
 DOCUMENT = 4_000  # bytes
 TEACHERS = ("qwen3", "gemma3", "gptoss", "gpt4o", "deepseek_v3", "llama2", "claude", "smollm2", "bert")
 PAIRS = (*(f"llama3_1:{teacher}" for teacher in TEACHERS), "qwen3:llama3_1", "smollm2:qwen3", "llama2:gemma3")
@@ -75,12 +75,14 @@ class Runs(NamedTuple):
 
     Attributes:
         pieces: each token's pieces, D + 1 of them at most.
+        goes_on: each token's row of `Continuations.following`.
         following: prefix of pieces -> how the tokens that begin with it go on (`END` among them), or None
             where all go on in one way.
         depth: D.
     """
 
     pieces: list[list[int]]
+    goes_on: list[list[int]]
     following: dict[tuple[int, ...], frozenset[int] | None]
     depth: int
 
@@ -95,9 +97,9 @@ class Runs(NamedTuple):
                 prefix = tuple(pieces[token][:d])
                 if prefix not in following:
                     begin, size = table.begin[token, d - 1], table.size[token, d - 1]
-                    run = table.pieces[table.order[begin : begin + size], d].tolist()
+                    run = table.following[table.order[begin : begin + size], d].tolist()
                     following[prefix] = frozenset(run) if size else None
-        return cls(pieces, following, depth)
+        return cls(pieces, np.asarray(table.following).tolist(), following, depth)
 
 
 class Events(NamedTuple):
@@ -299,12 +301,8 @@ def _steps(runs: Runs, one: int, stream: list[int], length: int, name: str, foun
         found[f"taken {name}"] += 1
         # Behind the last token of a text nothing is seen.
         if d < len(stream):
-            found[f"differs {name}"] += _seen(following, stream[d]) != _next(pieces, d)
+            found[f"differs {name}"] += _seen(following, stream[d]) != runs.goes_on[one][d]
     return taken
-
-
-def _next(pieces: list[int], d: int) -> int:
-    return pieces[d] if d < len(pieces) else END
 
 
 def _seen(following: frozenset[int], token: int) -> int:
@@ -326,13 +324,12 @@ def _prefixes(runs: Runs, one: int, stream: list[int], name: str, found: Found) 
         told = runs.following[expected] if d <= len(pieces) else None
         seen = runs.following.get(came)
         if told:
-            found.groups[name, expected, "one", _next(pieces, d)] += 1
+            found.groups[name, expected, "one", runs.goes_on[one][d]] += 1
         if seen:
             found.groups[name, came, "several", _seen(seen, stream[d])] += 1
         if expected == came:
-            found.counts[f"prefix differs {name}"] += bool(
-                seen and _seen(seen, stream[d]) != _next(pieces, d)
-            )
+            differs = seen and _seen(seen, stream[d]) != runs.goes_on[one][d]
+            found.counts[f"prefix differs {name}"] += bool(differs)
         else:
             found.counts[f"prefix expected {name}"] += bool(told)
             found.counts[f"prefix came {name}"] += bool(seen)

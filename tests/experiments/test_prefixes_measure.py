@@ -86,25 +86,44 @@ BY_TEACHER = {A: [A], B: [B], C: [C], BC: [B, C]}
 
 
 @pytest.mark.parametrize(
-    ("chunks", "wanted"),
+    ("chunks", "student_open", "wanted"),
     [
         # "ab" and "c" against "a", "b" and "c": that the teacher goes on with c, the table reads as "abc".
         (
             [((AB,), (A, B)), ((C,), (C,)), ((A,), (A,))],
+            (),
             {"excluded teacher": 1, "mis-assigned": 1, "different": 0, "taken t": 3, "differs t": 1},
+        ),
+        # The same where the student writes "ab" and "c" so: after "b", nothing is left to tell.
+        (
+            [((AB,), (A, B)), ((C,), (C,)), ((A,), (A,))],
+            {(AB, C)},
+            {"excluded teacher": 0, "mis-assigned": 0, "different": 0, "taken t": 2, "differs t": 0},
         ),
         # As the tokenizers' own pieces say: nothing is amiss.
         (
             [((ABC,), (A, B, C)), ((C,), (C,))],
+            (),
             {"mis-assigned": 0, "1:n": 1, "1:1": 1, "taken t": 2, "differs t": 0, "loose t": 0},
         ),
+        # An open end is excluded from nothing, so that the boundary before it is loose; the token's own
+        # pieces count as its end on both sides.
+        (
+            [((ABC,), (A, B, C)), ((C,), (C,))],
+            {(A, B)},
+            {"mis-assigned": 0, "taken t": 1, "differs t": 0, "loose t": 1, "prefix differs t": 0},
+        ),
         # Several on both sides: no step, and all boundaries within are loose.
-        ([((AB, C), (A, BC)), ((C,), (C,))], {"n:n": 1, "loose t": 1, "loose s": 1, "taken t": 0}),
+        ([((AB, C), (A, BC)), ((C,), (C,))], (), {"n:n": 1, "loose t": 1, "loose s": 1, "taken t": 0}),
         # Other events; then a token of none.
-        ([((B,), (A,)), ((5,), (C,))], {"different": 1, "in none": 1, "mis-assigned": 2, "departed t": 2}),
+        (
+            [((B,), (A,)), ((5,), (C,))],
+            (),
+            {"different": 1, "in none": 1, "mis-assigned": 2, "departed t": 2},
+        ),
     ],
 )
-def test_made_up_chunks(measure, chunks, wanted):
-    tables = tables_of_pieces(BY_STUDENT, BY_TEACHER, {}, 6, 5)
+def test_made_up_chunks(measure, chunks, student_open, wanted):
+    tables = tables_of_pieces(BY_STUDENT, BY_TEACHER, {}, 6, 5, student_open=student_open)
     counts = measure.text_figures(measure.Events.of(tables), spans_of(chunks)).counts
     assert {name: counts[name] for name in wanted} == wanted

@@ -17,7 +17,7 @@ from test_vocab_parallel_programs import SIZES, WIDTHS, sent_in
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses import prefix_kl, valid_chunks
-from xtoken_jax.losses.prefix_kl import PrefixPlan
+from xtoken_jax.losses.prefix_kl import PrefixPlan, Slots
 from xtoken_jax.losses.vocab_parallel import vocab_parallel_prefix_kl
 from xtoken_jax.mesh import MeshConfig, make_mesh
 from xtoken_jax.projection.prefixes import tables_of_pieces
@@ -36,7 +36,21 @@ class Case:
             z[..., size:] = 9.0  # they would lead if they were read
             z[..., [5, 7]] = -np.inf
             z[2, 1] = -np.inf  # nothing is possible at all
-            z[4, ::2, 4:] = -np.inf  # all are continuations, or singles, of a few
+            z[4, ::2, 4:] = -np.inf  # few tokens are
+        plan = self.plan()
+        for z, steps, table in (
+            (logits[0], plan.by_student, tables.teacher_pieces),
+            (logits[1], plan.by_teacher, tables.student_pieces),
+        ):
+            # In one row what comes inside a chunk goes on with it: its end is -inf.
+            slots = Slots.of(steps, table)
+            begin = 6 * z.shape[1]
+            inside = begin + np.flatnonzero(steps.size[begin : begin + z.shape[1]])
+            assert len(inside)
+            for position in inside:
+                following = slots.pieces[position][slots.leads[position] & (slots.pieces[position] >= 0)]
+                others = np.setdiff1d(np.arange(z.shape[2]), following)
+                z.reshape(-1, z.shape[2])[position, others] = -np.inf
         self.plain = [jnp.asarray(z) for z in logits]
         # Exact in float32 beside the offset, so that what they stand for is the same.
         self.logits = [z + 65536 for z in self.plain] if moved else self.plain
