@@ -1,5 +1,6 @@
 """The step and the loop: same on every mesh, same after a restart, and it learns."""
 
+import io
 from dataclasses import replace
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import read_windows, training_batches
 from xtoken_jax.distill import distill
+from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables, projection_kl, valid_chunks
 from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from xtoken_jax.models.decoder import logits
@@ -119,6 +121,24 @@ def test_it_learns_and_a_second_run_is_equal_to_the_bit(words, quiet, tmp_path):
     assert result.loss is LossKind.p_kl
     figures = result.figures
     assert figures["distilled"]["text bits/byte"] < 0.8 * figures["student, untouched"]["text bits/byte"]
+
+
+@pytest.mark.parametrize(("bound", "warnings"), [(0.01, 1), (1000.0, 0)])
+def test_a_factor_at_its_bound_is_told_once(bound, warnings, words, tmp_path):
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=300)
+    options = ["train.steps=3", f"loss.max_scale={bound}", "loss=prefix_kl", f"run_dir={tmp_path / 'run'}"]
+    distill(load_experiment([*words, *options]), console)
+    text = console.file.getvalue()
+    assert text.count("its factor is held at 0.01") == text.count("warning  step 1:") == warnings
+    assert "prefix_kl: as configured" in text
+
+
+def test_prefix_kl_reads_no_projection(words, quiet, tmp_path):
+    options = ["loss=prefix_kl", f"projection={tmp_path / 'w.safetensors'}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=r"loss\.kind=prefix_kl reads no W"):
+        distill(load_experiment([*words, *options]), quiet)
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(words, quiet, tmp_path, monkeypatch):

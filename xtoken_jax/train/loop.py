@@ -122,6 +122,7 @@ def train(
             if first == 0:
                 evaluate_at(0)
             pending: Metrics | None = None
+            warned = False
             for number in range(first + 1, config.steps + 1):
                 batch: Batch = next(batches)
                 tokens += int(batch.student.mask.sum())
@@ -135,6 +136,9 @@ def train(
                     _check_finite(metrics, number, checkpoints)
                     rate = tokens / (time.perf_counter() - started)
                     log.write(number, {**values, "tokens_per_second": round(rate)})
+                    if values.get("kd_scale_capped") and not warned:
+                        warned = True
+                        console.print(_capped(number, values), style="yellow")
                     parts = [f"{k} {values[k]:.3f}" for k in ("ce", "kd") if k in values]
                     shown = "  ".join([*parts, f"{rate:,.0f} tokens/s"])
                     progress.update(bar, completed=number, shown=shown)
@@ -144,6 +148,15 @@ def train(
                     _check_finite(metrics, number, checkpoints)
                     checkpoints.save(number, state, batches.get_state())
     return state
+
+
+def _capped(number: int, values: dict[str, float]) -> str:
+    how = "below 0" if values["kd"] < 0 else "small"
+    return (
+        f"warning  step {number}: the distillation term is {how}, {values['kd']:.4g} beside a cross-entropy "
+        f"of {values['ce']:.4g}: its factor is held at {values['kd_scale']:.4g}. kd_scale_capped in the "
+        "metrics says how often; loss.max_scale is the bound, loss.dynamic_scaling=false takes fixed weights"
+    )
 
 
 def _check_finite(metrics: Metrics | None, number: int, checkpoints: Checkpoints) -> None:
