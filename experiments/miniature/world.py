@@ -18,6 +18,8 @@ from xtoken_jax.losses import masked_mean, next_token_cross_entropy
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, Params, logits
 
+# Tokenizers and teachers of the results in results.jsonl; those of a work folder come before them.
+ASSETS = Path(__file__).resolve().parent / "assets"
 REGIMES = ("digits", "whole")
 BOS, EOS = "<bos>", "<eos>"
 NUMERALS = [f"{n:0{digits}d}" for digits in (1, 2, 3) for n in range(10**digits)]
@@ -83,7 +85,10 @@ def make_tokenizer(folder: Path, digits: str, size: int, texts: list[str]) -> No
 
 def pair_of(work: Path, regime: str) -> TokenizerPair:
     """The student's and the regime's tokenizer; written first where they are not there."""
+    made = [ASSETS / name for name in ("student", f"teacher-{regime}")]
     folders = work / "student", work / f"teacher-{regime}"
+    if not any(folder.is_dir() for folder in folders) and all(folder.is_dir() for folder in made):
+        return TokenizerPair.load(*made)
     if not (folders[0] / "tokenizer_config.json").is_file():
         make_tokenizer(folders[0], r"\p{N}{1,3}", STUDENT_SIZE, split_of(topics(), "train"))
     if not (folders[1] / "tokenizer_config.json").is_file():
@@ -193,8 +198,9 @@ def train_teacher(work: Path, regime: str, report) -> tuple[Model, Params]:
     model = model_of(setting.size, setting.layers)
     path = work / f"teacher-{regime}.npz"
     struct = jax.tree.structure(model.abstract())
-    if path.is_file():
-        with np.load(path) as file:
+    found = next((p for p in (path, ASSETS / path.name) if p.is_file()), None)
+    if found is not None:
+        with np.load(found) as file:
             return model, jax.tree.unflatten(struct, [file[f"a{i}"] for i in range(len(file.files))])
     rng = np.random.default_rng(1)
     pieces, tokenizer = english("train"), pair.teacher
