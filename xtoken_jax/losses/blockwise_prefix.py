@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,6 @@ from xtoken_jax.losses.prefix_kl import PrefixPlan, Slots, Steps, divergence
 from xtoken_jax.projection.events import PrefixTables, log_masses
 
 
-class Rows(Protocol):
-    """A side's logits: (positions int32 [n], temperature) -> float32 [n, V]."""
-
-    def __call__(self, positions: jax.Array, temperature: float) -> jax.Array: ...
-
-
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefixBatch:
     """A batch's steps with the teacher's side of them, which is all that blocks of the student need.
@@ -52,22 +44,24 @@ class PrefixBatch:
         tables: PrefixTables,
         student_ids: jax.Array,
         teacher_ids: jax.Array,
-        teacher: Rows,
-        temperature: float,
+        teacher: Callable[[jax.Array], jax.Array],
         block: int,
     ) -> PrefixBatch:
-        """One pass over the teacher's positions that have steps, `block` of them at a time."""
+        """One pass over the teacher's positions that have steps, `block` of them at a time.
+
+        `teacher` gives the logits float32 [n, V_t] over tau of positions int32 [n].
+        """
         plan = PrefixPlan.of(alignment, tables, student_ids, teacher_ids)
 
         def after(positions: jax.Array) -> jax.Array:
             slots = Slots.of(plan.by_teacher.at(positions), tables.student_pieces)
-            return slots.after(teacher(positions, temperature))[0]
+            return slots.after(teacher(positions))[0]
 
         def within(positions: jax.Array) -> jax.Array:
             steps = plan.by_student.at(positions)
             slots = Slots.of(steps, tables.teacher_pieces)
             rows = jnp.arange(len(positions), dtype=jnp.int32)
-            return slots.within(teacher(steps.start, temperature), rows)
+            return slots.within(teacher(steps.start), rows)
 
         place = jnp.where(plan.counted.reshape(-1), plan.teacher_start, teacher_ids.size)
         starts = jnp.zeros(teacher_ids.size, bool).at[place].set(True, mode="drop")
@@ -109,20 +103,21 @@ class PrefixBatch:
         values = _if_any(steps.size > 0, own, logits)
         number = self.number.at[positions].get(mode="fill", fill_value=0)
         rows = jnp.arange(len(positions), dtype=jnp.int32)
-        for d in range(self.tables.student_pieces.begin.shape[1]):
+
+        def add(values: jax.Array, d: jax.Array) -> tuple[jax.Array, None]:
             places = self.first.at[positions].get(mode="clip") + d
             places = jnp.where(d < number, places, len(self.starts))
             following = self.by_teacher.at(places)
 
-            def along(
-                logits: jax.Array, following: Steps = following, places: jax.Array = places
-            ) -> jax.Array:
+            def along(logits: jax.Array) -> jax.Array:
                 of_student = Slots.of(following, self.tables.student_pieces).within(logits, rows)
                 of_teacher = self.along.at[places].get(mode="clip")
                 return _counted(following, divergence(of_teacher, of_student, direction, beta))
 
-            values = values + _if_any(following.size > 0, along, logits)
-        return values
+            return values + _if_any(following.size > 0, along, logits), None
+
+        depths = jnp.arange(self.tables.student_pieces.begin.shape[1], dtype=jnp.int32)
+        return jax.lax.scan(add, values, depths)[0]
 
 
 def _counted(steps: Steps, values: jax.Array) -> jax.Array:

@@ -227,19 +227,25 @@ def _prefix(
     teacher_ids: jax.Array,
 ) -> Term:
     tau, direction, beta = setting.temperature, setting.direction, setting.beta
-    batch = PrefixBatch.of(alignment, tables, student_ids, teacher_ids, teacher.logits, tau, teacher.block)
+
+    def rows(positions: jax.Array) -> jax.Array:
+        return centred(teacher.logits(positions, tau))
+
+    batch = PrefixBatch.of(alignment, tables, student_ids, teacher_ids, rows, teacher.block)
 
     def of_teacher(block: Block) -> jax.Array:
-        logits = teacher.logits(block.positions, tau)
+        logits = rows(block.positions)
         return block.merging.merge(batch.teacher_events(logits, block.positions))
 
     return Term(
         teacher=of_teacher,
         target=lambda merged: merged,
-        student=lambda z, _, block, __: block.merging.merge(batch.student_events(z, block.positions)),
+        student=lambda z, _, block, __: block.merging.merge(
+            batch.student_events(centred(z), block.positions)
+        ),
         values=lambda m, t: divergence(t, m, direction, beta) * tau**2,
         whole_rows=True,
-        at_positions=lambda z, positions: batch.steps(z, positions, direction, beta) * tau**2,
+        at_positions=lambda z, positions: batch.steps(centred(z), positions, direction, beta) * tau**2,
         positions=batch.by_student.size > 0,
     )
 

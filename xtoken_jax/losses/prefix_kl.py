@@ -12,7 +12,7 @@ import numpy as np
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
-from xtoken_jax.losses.softmax import flat_logits
+from xtoken_jax.losses.softmax import centred, flat_logits
 from xtoken_jax.projection.events import Continuations, PrefixTables, log_masses
 
 
@@ -85,8 +85,9 @@ def prefix_kl(
 
         Both say "a..." with 0.8, and then "b" with a half.
     """
-    student = flat_logits(student_logits, tables.student_size) / temperature
-    teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size)) / temperature
+    student = centred(flat_logits(student_logits, tables.student_size) / temperature)
+    teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size))
+    teacher = centred(teacher / temperature)
     plan = PrefixPlan.of(alignment, tables, student_ids, teacher_ids)
 
     def compare(of_teacher: jax.Array, of_student: jax.Array) -> jax.Array:
