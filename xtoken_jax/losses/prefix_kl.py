@@ -67,7 +67,7 @@ def prefix_kl(
         The student writes "a", "b" and "ab", the teacher "a" and "b" alone.
 
         >>> import numpy as np
-        >>> from xtoken_jax.projection.events import Continuations
+        >>> from xtoken_jax.projection.events import Components, Continuations
         >>> ints = lambda *rows: np.array(rows, np.int32)
         >>> events = Components(ints(1), ints(0, 2), ints(0, 0), ints(1, 0, 1), 2)
         >>> of_teacher = Components(ints(1), ints(0), ints(0), ints(1, 0), 2)

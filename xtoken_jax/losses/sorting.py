@@ -67,5 +67,7 @@ def _from_bits(bits: jax.Array) -> jax.Array:
 def _by_parts(function: Callable[[jax.Array], Sorted], values: jax.Array) -> Sorted:
     """`function` of a few rows at a time."""
     # The CPU backend sorts on one thread, but runs what does not depend on each other on all of them.
+    if values.ndim == 1:
+        return function(values)
     parts = jnp.array_split(values, max(1, min(_PARTS, len(values))))
     return jax.tree.map(lambda *found: jnp.concatenate(found), *map(function, parts))
