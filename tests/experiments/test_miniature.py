@@ -72,6 +72,7 @@ def test_a_run_gives_finite_figures(study, work):
     assert len(found["trace"]) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uld", "gold", "h_kl", "p_kl", "prefix_kl", "alm"])
 def test_every_loss_has_a_finite_gradient_on_a_batch_of_the_study(study, work, kind):
     student, world = study["student"], study["world"]

@@ -137,6 +137,7 @@ def one_mesh():
     return make_mesh(MESHES["2x4"])
 
 
+@pytest.mark.slow
 def test_texts(meshes):
     """Rows over 8, 4, 2 and 1 devices, the vocabulary over 1, 2, 4 and 8."""
     case = texts(PADDED_TEXTS)
@@ -189,6 +190,7 @@ def test_axes_of_other_names_and_rows_that_are_not_split():
         np.testing.assert_allclose(by_student, slope, rtol=1e-5, atol=1e-6 * np.abs(slope).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_no_further_from_float64_than_the_plain_loss(one_mesh, dtype):
     case = cases(PADDED)
