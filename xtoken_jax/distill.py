@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.export import export_hf
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind, loss_tables
-from xtoken_jax.losses.objective import LossTables
+from xtoken_jax.losses.objective import LossTables, VocabularySizes
 from xtoken_jax.mesh import make_mesh, replicated
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model
@@ -169,6 +170,16 @@ def _name(console: Console, side: str, tokenizer: Tokenizer) -> None:
         console.print(f"warning  {tokenizer.warning}", markup=False, style="yellow")
 
 
+def _sizes(pair: TokenizerPair) -> LossTables:
+    return VocabularySizes(pair.student.size, pair.teacher.size)
+
+
+# What these losses read is made of the two tokenizers alone.
+_WITHOUT_W: dict[LossKind, Callable[[TokenizerPair], LossTables]] = {
+    LossKind.prefix_kl: prefix_tables, LossKind.uld: _sizes, LossKind.alm: _sizes,
+}  # fmt: skip
+
+
 def _load_teacher(
     experiment: Experiment, pair: TokenizerPair, mesh: Mesh, console: Console
 ) -> tuple[LossKind, _Teacher | None]:
@@ -179,14 +190,11 @@ def _load_teacher(
         return kind, None
     _name(console, "teacher", pair.teacher)
     model, params = open_model(experiment.teacher, pair.teacher.size, mesh=mesh, key=jax.random.key(0))
-    if kind is LossKind.prefix_kl:
+    if kind in _WITHOUT_W:
         if experiment.projection is not None:
-            raise UserError(
-                f"projection={experiment.projection}: loss.kind=prefix_kl reads no W; its events are made of "
-                "the two tokenizers"
-            )
+            raise UserError(f"projection={experiment.projection}: loss.kind={kind.value} reads no W")
         console.print(f"loss     {kind.value}: as configured")
-        return kind, _Teacher(model, params, jax.device_put(prefix_tables(pair), replicated(mesh)))
+        return kind, _Teacher(model, params, jax.device_put(_WITHOUT_W[kind](pair), replicated(mesh)))
     if experiment.projection is None:
         projection = cached_projection(pair)
     else:

@@ -135,9 +135,10 @@ def test_a_factor_at_its_bound_is_told_once(bound, warnings, words, tmp_path):
     assert "prefix_kl: as configured" in text
 
 
-def test_prefix_kl_reads_no_projection(words, quiet, tmp_path):
-    options = ["loss=prefix_kl", f"projection={tmp_path / 'w.safetensors'}", f"run_dir={tmp_path / 'run'}"]
-    with pytest.raises(UserError, match=r"loss\.kind=prefix_kl reads no W"):
+@pytest.mark.parametrize("kind", ["prefix_kl", "uld", "alm"])
+def test_losses_without_w_read_no_projection(kind, words, quiet, tmp_path):
+    options = [f"loss={kind}", f"projection={tmp_path / 'w.safetensors'}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=rf"loss\.kind={kind} reads no W"):
         distill(load_experiment([*words, *options]), quiet)
 
 
