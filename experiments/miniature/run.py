@@ -28,16 +28,15 @@ def tasks(seeds: int) -> list[tuple[int, str, float, int]]:
     from student import RUNS, TELLING
     from world import REGIMES
 
-    main = [(s, r, 0.7, i) for s in range(seeds) for i in range(len(RUNS)) for r in REGIMES]
-    more = [
-        (s, r, share, i)
-        for s in range(seeds)
-        for i, run in enumerate(RUNS)
-        if run.name in TELLING
-        for share in (0.0, 0.3)
-        for r in REGIMES
+    return [
+        (seed, regime, share, place)
+        for seed in range(seeds)
+        for share in (0.7, 0.0, 0.3)
+        for place, run in enumerate(RUNS)
+        for regime in REGIMES
+        if share == 0.7 or run.name in TELLING
+        if run.kind != "none" or regime == REGIMES[0]  # without a teacher its regime changes nothing
     ]
-    return sorted(main + more, key=lambda task: (task[0], task[2] != 0.7))
 
 
 def key_of(task: tuple[int, str, float, int]) -> str:
