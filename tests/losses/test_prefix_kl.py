@@ -33,7 +33,7 @@ V_S, V_T = 12, 13
 TABLES = (BY_STUDENT, BY_TEACHER, ROLES, (V_S, V_T))
 # One row a case: (student's ids, teacher's ids) of each chunk.
 ROWS = [
-    [([11], [12]), ([4], [0, 1, 2]), ([3], [0, 1]), ([0], [0]), ([6, 2, 0], [5]), ([1], [1])],
+    [([11], [12]), ([4], [0, 1, 2]), ([3], [0, 1]), ([0], [0]), ([6, 2, 0], [5]), ([0, 1], [0, 1])],
     [([2], [2]), ([5], [0, 2]), ([2, 2], [6]), ([6], [3]), ([6, 2], [4]), ([7], [1, 1, 1])],
     [([0, 1], [0, 1]), ([8], [4, 0]), ([4], [0, 1, 4]), ([9], [10]), ([6, 1], [5]), ([1], [8])],
 ]
@@ -284,6 +284,7 @@ def test_excluded_tokens_and_huge_logits_keep_gradients_finite():
     ids, alignment, _, (student, teacher) = batch(ROWS)
     student, teacher = student * 5e3, teacher * 5e3
     teacher[:, :, 7] = student[:, :, 5] = -np.inf
+    student[:, :, [1, 7]] = -np.inf  # all tokens of one event
 
     def value(student):
         return prefix_kl(student, teacher, alignment, tables, student_ids=ids[0], teacher_ids=ids[1])
@@ -291,7 +292,7 @@ def test_excluded_tokens_and_huge_logits_keep_gradients_finite():
     gradient = jax.grad(lambda z: value(z).sum())(student)
     assert np.isfinite(value(student)).all()
     assert np.isfinite(gradient).all()
-    assert not np.asarray(gradient)[:, :, 5].any()
+    assert not np.asarray(gradient)[:, :, [1, 5, 7]].any()
     assert np.asarray(gradient).any()
 
 
@@ -346,3 +347,19 @@ def test_blockwise_equals_plain_where_tokens_are_pieces(block, weights):
     )
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=3e-6, atol=3e-6 * float(jnp.abs(theirs).max()))
+
+
+def test_a_large_offset_costs_no_digits():
+    tables = tables_of_pieces(BY_STUDENT, BY_TEACHER, ROLES, V_S, V_T)
+    ids, alignment, _, logits = batch(ROWS)
+    student, teacher = (np.round(8 * z) / 8 for z in logits)  # which float32 holds beside 65536
+
+    @jax.jit
+    def total(student, teacher):
+        return prefix_kl(student, teacher, alignment, tables, student_ids=ids[0], teacher_ids=ids[1]).sum()
+
+    wanted = jax.value_and_grad(total)(student, teacher)
+    for offsets in ((65536, 0), (0, 65536)):
+        moved = jax.value_and_grad(total)(student + np.float32(offsets[0]), teacher + np.float32(offsets[1]))
+        for ours, theirs in zip(moved, wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=3e-6, atol=3e-6)
