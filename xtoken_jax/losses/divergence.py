@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+_LEAST = math.log(jnp.finfo(jnp.float32).tiny)  # below it a device may take exp for 0
 
 
 def kl_terms(
@@ -45,7 +48,7 @@ def kl_terms(
         direction = "reverse" if beta else "forward"
     lead, other = (teacher, student) if direction == "forward" else (student, teacher)
     # What underflows is absent too: 0 times an infinite difference would make NaN.
-    present = jnp.exp(lead) > 0
+    present = lead > _LEAST
     # Both branches of a `where` are differentiated, so the absent ones are made harmless first.
     lead = jnp.where(present, lead, 0.0)
     other = jnp.where(present, other, 0.0)
