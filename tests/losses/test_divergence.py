@@ -145,3 +145,12 @@ def test_bfloat16_stays_bfloat16():
     for direction, beta in itertools.product(("forward", "reverse", "jsd"), BETAS):
         terms = kl_terms(jnp.bfloat16(TEACHER), jnp.bfloat16(STUDENT), direction, beta=beta)
         assert terms.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_what_underflows_is_no_nan_against_an_excluded_token(direction):
+    lead, other = jnp.array([0.0, -5000.0]), jnp.array([0.0, -jnp.inf])
+    pair = (lead, other) if direction == "forward" else (other, lead)
+    assert kl_terms(lead, other, "forward").tolist() == [0.0, 0.0]
+    gradient = jax.grad(lambda t, s: kl_terms(t, s, direction).sum(), argnums=(0, 1))(*pair)
+    assert all(np.isfinite(g).all() for g in gradient)
