@@ -5,7 +5,7 @@ Three axes. `data` holds copies of the parameters, `fsdp` splits both the batch 
 there is a single code path.
 
 Shape letters: B batch, T position, C chunk, V vocabulary, D width, L layer, N query head, G key/value
-head, H head width, F feed-forward width.
+head, H head width, F feed-forward width, R rank of an adapter.
 """
 
 import dataclasses
@@ -36,6 +36,17 @@ PARTITION_SPECS: dict[str, PartitionSpec] = {
     "L N H D": PartitionSpec(None, "tensor", None, "fsdp"),
     "L D F": PartitionSpec(None, "fsdp", "tensor"),
     "L F D": PartitionSpec(None, "tensor", "fsdp"),
+    "L N H": PartitionSpec(None, "tensor", None),
+    "L G H": PartitionSpec(None, "tensor", None),
+    "L F": PartitionSpec(None, "tensor"),
+    "L H": PartitionSpec(None, None),
+    "L D R": PartitionSpec(None, "fsdp", None),
+    "L N H R": PartitionSpec(None, "tensor", None, None),
+    "L F R": PartitionSpec(None, "tensor", None),
+    "L R N H": PartitionSpec(None, None, "tensor", None),
+    "L R G H": PartitionSpec(None, None, "tensor", None),
+    "L R F": PartitionSpec(None, None, "tensor"),
+    "L R D": PartitionSpec(None, None, "fsdp"),
 }
 
 

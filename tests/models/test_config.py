@@ -7,7 +7,7 @@ import pytest
 
 from models import tiny
 from xtoken_jax.errors import UserError
-from xtoken_jax.models import DecoderConfig, RopeScaling, read_config
+from xtoken_jax.models import DecoderConfig, Llama3Scaling, read_config
 
 # meta-llama/Llama-3.1-8B's config.json as published, in the older spelling
 LLAMA_31 = {
@@ -55,7 +55,7 @@ def test_llama_3_1_is_read_whole():
         head_dim=128,
         norm_eps=1e-5,
         rope_theta=500000.0,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
         tie_embeddings=False,
         initializer_range=0.02,
         max_position_embeddings=131072,
@@ -107,19 +107,22 @@ def test_a_config_is_hashable():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "supported: LlamaForCausalLM"]),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            ["MambaForCausalLM", "supported: LlamaForCausalLM, Mistral"],
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["Classification", "LlamaForCausalLM"]),
-        ({"architectures": None, "model_type": "mamba"}, ["mamba", "supported: LlamaForCausalLM"]),
-        ({"architectures": None, "model_type": None}, ["null", "supported: LlamaForCausalLM"]),
-        ({"model_type": "mistral"}, ["mistral", "supported: LlamaForCausalLM"]),
-        ({"attention_bias": True}, ["attention_bias=true", "supported: attention_bias=false"]),
-        ({"mlp_bias": True}, ["mlp_bias=true"]),
+        ({"architectures": None, "model_type": "mamba"}, ["mamba", "supported: LlamaForCausalLM, Mistral"]),
+        ({"architectures": None, "model_type": None}, ["null", "supported: LlamaForCausalLM, Mistral"]),
+        ({"model_type": "mistral"}, ["mistral", "supported: LlamaForCausalLM, Mistral"]),
+        ({"resid_pdrop": 0.1}, ["resid_pdrop=0.1"]),
+        ({"some_future_key": 3}, ["some_future_key=3", "LlamaForCausalLM", "take it out"]),
         ({"attention_dropout": 0.1}, ["attention_dropout=0.1"]),
-        ({"hidden_act": "gelu"}, ['hidden_act="gelu"', '"silu"']),
+        ({"hidden_act": "gelu"}, ['hidden_act="gelu"', "silu"]),
         ({"sliding_window": 4096}, ["sliding_window=4096"]),
         ({"layer_types": ["sliding_attention"]}, ["layer_types"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ['rope type "linear"', "default, llama3"]),
+        ({"rope_scaling": {"type": "linear"}}, ["linear", "factor"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ['rope type "yarn"']),
         ({"rope_parameters": {"rope_type": "dynamic"}}, ['rope type "dynamic"']),
         (
@@ -155,7 +158,7 @@ def test_settings_at_their_neutral_value_are_accepted():
         "quantization_config": None,
         "layer_types": ["full_attention"] * 32,
         "partial_rotary_factor": 1.0,
-        "some_future_key": 3,
+        "some_future_key": False,
     }
     assert DecoderConfig.from_hf({**LLAMA_31, **neutral}) == DecoderConfig.from_hf(LLAMA_31)
 

@@ -53,13 +53,27 @@ def test_only_earlier_tokens_are_seen():
     assert (np.abs(before - after)[:, 6:].max(-1) > 1e-2).all()
 
 
-def test_padding_sees_only_itself():
+def test_padding_sees_no_text_and_text_no_padding():
     model, params = load("untied")
     tokens = np.arange(3, 13, dtype=np.int32)[None, :]
-    mask = np.arange(10)[None, :] >= 4
+    mask = np.isin(np.arange(10), [0, 1, 5, 6, 7, 8])[None, :]
     hidden, _ = forward(model, params, tokens, mask=mask)
-    alone, _ = forward(model, params, tokens[:, 3:4])
-    np.testing.assert_allclose(hidden[:, 3:4], alone, atol=1e-5)
+    for part in (mask, ~mask):
+        other, _ = forward(model, params, np.where(part, 30, tokens), mask=mask)
+        np.testing.assert_array_equal(other[~part], hidden[~part])
+        assert np.abs(other - hidden)[part].max() > 0.1
+
+
+def test_a_segment_is_as_alone():
+    model, params = load("llama3")
+    tokens = np.arange(3, 15, dtype=np.int32)[None, :]
+    segments = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
+    hidden, _ = forward(model, params, tokens, segments=segments)
+    for piece in (slice(0, 5), slice(5, 9)):
+        alone, _ = forward(model, params, tokens[:, piece])
+        np.testing.assert_allclose(hidden[:, piece], alone, atol=1e-4)
+    both, _ = forward(model, params, tokens, segments=np.maximum(segments, 1), mask=segments > 0)
+    np.testing.assert_array_equal(both[:, :5], hidden[:, :5])
 
 
 def test_positions_count_by_their_differences():
@@ -168,7 +182,7 @@ def test_tied_embeddings_are_one_parameter_with_both_gradients():
 def test_remat_does_not_change_gradients():
     tokens = np.arange(3, 27, dtype=np.int32).reshape(2, 12)
     model, params = load("llama3")
-    kept = dataclasses.replace(model, remat=True)
+    kept = dataclasses.replace(model, remat="full")
 
     def loss(params, model):
         return jnp.sum(jnp.square(model(params, tokens)[0][:, :, 0]))
@@ -190,7 +204,7 @@ def test_remat_holds_one_layers_activations():
         tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
         return gradient.lower(model.abstract(), tokens).compile().memory_analysis().temp_size_in_bytes
 
-    assert scratch_bytes(remat=True) < scratch_bytes(remat=False) / 4
+    assert scratch_bytes(remat="full") < scratch_bytes(remat="none") / 4
 
 
 def test_the_program_does_not_grow_with_depth():
@@ -242,7 +256,7 @@ def test_equal_models_share_a_compilation():
     config = read_config(tiny.DATA / "tied")
     assert Model(config) == Model(read_config(tiny.DATA / "tied"))
     assert hash(Model(config)) == hash(Model(read_config(tiny.DATA / "tied")))
-    assert Model(config) != Model(config, remat=True)
+    assert Model(config) != Model(config, remat="full")
     traces = []
     jitted = jax.jit(lambda model, x: traces.append(model) or x, static_argnums=0)
     jitted(Model(config), 1.0)

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from xtoken_jax.export import export_hf  # noqa: E402
 from xtoken_jax.mesh import MeshConfig, make_mesh  # noqa: E402
-from xtoken_jax.models import DecoderConfig, Model, RopeScaling, load_model, logits  # noqa: E402
+from xtoken_jax.models import DecoderConfig, Llama3Scaling, Model, load_model, logits  # noqa: E402
 
 LENGTH = 40
 
@@ -25,7 +25,7 @@ def random_config(seed: int) -> DecoderConfig:
     kv_heads, groups, head_dim = rng.integers(1, 4), rng.integers(1, 4), 2 * rng.integers(2, 9)
     heads = int(kv_heads * groups)
     own_head_dim = rng.random() < 0.5
-    scaling = RopeScaling(float(rng.choice([4, 8, 32])), 1.0, 4.0, int(rng.choice([16, 64, 256])))
+    scaling = Llama3Scaling(float(rng.choice([4, 8, 32])), 1.0, 4.0, int(rng.choice([16, 64, 256])))
     return DecoderConfig(
         vocab_size=int(rng.integers(50, 200)),
         hidden_size=int(heads * (rng.integers(5, 12) if own_head_dim else head_dim)),

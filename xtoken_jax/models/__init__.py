@@ -1,13 +1,18 @@
 """Decoders: read from and written to Hugging Face folders, run as pure functions."""
 
-from xtoken_jax.models.config import DecoderConfig, RopeScaling, read_config
+from xtoken_jax.models.config import DecoderConfig, read_config
 from xtoken_jax.models.decoder import Model, logits
 from xtoken_jax.models.hf_weights import init_model, load_model, save_weights
+from xtoken_jax.models.lora import LoraConfig
+from xtoken_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
 
 __all__ = [
     "DecoderConfig",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRope",
+    "LoraConfig",
     "Model",
-    "RopeScaling",
     "init_model",
     "load_model",
     "logits",

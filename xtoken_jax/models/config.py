@@ -1,8 +1,4 @@
-"""DecoderConfig: what a `config.json` says about a decoder, read from and written to an HF folder.
-
-A setting that the decoder does not implement is refused here, by name: a checkpoint that loads and
-computes something else is worse than one that does not load.
-"""
+"""DecoderConfig: what a `config.json` says about a decoder, read from and written to an HF folder."""
 
 import dataclasses
 import json
@@ -10,40 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from xtoken_jax.errors import UserError
-
-# architecture -> model_type
-ARCHITECTURES = {"LlamaForCausalLM": "llama"}
-
-# key -> the values under which the decoder computes what the checkpoint means; absent is one of them
-_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
-    "layer_types": (None,),
-    "partial_rotary_factor": (1, None),
-    "quantization_config": (None,),
-}
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's scaling of the rotary frequencies (`rope_type` "llama3")."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from xtoken_jax.models import hf_settings
+from xtoken_jax.models.families import FAMILIES
+from xtoken_jax.models.hf_settings import FULL, SLIDING
+from xtoken_jax.models.rope import LongRope, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """The sizes and settings of one decoder; hashable, so that it can be static under `jax.jit`.
 
-    The last block does not change what is computed: it is kept for the exported config.json.
+    Attributes:
+        vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: V, D, F,
+            L, N, G and H.
+        norm_eps: of the RMS norms.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are scaled.
+        partial_rotary_factor: the share of a head that is rotated, its first part.
+        sliding_rope_theta: base in layers with a sliding window, which are not scaled; None: as the others.
+        sliding_window: how many positions such a layer sees, the token's own included; None: no window.
+        layer_types: "sliding_attention" or "full_attention" of each layer; None: all alike, sliding where
+            there is a window.
+        qkv_bias, output_bias, mlp_bias: whether these products have a bias.
+        qk_norm: RMS norms of each query and key head.
+        unit_offset_norms: norms scale by 1 + weight.
+        post_norms: norms also behind attention and feed-forward, before they are added.
+        scale_embedding: embeddings times the root of the width.
+        query_pre_attn_scalar: scores are divided by its root; None: by that of the head width.
+        attention_softcap, logit_softcap: c of c tanh(x / c), of scores and of logits.
+        activation: "silu" or "gelu_tanh".
+        tie_embeddings: whether unembedding and embedding are one.
+        initializer_range: of a random start.
+
+    The others do not change what is computed: they are kept for the exported config.json; `source` is
+    the whole one that was read, as JSON.
     """
 
     vocab_size: int
@@ -56,6 +52,21 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0
+    sliding_rope_theta: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    unit_offset_norms: bool = False
+    post_norms: bool = False
+    scale_embedding: bool = False
+    query_pre_attn_scalar: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    activation: str = "silu"
     tie_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -65,23 +76,66 @@ class DecoderConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     dtype: str | None = None
+    source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
-            _positive(name, getattr(self, name))
-        _positive("num_kv_heads", self.num_kv_heads)
-        _positive("head_dim", self.head_dim)
-        for name in ("norm_eps", "rope_theta", "initializer_range"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise UserError(f"{name}={_short(value)} must be a number, zero or above")
+            hf_settings.positive(name, getattr(self, name))
+        hf_settings.positive("num_kv_heads", self.num_kv_heads)
+        hf_settings.positive("head_dim", self.head_dim)
+        for name in ("norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor"):
+            hf_settings.number(name, getattr(self, name))
+        for name in ("sliding_rope_theta", "query_pre_attn_scalar", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None and hf_settings.number(name, getattr(self, name)) == 0:
+                raise UserError(f"{name}=0 must be above zero, or absent")
+        if self.sliding_window is not None:
+            hf_settings.positive("sliding_window", self.sliding_window)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_attention_heads={self.num_heads} is not a multiple of"
                 f" num_key_value_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even one")
+        if self.activation not in hf_settings.ACTIVATIONS.values():
+            raise UserError(f"activation={self.activation!r}; supported: silu, gelu_tanh")
+        self._check_rope()
+        self._check_layers()
+
+    def _check_rope(self) -> None:
+        if self.partial_rotary_factor > 1 or self.rotary_dim % 2 or not self.rotary_dim:
+            raise UserError(
+                f"head_dim={self.head_dim} with partial_rotary_factor={self.partial_rotary_factor} rotates"
+                f" {self.rotary_dim} dimensions; it must be an even number, two or above"
+            )
+        if isinstance(self.rope_scaling, LongRope):
+            for name in ("short_factor", "long_factor"):
+                count = len(getattr(self.rope_scaling, name))
+                if count != self.rotary_dim // 2:
+                    raise UserError(
+                        f"the longrope setting {name} has {count} numbers; half of the {self.rotary_dim}"
+                        " rotated dimensions is wanted"
+                    )
+
+    def _check_layers(self) -> None:
+        if self.layer_types is None:
+            return
+        if odd := [kind for kind in self.layer_types if kind not in (FULL, SLIDING)]:
+            raise UserError(f"layer_types has {hf_settings.short(odd[0])}; supported: {FULL}, {SLIDING}")
+        if len(self.layer_types) != self.num_layers:
+            raise UserError(f"layer_types has {len(self.layer_types)} entries for {self.num_layers} layers")
+        if SLIDING in self.layer_types and self.sliding_window is None:
+            raise UserError(f"layer_types has {SLIDING}, but there is no sliding_window")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """Of each layer, whether it has the sliding window."""
+        if self.layer_types is None:
+            return (self.sliding_window is not None,) * self.num_layers
+        return tuple(kind == SLIDING for kind in self.layer_types)
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "DecoderConfig":
@@ -90,55 +144,69 @@ class DecoderConfig:
         Raises:
             UserError: an architecture or a setting that is not implemented, or a missing key.
         """
-        architecture = _architecture(hf)
-        for key, values in _IMPLEMENTED.items():
-            if key in hf and hf[key] not in values and not _all_full_attention(key, hf[key]):
-                raise UserError(
-                    f"{key}={_short(hf[key])} is not implemented for {architecture};"
-                    f" supported: {key}={_short(values[0])}"
-                )
-        missing = [key for key in _REQUIRED if hf.get(key) is None]
-        if missing:
+        source = json.dumps(hf)
+        architecture = hf_settings.architecture(hf)
+        family = FAMILIES[architecture]
+        if family.exported_as is not None:
+            hf = hf_settings.language_model(hf)
+        hf_settings.refuse_unknown(hf, family, architecture)
+        hf = {**family.defaults, **hf}
+        if missing := [key for key in hf_settings.REQUIRED if hf.get(key) is None]:
             raise UserError(f"config.json lacks {', '.join(missing)}")
-        heads = hf["num_attention_heads"]
-        _positive("num_attention_heads", heads)
-        # transformers refuses such a Llama even where head_dim is given, so an export would not load
-        if _positive("hidden_size", hf["hidden_size"]) % heads:
+        heads = hf_settings.positive("num_attention_heads", hf["num_attention_heads"])
+        # transformers refuses such a model even where head_dim is given, so an export would not load
+        if hf_settings.positive("hidden_size", hf["hidden_size"]) % heads:
             raise UserError(
                 f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={heads}"
             )
-        theta, scaling = _rope(hf)
+        window, layer_types = hf_settings.windows(hf, family)
+        theta, scaling, partial, sliding_theta = hf_settings.rope(hf, family)
         eos = hf.get("eos_token_id")
+        fields = {
+            field: hf[key] for key, names in family.keys.items() if hf.get(key) is not None for field in names
+        }
         return cls(
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
             intermediate_size=hf["intermediate_size"],
             num_layers=hf["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=_value(hf, "num_key_value_heads", heads),
-            head_dim=_value(hf, "head_dim", hf["hidden_size"] // heads),
-            norm_eps=_value(hf, "rms_norm_eps", 1e-6),
+            num_kv_heads=hf_settings.value(hf, "num_key_value_heads", heads),
+            head_dim=hf_settings.value(hf, "head_dim", hf["hidden_size"] // heads),
+            norm_eps=hf_settings.value(hf, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_embeddings=bool(_value(hf, "tie_word_embeddings", False)),
-            initializer_range=_value(hf, "initializer_range", 0.02),
+            partial_rotary_factor=partial,
+            sliding_rope_theta=sliding_theta,
+            sliding_window=window,
+            layer_types=layer_types,
+            activation=hf_settings.activation(hf, family),
+            tie_embeddings=bool(hf_settings.value(hf, "tie_word_embeddings", False)),
+            initializer_range=hf_settings.value(hf, "initializer_range", 0.02),
             architecture=architecture,
-            max_position_embeddings=_value(hf, "max_position_embeddings", 2048),
+            max_position_embeddings=hf_settings.value(hf, "max_position_embeddings", 2048),
             bos_token_id=hf.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=hf.get("pad_token_id"),
-            dtype=_value(hf, "dtype", hf.get("torch_dtype")),
+            dtype=hf_settings.value(hf, "dtype", hf.get("torch_dtype")),
+            source=source if family.exported_as is None else None,
+            **family.settings,
+            **fields,
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a `config.json` that `transformers` 4 and 5 load as `architecture`."""
-        rope: dict[str, Any] = {"rope_type": "default"}
-        if self.rope_scaling is not None:
-            rope = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
+        """The content of a `config.json` that `transformers` 4 and 5 load as `architecture`.
+
+        What was read from a file goes back as it was, keys that the decoder has no use for included.
+        """
+        if self.source is not None and DecoderConfig.from_hf(json.loads(self.source)) == self:
+            return json.loads(self.source)
+        architecture = FAMILIES[self.architecture].exported_as or self.architecture
+        family = FAMILIES[architecture]
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         hf = {
-            "architectures": [self.architecture],
-            "model_type": ARCHITECTURES[self.architecture],
+            "architectures": [architecture],
+            "model_type": family.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -146,14 +214,11 @@ class DecoderConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
+            family.activation: {v: k for k, v in reversed(hf_settings.ACTIVATIONS.items())}[self.activation],
+            **{key: getattr(self, names[0]) for key, names in family.keys.items()},
             "rms_norm_eps": self.norm_eps,
-            # transformers 4 and most other readers know the first two, transformers 5 the third
-            "rope_theta": self.rope_theta,
-            "rope_scaling": rope if self.rope_scaling is not None else None,
-            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            **hf_settings.written_windows(self, family),
+            **hf_settings.written_rope(self, family),
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": self.initializer_range,
             "max_position_embeddings": self.max_position_embeddings,
@@ -161,7 +226,10 @@ class DecoderConfig:
             "eos_token_id": eos,
             "pad_token_id": self.pad_token_id,
         }
-        return hf if self.dtype is None else {**hf, "torch_dtype": self.dtype}
+        hf = hf if self.dtype is None else {**hf, "torch_dtype": self.dtype}
+        if dataclasses.replace(DecoderConfig.from_hf(hf), architecture=self.architecture) != self:
+            raise UserError(f"a config.json of {architecture} cannot say all that this model's config says")
+        return hf
 
 
 def read_config(folder: str | Path) -> DecoderConfig:
@@ -186,62 +254,3 @@ def read_config(folder: str | Path) -> DecoderConfig:
         return DecoderConfig.from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _architecture(hf: dict[str, Any]) -> str:
-    supported = f"supported: {', '.join(ARCHITECTURES)}"
-    names = hf.get("architectures") or []
-    model_type = hf.get("model_type")
-    if names:
-        name = str(names[0] if isinstance(names, list) else names)
-        if name not in ARCHITECTURES:
-            raise UserError(f"architecture {_short(name)} is not implemented; {supported}")
-        if model_type not in (None, ARCHITECTURES[name]):
-            raise UserError(f"model_type {_short(model_type)} does not belong to {name}; {supported}")
-        return name
-    for name, known in ARCHITECTURES.items():
-        if model_type == known:
-            return name
-    raise UserError(f"model_type {_short(model_type)} is not implemented; {supported}")
-
-
-def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """rope_theta and the scaling, from `rope_parameters` (transformers 5) or the older two keys."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"rope settings must be an object, not {_short(rope)}")
-    theta = rope.get("rope_theta", _value(hf, "rope_theta", 10000.0))
-    if (partial := rope.get("partial_rotary_factor", 1)) != 1:
-        raise UserError(f"partial_rotary_factor={_short(partial)} is not implemented; supported: 1")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise UserError(f"rope type {_short(kind)} is not implemented; supported: default, llama3")
-    values = {"original_max_position_embeddings": hf.get("original_max_position_embeddings"), **rope}
-    names = [field.name for field in dataclasses.fields(RopeScaling)]
-    missing = [name for name in names if values.get(name) is None]
-    if missing:
-        raise UserError(f"the llama3 rope settings lack {', '.join(missing)}")
-    return theta, RopeScaling(**{name: values[name] for name in names})
-
-
-def _all_full_attention(key: str, value: Any) -> bool:
-    return key == "layer_types" and isinstance(value, list) and set(value) <= {"full_attention"}
-
-
-def _value(hf: dict[str, Any], key: str, default: Any) -> Any:
-    """`hf[key]`, or the default where it is absent or null."""
-    value = hf.get(key)
-    return default if value is None else value
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}={_short(value)} must be a positive whole number")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

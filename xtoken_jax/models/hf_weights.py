@@ -5,10 +5,11 @@ one stacked parameter at a time. Writing goes tensor by tensor. Nothing here rea
 """
 
 import json
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,39 +21,12 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models.config import read_config
 from xtoken_jax.models.decoder import Model, Params
+from xtoken_jax.models.families import FAMILIES, Weight
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-class Weight(NamedTuple):
-    """Where the file keeps a parameter: its name, and the order of its axes.
-
-    `axes` uses the parameter's shape letters less L; letters written together share one axis of the
-    file: "NH D" is [heads x head width, width].
-    """
-
-    name: str
-    axes: str
-
-
-# architecture -> parameter path -> its tensor, one for each layer where the name says {layer}
-TABLES: dict[str, dict[str, Weight]] = {
-    "LlamaForCausalLM": {
-        "embedding": Weight("model.embed_tokens.weight", "V D"),
-        "layers/attention_norm": Weight("model.layers.{layer}.input_layernorm.weight", "D"),
-        "layers/attention/query": Weight("model.layers.{layer}.self_attn.q_proj.weight", "NH D"),
-        "layers/attention/key": Weight("model.layers.{layer}.self_attn.k_proj.weight", "GH D"),
-        "layers/attention/value": Weight("model.layers.{layer}.self_attn.v_proj.weight", "GH D"),
-        "layers/attention/output": Weight("model.layers.{layer}.self_attn.o_proj.weight", "D NH"),
-        "layers/feed_forward_norm": Weight("model.layers.{layer}.post_attention_layernorm.weight", "D"),
-        "layers/feed_forward/gate": Weight("model.layers.{layer}.mlp.gate_proj.weight", "F D"),
-        "layers/feed_forward/up": Weight("model.layers.{layer}.mlp.up_proj.weight", "F D"),
-        "layers/feed_forward/down": Weight("model.layers.{layer}.mlp.down_proj.weight", "D F"),
-        "final_norm": Weight("model.norm.weight", "D"),
-        "unembedding": Weight("lm_head.weight", "V D"),
-    },
-}
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old checkpoints stored
 
 
@@ -62,7 +36,8 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: str = "float32",
     compute_dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
+    attention: str = "xla",
 ) -> tuple[Model, Params]:
     """The model of a Hugging Face folder, its weights laid out over the mesh.
 
@@ -71,7 +46,7 @@ def load_model(
             in float32, bfloat16 or float16.
         mesh: where the parameters go, by `model.param_shardings`; by default this process's first device.
         dtype: of the parameters, "float32" or "bfloat16" (half the memory, for a frozen teacher).
-        compute_dtype, remat: see `Model`.
+        compute_dtype, remat, attention: see `Model`.
 
     Returns:
         The model and its parameters.
@@ -81,7 +56,7 @@ def load_model(
             used, or of another shape or dtype than config.json says.
     """
     folder = Path(folder)
-    model = Model(read_config(folder), compute_dtype, remat)
+    model = Model(read_config(folder), compute_dtype, remat, attention)
     target = jnp.dtype(_checked(dtype, ("float32", "bfloat16")))
     shardings = _flat(model.param_shardings(mesh or single_device_mesh()))
     with ExitStack() as stack:
@@ -103,7 +78,8 @@ def init_model(
     mesh: Mesh | None = None,
     dtype: str = "float32",
     compute_dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
+    attention: str = "xla",
 ) -> tuple[Model, Params]:
     """A random start from a folder's config.json alone; arguments and returns as `load_model`.
 
@@ -112,7 +88,7 @@ def init_model(
     Raises:
         UserError: what `read_config` refuses, or another dtype.
     """
-    model = Model(read_config(folder), compute_dtype, remat)
+    model = Model(read_config(folder), compute_dtype, remat, attention)
     target = jnp.dtype(_checked(dtype, ("float32", "bfloat16")))
     shardings = model.param_shardings(mesh or single_device_mesh())
 
@@ -143,11 +119,9 @@ def save_weights(folder: str | Path, model: Model, params: Params, *, dtype: str
     layouts = _layouts(model)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     end = 0
-    for layout in layouts.values():
-        for name in layout.names:
-            start, end = end, end + int(np.prod(layout.file_shape)) * target.itemsize
-            entry = {"dtype": _STORED[dtype], "shape": layout.file_shape, "data_offsets": [start, end]}
-            header[name] = entry
+    for name, shape in _tensor_shapes(layouts).items():
+        start, end = end, end + math.prod(shape) * target.itemsize
+        header[name] = {"dtype": _STORED[dtype], "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8
 
@@ -158,10 +132,11 @@ def save_weights(folder: str | Path, model: Model, params: Params, *, dtype: str
     try:
         with open(partial, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
-            for path, layout in layouts.items():
-                for tensor in layout.to_file(np.asarray(flat[path])):
+            for name, parts in _pieces(layouts).items():
+                for path, layer in parts:
+                    tensor = _narrowed(layouts[path].to_file(flat[path], layer), target, name)
                     # as bytes, because bfloat16 has no buffer interface of its own
-                    file.write(_narrowed(tensor, target, layout.weight.name).reshape(-1).view(np.uint8).data)
+                    file.write(tensor.reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, folder / WEIGHTS)
@@ -171,9 +146,9 @@ def save_weights(folder: str | Path, model: Model, params: Params, *, dtype: str
 
 
 class _Layout:
-    """How one parameter's axes lie in its tensors."""
+    """How one parameter's axes lie in its tensors, which may hold other parameters' rows too."""
 
-    def __init__(self, weight: Weight, letters: str, shape: tuple[int, ...]):
+    def __init__(self, weight: Weight, letters: str, shape: tuple[int, ...], of_model: dict[str, int]):
         names = letters.split()
         self.sizes = dict(zip(names, shape, strict=True))
         self.weight = weight
@@ -182,7 +157,9 @@ class _Layout:
         self.shape = shape
         self.groups = weight.axes.split()
         self.order = "".join(self.groups)
-        self.file_shape = tuple(int(np.prod([self.sizes[n] for n in group])) for group in self.groups)
+        own = [math.prod(self.sizes[n] for n in group) for group in self.groups]
+        self.start = sum(math.prod(of_model[n] for n in group) for group in weight.before.split())
+        self.own_shape = tuple(own)  # of its rows in the file
         layers = range(self.sizes["L"]) if self.stacked else range(1)
         self.names = [weight.name.format(layer=layer) for layer in layers]
 
@@ -195,21 +172,44 @@ class _Layout:
             # a shard never splits the later letters of a group: heads are split, not their widths
             width = int(np.prod([self.sizes[n] for n in rest], dtype=int))
             assert all(ranges[n] == (0, self.sizes[n]) for n in rest)
-            slices.append(slice(ranges[first][0] * width, ranges[first][1] * width))
+            start = 0 if slices else self.start
+            slices.append(slice(start + ranges[first][0] * width, start + ranges[first][1] * width))
         part = tensor[tuple(slices)].reshape([ranges[n][1] - ranges[n][0] for n in self.order])
         return part.transpose([self.order.index(n) for n in self.inner])
 
-    def to_file(self, param: np.ndarray) -> list[np.ndarray]:
-        """The whole parameter as its file tensors, one for each name."""
-        layers = param if self.stacked else param[None]
-        axes = [self.inner.index(n) for n in self.order]
-        return [layer.transpose(axes).reshape(self.file_shape) for layer in layers]
+    def to_file(self, param: Any, layer: int) -> np.ndarray:
+        """The part of its tensor of one layer that this parameter is."""
+        values = np.asarray(param[layer] if self.stacked else param)
+        return values.transpose([self.inner.index(n) for n in self.order]).reshape(self.own_shape)
 
 
 def _layouts(model: Model) -> dict[str, _Layout]:
-    table = TABLES[model.config.architecture]
+    table = FAMILIES[model.config.architecture].weights
     letters, shapes = _flat(model.letters), _flat(model.abstract())
-    return {path: _Layout(table[path], letters[path], shapes[path].shape) for path in shapes}
+    sizes: dict[str, int] = {}
+    for path, shape in shapes.items():
+        sizes |= dict(zip(letters[path].split(), shape.shape, strict=True))
+    return {path: _Layout(table[path], letters[path], shapes[path].shape, sizes) for path in shapes}
+
+
+def _tensor_shapes(layouts: dict[str, _Layout]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor; one that several parameters share has the rows of all."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layout in layouts.values():
+        rows = layout.start + layout.own_shape[0]
+        for name in layout.names:
+            rows_so_far = shapes.get(name, (0,))[0]
+            shapes[name] = (max(rows_so_far, rows), *layout.own_shape[1:])
+    return shapes
+
+
+def _pieces(layouts: dict[str, _Layout]) -> dict[str, list[tuple[str, int]]]:
+    """Name -> the parameters (path, layer) whose rows it holds, in the order of the rows."""
+    pieces: dict[str, list[tuple[str, int]]] = {}
+    for path, layout in sorted(layouts.items(), key=lambda item: item[1].start):
+        for layer, name in enumerate(layout.names):
+            pieces.setdefault(name, []).append((path, layer))
+    return {name: pieces[name] for name in _tensor_shapes(layouts)}
 
 
 def _read(layout: _Layout, tensors: dict[str, Any], sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
@@ -261,9 +261,11 @@ def _open_file(path: Path, stack: ExitStack) -> dict[str, Any]:
 
 def _checked_tensors(folder: Path, model: Model, tensors: dict[str, Any]) -> dict[str, Any]:
     """The tensors that the model needs, all there, with the right shapes; one error for all that is wrong."""
-    expected = {name: layout.file_shape for layout in _layouts(model).values() for name in layout.names}
+    expected = _tensor_shapes(_layouts(model))
     tensors = {name: t for name, t in tensors.items() if not name.endswith(_IGNORED_SUFFIXES)}
-    table = TABLES[model.config.architecture]
+    if others := FAMILIES[model.config.architecture].other_tensors:
+        tensors = {_within(name): t for name, t in tensors.items() if not name.startswith(others)}
+    table = FAMILIES[model.config.architecture].weights
     embedding, head = table["embedding"].name, table["unembedding"].name
     stored_twice = model.config.tie_embeddings and head in tensors and embedding in tensors
     if stored_twice and not _equal(tensors.pop(head), tensors[embedding]):
@@ -285,6 +287,14 @@ def _checked_tensors(folder: Path, model: Model, tensors: dict[str, Any]) -> dic
     if problems:
         raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
     return tensors
+
+
+def _within(name: str) -> str:
+    """The name that a tensor of a language model within a larger one has on its own."""
+    for prefix, own in (("language_model.", ""), ("model.language_model.", "model.")):
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name
 
 
 def _equal(a: Any, b: Any, rows: int = 8192) -> bool:

@@ -29,6 +29,21 @@ class Dtype(Enum):
     bfloat16 = "bfloat16"
 
 
+class Remat(Enum):
+    """What the backward pass computes again."""
+
+    none = "none"
+    full = "full"
+    dots = "dots"
+
+
+class AttentionKind(Enum):
+    """Implementations of attention."""
+
+    xla = "xla"
+    cudnn = "cudnn"
+
+
 @dataclass
 class ModelConfig:
     """A student or teacher.
@@ -38,14 +53,17 @@ class ModelConfig:
         init: weights, or random for a student that starts from its config.json alone.
         dtype: of the parameters; a student trains in float32.
         compute_dtype: of activations and matrix products.
-        remat: recompute activations in the backward pass, for memory.
+        remat: recompute activations in the backward pass, for memory: none, full (of a layer only its input
+            is kept) or dots (and its matrix products).
+        attention: xla, or cudnn on NVIDIA GPUs in bfloat16.
     """
 
     path: str | None = None
     init: Start = Start.weights
     dtype: Dtype = Dtype.float32
     compute_dtype: Dtype = Dtype.float32
-    remat: bool = False
+    remat: Remat = Remat.none
+    attention: AttentionKind = AttentionKind.xla
 
 
 def open_model(
@@ -67,7 +85,8 @@ def open_model(
         "mesh": mesh,
         "dtype": config.dtype.value,
         "compute_dtype": config.compute_dtype.value,
-        "remat": config.remat,
+        "remat": config.remat.value,
+        "attention": config.attention.value,
     }
     if config.init is Start.random:
         model, params = init_model(folder, key, **options)
