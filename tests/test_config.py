@@ -1,11 +1,12 @@
 """Experiments from words and from the shipped configs."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from xtoken_jax.config import CONFIG_FOLDER, load_experiment, options_of
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses.objective import Direction, LossKind
-from xtoken_jax.models.load import Start
+from xtoken_jax.models.load import Dtype, Start
 
 PAIR = [
     "student.path=s",
@@ -25,10 +26,20 @@ def test_every_shipped_experiment_is_whole_and_opens_with_its_facts(name):
         assert fact in head
 
 
-@pytest.mark.parametrize("group", ["student", "teacher", "data", "loss", "mesh"])
+@pytest.mark.parametrize("group", ["data", "loss", "mesh"])
 def test_every_option_of_a_group_fits_the_schema(group):
     for option in options_of(group):
         load_experiment(["experiment=quickstart", f"{group}={option}"])
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, name) for group in ("student", "teacher") for name in options_of(group)]
+)
+def test_every_model_of_a_group_composes(group, option):
+    model = getattr(load_experiment(["experiment=quickstart", f"{group}={option}"]), group)
+    assert model.path == OmegaConf.load(CONFIG_FOLDER / group / f"{option}.yaml").path
+    # a student in bfloat16 would lose most of its small updates
+    assert group == "teacher" or model.dtype is Dtype.float32
 
 
 def test_a_file_wins_over_a_default_and_a_word_over_a_file():
