@@ -58,6 +58,7 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    logit_softcap: float | None = None
 
     architecture: str = "LlamaForCausalLM"
     max_position_embeddings: int = 2048
