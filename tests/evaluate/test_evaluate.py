@@ -1,7 +1,7 @@
 """Bits per byte and exact match against counts made by hand."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from xtoken_jax.data.arithmetic import Problem
 from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.evaluate.rows import in_batches
+from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import logits
 from xtoken_jax.models.hf_weights import load_model
 from xtoken_jax.tokens.tokenizer import Tokenizer
@@ -20,6 +21,8 @@ from xtoken_jax.tokens.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Follows:
     """A model that gives each token's successor in a table all the probability."""
+
+    config = DecoderConfig(1, 2, 1, 1, 1, 1, 2)  # of which the logits' cap alone is read
 
     def __call__(self, params, tokens):
         return jax.nn.one_hot(params[tokens], len(params)) * 50.0, jnp.eye(len(params))
@@ -56,8 +59,10 @@ def test_exact_match_wants_the_answer_to_end_the_line(tokenizer, successors):
     assert exact_match(Follows(), runs_on, tokenizer, [Problem("40+2=", "42")], batch_size=1) == 0
 
 
-def test_bits_per_byte_by_hand(pair_folders, tokenizer):
+@pytest.mark.parametrize("softcap", [None, 1.0])
+def test_bits_per_byte_by_hand(pair_folders, tokenizer, softcap):
     model, params = load_model(pair_folders[0])
+    model = replace(model, config=replace(model.config, logit_softcap=softcap))
     texts = ["12+30=42\n", "The sum of the numbers", "é"]
     rows = [np.concatenate([[0], tokenizer.encode(t), [1]]).astype(np.int32) for t in texts]
     bits = 0.0
@@ -65,6 +70,8 @@ def test_bits_per_byte_by_hand(pair_folders, tokenizer):
         scores = np.asarray(logits(*model(params, jnp.asarray(row[None]))), np.float64)[
             0, :, : tokenizer.size
         ]
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
         shifted = scores - scores.max(-1, keepdims=True)
         log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         bits -= sum(log_probabilities[p, row[p + 1]] for p in range(len(row) - 1)) / math.log(2)

@@ -103,21 +103,29 @@ def logits(hidden, unembedding):
     return jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32)
 
 
-def plain(config, tables, hidden, unembedding, teacher=TEACHER, alignment=ALIGNMENT):
-    student = logits(hidden, unembedding)[..., :V_S]
+def capped(logits, cap):
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def plain(config, tables, hidden, unembedding, teacher=TEACHER, alignment=ALIGNMENT, caps=(None, None)):
+    student = capped(logits(hidden, unembedding), caps[0])[..., :V_S]
     ce = masked_mean(*next_token_cross_entropy(student, IDS, TARGETS))
     if config.kind is LossKind.none:
         return ce, jnp.float32(0)
     values = distillation_loss(config)(
-        student, logits(*teacher), alignment, tables, TEACHER_MASK, student_ids=IDS, teacher_ids=TEACHER_IDS
-    )
+        student, capped(logits(*teacher), caps[1]), alignment, tables, TEACHER_MASK,
+        student_ids=IDS, teacher_ids=TEACHER_IDS,
+    )  # fmt: skip
     return ce, masked_mean(values, valid_chunks(alignment))
 
 
-def blockwise(config, tables, hidden, unembedding, teacher=TEACHER, alignment=ALIGNMENT, **options):
+def blockwise(
+    config, tables, hidden, unembedding, teacher=TEACHER, alignment=ALIGNMENT, caps=(None, None), **options
+):
     found = blockwise_loss(
         hidden, unembedding, *teacher, alignment, tables, IDS, TARGETS, config,
-        teacher_ids=TEACHER_IDS, teacher_mask=TEACHER_MASK, student_size=V_S, **options,
+        teacher_ids=TEACHER_IDS, teacher_mask=TEACHER_MASK, student_size=V_S,
+        student_softcap=caps[0], teacher_softcap=caps[1], **options,
     )  # fmt: skip
     return found.ce, found.kd
 
@@ -126,16 +134,17 @@ def blockwise(config, tables, hidden, unembedding, teacher=TEACHER, alignment=AL
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def gradients(function, config, tables, hidden=HIDDEN, unembedding=UNEMBEDDING, **options):
+def gradients(
+    function, config, tables, hidden=HIDDEN, unembedding=UNEMBEDDING, compiler_options=None, **options
+):
     """(CE, KD), and the gradients of the dynamically scaled total."""
 
     def total(hidden, unembedding):
         ce, kd = function(config, tables, hidden, unembedding, **options)
         return total_loss(ce, kd, max_scale=SCALE)[0], (ce, kd)
 
-    (_, values), slopes = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(
-        hidden, unembedding
-    )
+    function_and_slopes = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    (_, values), slopes = jax.jit(function_and_slopes, compiler_options=compiler_options)(hidden, unembedding)
     return values, slopes
 
 
@@ -196,6 +205,58 @@ def test_all_sizes_of_blocks(name):
 @functools.cache
 def expected_of(name):
     return gradients(plain, CASES[name], tables_of(CASES[name].kind))
+
+
+CAPS = 5.0, 4.0
+WIDE, WIDE_TEACHER = 4 * HIDDEN, (4 * TEACHER[0], TEACHER[1])  # logits of about 10
+
+
+@pytest.mark.parametrize(
+    ("name", "caps"),
+    [
+        *((name, CAPS) for name in ("p_kl", "gold", "uld", "alm", "prefix_kl", "same_vocabulary", "none")),
+        ("p_kl-all-last", (None, 4.0)),
+        ("h_kl-last", CAPS),
+        ("h_kl-first", (5.0, None)),
+    ],
+)
+def test_soft_caps(name, caps):
+    """That bite, on both sides or on one, in blocks smaller than the longest chunks."""
+    config = CASES[name]
+    tables = tables_of(config.kind)
+    options = {"hidden": WIDE, "teacher": WIDE_TEACHER, "caps": caps, "compiler_options": QUICK}
+    found = gradients(blockwise, config, tables, block=3, teacher_block=4, **options)
+    assert_close(found, gradients(plain, config, tables, **options))
+
+
+def test_soft_caps_with_fixed_weights_and_a_learnable_projection():
+    learnable = jax.tree.map(jnp.asarray, PROJECTION.learnable())
+
+    def total(function, **options):
+        def of(hidden, unembedding, w):
+            tables = dataclasses.replace(learnable, logits=w)
+            found = function(CASES["p_kl"], tables, hidden, unembedding, teacher=WIDE_TEACHER, **options)
+            return found.total if hasattr(found, "total") else 0.1 * found[0] + 2.0 * found[1]
+
+        gradient = jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2)), compiler_options=QUICK)
+        return gradient(WIDE, UNEMBEDDING, learnable.logits)
+
+    def ours(config, tables, hidden, unembedding, teacher):
+        return blockwise_loss(
+            hidden, unembedding, *teacher, ALIGNMENT, tables, IDS, TARGETS, config, weights=(0.1, 2.0),
+            teacher_mask=TEACHER_MASK, student_softcap=CAPS[0], teacher_softcap=CAPS[1], block=4,
+        )  # fmt: skip
+
+    expected = total(plain, caps=CAPS)
+    assert float(jnp.abs(expected[1][2]).max()) > 1e-3
+    assert_close(total(ours), expected)
+    assert_close(total(blockwise, caps=CAPS, block=4), expected)
+
+
+@pytest.mark.parametrize("cap", [0, -30.0, float("inf"), float("nan")])
+def test_a_cap_is_a_number_above_0(cap):
+    with pytest.raises(ValueError, match=f"teacher_softcap={cap} must be a number above 0"):
+        blockwise(CASES["p_kl"], tables_of(K.p_kl), HIDDEN, UNEMBEDDING, caps=(None, cap))
 
 
 @pytest.mark.parametrize("name", ["p_kl", "gold", "alm", "prefix_kl"])

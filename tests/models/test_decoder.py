@@ -234,6 +234,21 @@ def test_bfloat16_computes_in_bfloat16_near_float32():
     assert forward(half, small, tokens)[0].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("softcap", [30.0, 5.0, 0.7])
+def test_capped_logits_are_the_formula(softcap):
+    rng = np.random.default_rng(1)
+    hidden, unembedding = rng.normal(0, 4, (2, 5, 6)), rng.normal(0, 1, (9, 6))
+    hidden, unembedding = hidden.astype(np.float32), unembedding.astype(np.float32)
+    raw = np.einsum("btd,vd->btv", hidden.astype(np.float64), unembedding.astype(np.float64))
+    found = logits(hidden, unembedding, softcap=softcap)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, softcap * np.tanh(raw / softcap), rtol=2e-6, atol=2e-6)
+    assert np.abs(found).max() <= softcap
+    np.testing.assert_allclose(logits(hidden, unembedding), raw, rtol=2e-6, atol=2e-6)
+    low = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, unembedding))
+    assert logits(*low, softcap=softcap).dtype == jnp.float32
+
+
 def test_a_token_outside_the_vocabulary_is_loud():
     model, params = load("untied")
     hidden, _ = forward(model, params, np.array([[3, 64], [3, 4]], np.int32))

@@ -200,9 +200,14 @@ def test_schedule():
     )
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("block", [128, 7, None])
-def test_a_step_is_the_objective_put_together_by_hand(words, block, dynamic):
+@pytest.mark.parametrize(
+    ("block", "dynamic", "softcaps"),
+    [
+        *((block, dynamic, (None, None)) for block in (128, 7, None) for dynamic in (True, False)),
+        *((block, True, (1.5, 1.0)) for block in (7, None)),
+    ],
+)
+def test_a_step_is_the_objective_put_together_by_hand(words, block, dynamic, softcaps):
     """Cross-entropy over the tokenizer's columns, P-KL over the valid chunks, scaled to its size."""
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
@@ -217,6 +222,10 @@ def test_a_step_is_the_objective_put_together_by_hand(words, block, dynamic):
         key = jax.random.key(0)
         student, params = open_model(experiment.student, pair.student.size, mesh=mesh, key=key)
         teacher, teacher_params = open_model(experiment.teacher, pair.teacher.size, mesh=mesh, key=key)
+        student, teacher = (
+            replace(model, config=replace(model.config, logit_softcap=cap))
+            for model, cap in zip((student, teacher), softcaps, strict=True)
+        )
         optimizer = make_optimizer(OptimizerConfig(), 10)
         loss = LossConfig(
             kind=LossKind.p_kl,
@@ -231,11 +240,15 @@ def test_a_step_is_the_objective_put_together_by_hand(words, block, dynamic):
         tables = loss_tables(LossKind.p_kl, projection)
         _, metrics = jax.jit(step)(state, teacher_params, tables, batch)
 
-        teacher_logits = logits(*teacher(teacher_params, batch.teacher.ids))
+        def capped(raw, cap):
+            return raw if cap is None else cap * jnp.tanh(raw / cap)
+
+        teacher_logits = capped(logits(*teacher(teacher_params, batch.teacher.ids)), softcaps[1])
         chunks = valid_chunks(batch.alignment)
 
         def by_hand(params):
             student_logits = logits(*student(params, batch.student.ids))[..., : pair.student.size]
+            student_logits = capped(student_logits, softcaps[0])
             log_p = jax.nn.log_softmax(student_logits[:, :-1], axis=-1)
             labels, counted = batch.student.ids[:, 1:], learnt[:, 1:]
             ce = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]

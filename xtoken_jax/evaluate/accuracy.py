@@ -53,7 +53,8 @@ def _complete(
     def one(place: int, ids: jax.Array) -> jax.Array:
         hidden, unembedding = model(params, ids)
         last = hidden[rows, starts + place - 1][:, None, :]
-        chosen = jnp.argmax(logits(last, unembedding)[:, 0, :size], axis=-1)
+        scores = logits(last, unembedding, softcap=model.config.logit_softcap)[:, 0, :size]
+        chosen = jnp.argmax(scores, axis=-1)
         return ids.at[rows, starts + place].set(chosen.astype(ids.dtype))
 
     return jax.lax.fori_loop(0, new, one, ids)

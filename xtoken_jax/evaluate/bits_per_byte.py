@@ -47,5 +47,6 @@ def bits_per_byte(
 
 @functools.partial(jax.jit, static_argnames=("model", "size"))
 def _nats(model: Model, params: Params, ids: jax.Array, mask: jax.Array, size: int) -> jax.Array:
-    values, counted = next_token_cross_entropy(logits(*model(params, ids))[..., :size], ids, mask)
+    scores = logits(*model(params, ids), softcap=model.config.logit_softcap)[..., :size]
+    values, counted = next_token_cross_entropy(scores, ids, mask)
     return jnp.sum(jnp.where(counted, values, 0.0))

@@ -8,6 +8,7 @@ through twice: first its parts are added up, then each part gets its gradient.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,6 +55,8 @@ def blockwise_loss(
     teacher_ids: jax.Array | None = None,
     teacher_mask: jax.Array | None = None,
     student_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     ce_count: jax.Array | float | None = None,
     kd_count: jax.Array | float | None = None,
     weights: tuple[float, float] | None = None,
@@ -65,8 +68,8 @@ def blockwise_loss(
     """Cross-entropy and the distillation term, from hidden states.
 
     The same as `masked_mean` of `next_token_cross_entropy` and of `distillation_loss(config)` over the
-    logits hidden @ unembedding^T, cut to the tokenizers' sizes. `ce` and `kd` can be joined in any
-    way, such as by `total_loss`.
+    logits hidden @ unembedding^T, soft-capped where the models do so and cut to the tokenizers' sizes.
+    `ce` and `kd` can be joined in any way, such as by `total_loss`.
 
     The gradient goes to student_hidden, student_unembedding and a learnable W. The backward pass computes
     a block's logits again, when the factors of the two means are known: one more product with the
@@ -87,6 +90,8 @@ def blockwise_loss(
         teacher_ids: int32 [B, T_t], for merges "first" and "last", and for ALM.
         teacher_mask: bool [B, T_t], real positions; others do not choose columns. None: all do.
         student_size: V_s; None: what the tables say, or all rows of the unembedding.
+        student_softcap, teacher_softcap: c > 0 of models whose logits are c tanh(hidden @ unembedding^T / c)
+            (Gemma 2, arXiv 2408.00118, section 2), Python floats. None: no cap.
         ce_count, kd_count: how many positions and chunks of all micro-batches count. None: of this one.
         weights: of CE and of KD, constants: for a `total`, which then alone has a gradient.
         block: student positions at a time; memory grows with it, overhead falls.
@@ -98,14 +103,16 @@ def blockwise_loss(
         BlockwiseLoss.
 
     Raises:
-        ValueError: "auto", a missing argument, a mean-normalized or other merge that the kind lacks.
+        ValueError: "auto", a missing argument, a mean-normalized or other merge that the kind lacks,
+            a cap that is not a number above 0.
     """
     inputs, learnt = _inputs(
         teacher_hidden, teacher_unembedding, alignment, tables, student_ids, student_targets, config,
         teacher_ids, teacher_mask, ce_count, kd_count,
     )  # fmt: skip
     sizes = (student_size, student_unembedding.shape[0])
-    setting = _setting(config, inputs, sizes, (block, teacher_block), mesh, data_axes)
+    caps = _cap("student_softcap", student_softcap), _cap("teacher_softcap", teacher_softcap)
+    setting = _setting(config, inputs, sizes, caps, (block, teacher_block), mesh, data_axes)
     arguments = student_hidden, student_unembedding, learnt, inputs
     total = None
     if weights is not None:
@@ -165,6 +172,7 @@ def _setting(
     config: LossConfig,
     inputs: Inputs,
     sizes: tuple[int | None, int],
+    caps: tuple[float | None, float | None],
     blocks: tuple[int, int | None],
     mesh: Mesh | AbstractMesh | None,
     data_axes: tuple[str, ...],
@@ -194,11 +202,20 @@ def _setting(
         term,
         student_size,
         teacher_size,
+        *caps,
         block,
         teacher_block or block,
         axes,
         mesh if axes and not inside else None,
     )
+
+
+def _cap(name: str, softcap: float | None) -> float | None:
+    if softcap is None:
+        return None
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"{name}={softcap} must be a number above 0, or None for no cap")
+    return float(softcap)
 
 
 def _sizes(tables: Any) -> tuple[int, int | None]:

@@ -26,7 +26,7 @@ from xtoken_jax.losses.likelihood import likelihood_kl
 from xtoken_jax.losses.prefix_kl import divergence
 from xtoken_jax.losses.projection_kl import chunk_values, highest, projected_softmax
 from xtoken_jax.losses.rank import sorted_l1
-from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax
+from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax, soft_capped
 from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition
 
@@ -56,6 +56,7 @@ class TeacherRows:
         next_ids: int32 [N_t], the token that each position predicts; None where no merge needs it.
         real: bool [N_t], positions that choose columns; None for all.
         size: V_t of the tokenizer.
+        softcap: of the logits, None for none.
         block: positions at a time.
         axes: mesh axes that the batch is split over, inside `jax.shard_map`.
     """
@@ -65,12 +66,14 @@ class TeacherRows:
     next_ids: jax.Array | None
     real: jax.Array | None
     size: int
+    softcap: float | None
     block: int
     axes: tuple[str, ...]
 
     def logits(self, positions: jax.Array, temperature: float) -> jax.Array:
         """float32 [n, V_t]; position N_t, an empty one, has logits of 0."""
-        return logits_of(rows_at(self.hidden, positions), self.unembedding)[:, : self.size] / temperature
+        logits = logits_of(rows_at(self.hidden, positions), self.unembedding)[:, : self.size]
+        return soft_capped(logits, self.softcap) / temperature
 
     def next(self, positions: jax.Array) -> jax.Array | None:
         """int32 [n]."""

@@ -29,7 +29,7 @@ from xtoken_jax.losses.blockwise_terms import (
     temperature_of,
 )
 from xtoken_jax.losses.chunks import next_tokens
-from xtoken_jax.losses.softmax import centred
+from xtoken_jax.losses.softmax import centred, soft_capped
 
 
 @jax.tree_util.register_dataclass
@@ -59,6 +59,7 @@ class Setting(NamedTuple):
     Attributes:
         term: of the distillation term, None for cross-entropy alone.
         student_size, teacher_size: V_s and V_t.
+        student_softcap, teacher_softcap: of the logits, None for none.
         block, teacher_block: positions at a time.
         axes: mesh axes that split the batch.
         mesh: where `jax.shard_map` is to run; None for one device, or inside of one already.
@@ -67,6 +68,8 @@ class Setting(NamedTuple):
     term: TermSetting | None
     student_size: int
     teacher_size: int
+    student_softcap: float | None
+    teacher_softcap: float | None
     block: int
     teacher_block: int
     axes: tuple[str, ...]
@@ -176,6 +179,7 @@ def _teacher_rows(setting: Setting, inputs: Inputs) -> TeacherRows:
         None if inputs.teacher_ids is None else next_tokens(inputs.teacher_ids),
         None if inputs.teacher_mask is None else jnp.asarray(inputs.teacher_mask, bool).reshape(-1),
         setting.teacher_size,
+        setting.teacher_softcap,
         setting.block,
         setting.axes,
     )
@@ -191,11 +195,17 @@ class _Student(NamedTuple):
     inputs: Inputs
     slopes: tuple[jax.Array, jax.Array] | None
 
-    def block(self, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Hidden states [n, D], logits float32 [n, V_s] and next ids [n]."""
+    def block(
+        self, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Callable[[jax.Array], tuple[jax.Array]]]:
+        """Hidden states [n, D], logits float32 [n, V_s], next ids [n]; a slope's way back below the cap."""
         rows = rows_at(self.hidden, positions)
-        logits = logits_of(rows, self.unembedding)[:, : self.setting.student_size]
-        return rows, logits, self.next_ids.at[positions].get(mode="clip")
+        raw = logits_of(rows, self.unembedding)[:, : self.setting.student_size]
+        # The losses see capped logits, hidden states and unembedding get the slope by the raw ones.
+        logits, pull = _vjp(
+            self.slopes is not None, lambda z: soft_capped(z, self.setting.student_softcap), raw
+        )
+        return rows, logits, self.next_ids.at[positions].get(mode="clip"), pull
 
     def cross_entropy(
         self, logits: jax.Array, next_ids: jax.Array, positions: jax.Array
@@ -235,7 +245,7 @@ class _Student(NamedTuple):
         return value, lambda slope: pull(slope)[0]
 
     def add(self, gradient: Gradient, slope: jax.Array, rows: jax.Array, positions: jax.Array) -> Gradient:
-        """With a block's share, from its slope by the logits [n, V_s]."""
+        """With a block's share, from its slope by the raw logits [n, V_s]."""
         slope = jnp.pad(slope, ((0, 0), (0, len(self.unembedding) - slope.shape[1])))
         by_rows = gradient.hidden.at[positions].set(pull_to_hidden(slope, self.unembedding), mode="drop")
         return Gradient(by_rows, add_outer(gradient.unembedding, slope, rows), gradient.learnt)
@@ -248,13 +258,13 @@ def _over_rest(student: _Student, side: Side, term: Term | None, place: jax.Arra
     def one(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
         place, sums = carry
         positions = side.block(place, side.wanted, size, jnp.int32(0), 1).positions
-        rows, logits, next_ids = student.block(positions)
+        rows, logits, next_ids, below_cap = student.block(positions)
         ce, normalizer, weights = student.cross_entropy(logits, next_ids, positions)
         kd, pull = student.by_position(term, logits, positions)
         gradient = sums.gradient
         if gradient is not None and slopes is not None:
             slope = student.ce_slope(logits, next_ids, normalizer, slopes[0] * weights) + pull(slopes[1])
-            gradient = student.add(gradient, slope, rows, positions)
+            gradient = student.add(gradient, *below_cap(slope), rows, positions)
         return place + size, _Sums(sums.ce + ce, sums.kd + kd, gradient)
 
     return jax.lax.while_loop(lambda carry: carry[0] < side.wanted, one, (place, sums))[1]
@@ -301,7 +311,7 @@ def _over_groups(
         block = side.block(state.place, stop, size, chunk, chunks)
         target = term.target(_teacher(groups.teacher, term, setting.teacher_block, chunk, last, chunks))
 
-        rows, logits, next_ids = student.block(block.positions)
+        rows, logits, next_ids, below_cap = student.block(block.positions)
         tau = temperature_of(setting.term) if setting.term is not None else 1.0
 
         def merge(logits: jax.Array, learnt: jax.Array | None) -> jax.Array:
@@ -327,7 +337,7 @@ def _over_groups(
             kd_slope, by_learnt = pull(*pull_values(jnp.where(compared, slopes[1] / kd_count, 0.0)))
             ce_slope = student.ce_slope(logits, next_ids, normalizer, slopes[0] * weights)
             slope = ce_slope + jnp.where(counts, kd_slope + pull_more(slopes[1]), 0.0)
-            gradient = student.add(gradient, slope, rows, block.positions)
+            gradient = student.add(gradient, *below_cap(slope), rows, block.positions)
             if gradient.learnt is not None:
                 learnt_slope = gradient.learnt + jnp.where(counts, by_learnt, 0.0)
                 gradient = gradient._replace(learnt=learnt_slope)

@@ -14,6 +14,18 @@ def flat_logits(logits: jax.Array, size: int | None) -> jax.Array:
     return logits.reshape(-1, logits.shape[-1])
 
 
+def soft_capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """Logits that a model keeps within a bound: c tanh(logits / c), of the shape and dtype that came.
+
+    Args:
+        logits: float [..., V], hidden @ unembedding^T.
+        softcap: c > 0; None leaves them as they are.
+
+    Source: Gemma 2 (arXiv 2408.00118), section 2.
+    """
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
 def centred(logits: jax.Array, highest: jax.Array | None = None) -> jax.Array:
     """Logits less the highest of their row: the same softmax and the same gradient.
 

@@ -481,9 +481,14 @@ class Model:
         return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(letters)
 
 
-def logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
-    """hidden [B, T, D], unembedding [V, D] -> [B, T, V] float32, whatever the inputs are in."""
-    return jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32)
+def logits(hidden: jax.Array, unembedding: jax.Array, *, softcap: float | None = None) -> jax.Array:
+    """hidden [B, T, D], unembedding [V, D] -> [B, T, V] float32, whatever the inputs are in.
+
+    With a `softcap` c > 0, such as `DecoderConfig.logit_softcap`, they are c tanh(logits / c), within
+    -c and c (Gemma 2, arXiv 2408.00118, section 2).
+    """
+    raw = jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32)
+    return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
 
 
 def _allowed(mask: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:

@@ -93,6 +93,7 @@ def make_step(
         gradient is not finite leaves parameters and moments as they were; `finite` says so.
     """
     kind = LossKind.none if teacher is None else loss.kind
+    softcaps = student.config.logit_softcap, None if teacher is None else teacher.config.logit_softcap
 
     def objective(
         params: Params, teacher_params: Params | None, tables: LossTables | None, batch: Batch
@@ -104,7 +105,8 @@ def make_step(
             assert teacher_params is not None
             of_teacher = jax.lax.stop_gradient(teacher(teacher_params, batch.teacher.ids))
         means = _blockwise if loss.block else _whole
-        ce, kd, total = means(of_student, of_teacher, tables, batch, replace(loss, kind=kind), student_size)
+        settled = replace(loss, kind=kind)
+        ce, kd, total = means(of_student, of_teacher, tables, batch, settled, student_size, softcaps)
         if kind is LossKind.none:
             return ce, {"loss": ce, "ce": ce}
         joined, scale = total_loss(
@@ -140,6 +142,7 @@ def make_step(
 
 
 Outputs = tuple[jax.Array, jax.Array]  # hidden states [B, T, D] and unembedding [V, D]
+Softcaps = tuple[float | None, float | None]  # of the student's and of the teacher's logits
 
 
 def _blockwise(
@@ -149,6 +152,7 @@ def _blockwise(
     batch: Batch,
     loss: LossConfig,
     student_size: int,
+    softcaps: Softcaps,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """CE, KD and, with weights known beforehand, their total, without logits of more than a block."""
     (hidden, unembedding), (teacher_hidden, teacher_unembedding) = student, teacher
@@ -167,6 +171,8 @@ def _blockwise(
         teacher_ids=batch.teacher.ids,
         teacher_mask=batch.teacher.mask,
         student_size=student_size,
+        student_softcap=softcaps[0],
+        teacher_softcap=softcaps[1],
         weights=(loss.ce_weight, loss.kd_weight) if known else None,
         block=loss.block,
     )
@@ -180,9 +186,10 @@ def _whole(
     batch: Batch,
     loss: LossConfig,
     student_size: int,
+    softcaps: Softcaps,
 ) -> tuple[jax.Array, jax.Array, None]:
     """CE and KD, from logits [B, T, V] of both sides."""
-    student_logits = logits(*student)[..., :student_size]
+    student_logits = logits(*student, softcap=softcaps[0])[..., :student_size]
     ce = masked_mean(*next_token_cross_entropy(student_logits, batch.student.ids, batch.student.targets))
     if loss.kind is LossKind.none or tables is None:
         return ce, jnp.float32(0), None
@@ -190,7 +197,7 @@ def _whole(
     assert hidden is not None and unembedding is not None  # noqa: PT018
     values = distillation_loss(loss)(
         student_logits,
-        logits(hidden, unembedding),
+        logits(hidden, unembedding, softcap=softcaps[1]),
         batch.alignment,
         tables,
         batch.teacher.mask,
