@@ -4,8 +4,8 @@ Three axes. `data` holds copies of the parameters, `fsdp` splits both the batch 
 `tensor` splits heads, feed-forward columns and the vocabulary. On one device the mesh is 1x1x1, so
 there is a single code path.
 
-Shape letters: B batch, T position, C chunk, V vocabulary, D width, L layer, N query head, G key/value
-head, H head width, F feed-forward width, R rank of an adapter.
+Shape letters: B batch, T position, S cached position, C chunk, V vocabulary, D width, L layer, N query head,
+G key/value head, H head width, F feed-forward width, R rank of an adapter.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ PARTITION_SPECS: dict[str, PartitionSpec] = {
     "B C": PartitionSpec(BATCH, None),
     "B T D": PartitionSpec(BATCH, None, None),
     "B T V": PartitionSpec(BATCH, None, "tensor"),
+    "L B S G H": PartitionSpec(None, BATCH, None, "tensor", None),
     # parameters; the widths that `tensor` does not split are split over `fsdp`
     "D": PartitionSpec(None),
     "V D": PartitionSpec("tensor", "fsdp"),
