@@ -13,24 +13,27 @@ from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.evaluate.rows import in_batches
 from xtoken_jax.models.config import DecoderConfig
-from xtoken_jax.models.decoder import logits
+from xtoken_jax.models.decoder import Model, logits
 from xtoken_jax.models.hf_weights import load_model
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Follows:
+class Follows(Model):
     """A model that gives each token's successor in a table all the probability."""
 
-    config = DecoderConfig(1, 2, 1, 1, 1, 1, 2)  # of which the logits' cap alone is read
-
-    def __call__(self, params, tokens):
-        return jax.nn.one_hot(params[tokens], len(params)) * 50.0, jnp.eye(len(params))
+    def extend(self, params, tokens, cache, **_):
+        return jax.nn.one_hot(params[tokens], len(params)) * 50.0, jnp.eye(len(params)), cache
 
 
 @pytest.fixture(scope="module")
 def tokenizer(pair_folders):
     return Tokenizer.load(pair_folders[0])
+
+
+@pytest.fixture(scope="module")
+def follows(tokenizer):
+    return Follows(DecoderConfig(tokenizer.size + 4, 2, 1, 1, 1, 1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def successors(tokenizer):
     return jnp.asarray(table)
 
 
-def test_exact_match_counts_whole_answers(tokenizer, successors):
+def test_exact_match_counts_whole_answers(tokenizer, follows, successors):
     problems = [
         Problem("40+2=", "42"),
         Problem("1+1=", "2"),  # completed with 42
@@ -50,13 +53,13 @@ def test_exact_match_counts_whole_answers(tokenizer, successors):
         Problem("40+2", "42"),  # completed with "+"
         Problem("12+30=", "42"),
     ]
-    assert exact_match(Follows(), successors, tokenizer, problems, batch_size=2) == 2 / 5
+    assert exact_match(follows, successors, tokenizer, problems, batch_size=2) == 2 / 5
 
 
-def test_exact_match_wants_the_answer_to_end_the_line(tokenizer, successors):
+def test_exact_match_wants_the_answer_to_end_the_line(tokenizer, follows, successors):
     answer, plus = (int(tokenizer.encode(t)[0]) for t in ("42", "+"))
     runs_on = successors.at[answer].set(plus)
-    assert exact_match(Follows(), runs_on, tokenizer, [Problem("40+2=", "42")], batch_size=1) == 0
+    assert exact_match(follows, runs_on, tokenizer, [Problem("40+2=", "42")], batch_size=1) == 0
 
 
 @pytest.mark.parametrize("softcap", [None, 1.0])
