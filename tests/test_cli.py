@@ -7,7 +7,7 @@ import pytest
 
 from xtoken_jax.cli import main
 
-COMMANDS = ("distill", "audit", "project", "align", "evaluate", "export", "report")
+COMMANDS = ("distill", "audit", "project", "align", "evaluate", "generate", "export", "report")
 
 
 @pytest.fixture
@@ -167,6 +167,55 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_checkpoint(capsys, run
     words = [*run, "train.steps=30", "train.save_every=1", "optimizer.learning_rate=1e30"]
     words += ["optimizer.warmup_steps=0", "train.evaluate_every=0"]
     fails(capsys, words, "the loss is", "last good checkpoint is", str(tmp_path / "run" / "checkpoints"))
+
+
+def test_generate(capsys, pair_folders):
+    words = ["generate", str(pair_folders[0]), "--prompt", "12+30="]
+    assert main([*words, "--max-new-tokens", "5"]) == 0
+    out, notes = capsys.readouterr()
+    assert out.startswith("12+30=")
+    assert "5 tokens, cut at --max-new-tokens" in notes
+    more = ["--prompt", "The sum", "--max-new-tokens", "5", "--json"]
+    assert main([*words, *more]) == 0
+    greedy = json.loads(capsys.readouterr().out)
+    assert [row["prompt"] for row in greedy] == ["12+30=", "The sum"]
+    assert greedy[0]["prompt"] + greedy[0]["text"] + "\n" == out
+    assert [(len(row["tokens"]), row["finish"]) for row in greedy] == [(5, "length")] * 2
+    end = next(letter for letter in greedy[1]["text"] if letter not in "\ufffd")
+    assert main([*words, *more, "--stop", end]) == 0
+    stopped = json.loads(capsys.readouterr().out)[1]
+    assert stopped["finish"] == "stop"
+    assert stopped["text"] == greedy[1]["text"].split(end)[0]
+    sampled = []
+    for seed in ("1", "1", "2"):
+        assert main([*words, *more, "--temperature", "1.5", "--top-p", "0.9", "--seed", seed]) == 0
+        sampled.append(json.loads(capsys.readouterr().out))
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert main([*words, "--max-new-tokens", "200"]) == 0
+    assert "the model was made for 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--top-p", "0"], "top_p=0.0"),
+        (["--max-new-tokens", "-3"], "max_new_tokens=-3"),
+        (["--batch-size", "0"], "batch_size=0"),
+        (["--stop", ""], "none of them empty"),
+    ],
+)
+def test_a_mistake_in_generate(capsys, pair_folders, words, expected):
+    fails(capsys, ["generate", "nowhere", "--prompt", "x", *words], expected)  # before anything is loaded
+
+
+def test_generate_names_what_is_missing(capsys, pair_folders, tmp_path):
+    fails(capsys, ["generate", tmp_path / "none", "--prompt", "x"], "no such folder")
+    fails(capsys, ["generate", pair_folders[1], "--prompt", ""], "prompts[0] is empty")  # it has no BOS
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", str(pair_folders[0])])
+    assert stop.value.code == 2
+    assert "--prompt" in capsys.readouterr().err
 
 
 def test_audit_project_align(capsys, pair_folders, tmp_path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from xtoken_jax import __version__
+from xtoken_jax import __version__, cli_generate
 from xtoken_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -190,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--length", type=int, default=1024, help="tokens a row (default: 1024)")
     sub.add_argument("--batch-size", type=int, default=8, help="rows at once (default: 8)")
     sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("generate", cli_generate.run, cli_generate.TEXT, cli_generate.HELP)
+    cli_generate.add_arguments(sub)
 
     sub = command(
         "export",
