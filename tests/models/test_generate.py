@@ -58,9 +58,7 @@ PROMPTS = ragged(3, 1, 12, 7, 5)
 def forward(model, params, tokens, place, positions):
     """Scores behind a text, padded on the right."""
     hidden, unembedding = model(params, tokens, positions=positions)
-    scores = logits(hidden[:, place][:, None], unembedding)[0, 0]
-    cap = model.config.logit_softcap
-    return scores if cap is None else cap * jnp.tanh(scores / cap)
+    return logits(hidden[:, place][:, None], unembedding, softcap=model.config.logit_softcap)[0, 0]
 
 
 def next_scores(model, params, text):

@@ -320,7 +320,7 @@ def _write(
         hidden, unembedding, cache = model.extend(
             params, step.token[:, None], cache, positions=step.position[:, None]
         )
-        scores = _scores(model, hidden, unembedding)[:, 0]
+        scores = logits(hidden, unembedding, softcap=model.config.logit_softcap)[:, 0]
         token = choose(scores, step.place, step.number, random, sampling)
         ends = jnp.any(token[:, None] == eos_ids[None, :], axis=-1)
         written = written.at[:, place].set(jnp.where(step.done | ends, -1, token))
@@ -333,12 +333,6 @@ def _write(
 
     _, _, written, cache = jax.lax.while_loop(wanted, one, (jnp.int32(0), step, written, cache))
     return written, cache
-
-
-def _scores(model: Model, hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
-    """Logits float32 [B, T, V], soft-capped where the model does so."""
-    scores, cap = logits(hidden, unembedding), model.config.logit_softcap
-    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def _laid_out(cache: Cache) -> Cache:
