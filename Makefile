@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -32,8 +33,8 @@ quickstart: $(VENV)/installed ## distil a small student across tokenizers, about
 tokenizers: $(VENV)/installed ## fetch ten real tokenizers into the user's cache, 250 MB of downloads, once
 	$(BIN)/python experiments/tokenizers/fetch.py
 
-test: $(VENV)/installed-test ## the tests, on 8 virtual CPU devices; on real tokenizers if they are there
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-test ## the tests, on 8 virtual CPU devices, in WORKERS=2 processes; on real tokenizers if they are there
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-parity: $(VENV)/installed-parity ## the checks against transformers on torch
 	$(BIN)/python -m pytest -m parity

@@ -311,7 +311,13 @@ def test_masses_of_events_have_their_gradient():
     np.testing.assert_allclose([found[i] for i in coordinates], by_steps, atol=1e-8)
 
 
-@pytest.mark.parametrize(("block", "weights"), [(2, None), (3, (0.5, 2.0)), (64, (1.0, 1.0))])
+@pytest.mark.parametrize(
+    ("block", "weights"),
+    [
+        (3, (0.5, 2.0)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, None), (64, (1.0, 1.0)))),
+    ],
+)
 def test_blockwise_equals_plain_where_tokens_are_pieces(block, weights):
     """Ids of real chunks, so that every kind of step is there."""
     ids, alignment, _, _ = batch(ROWS)

@@ -267,6 +267,7 @@ def test_every_form_of_w(one_mesh):
         check_p_kl([one_mesh], w=w, top_k=10)
 
 
+@pytest.mark.slow
 def test_axes_of_other_names_and_rows_that_are_not_split():
     mesh = jax.make_mesh((2, 4), ("rows", "vocabulary"), axis_types=(AxisType.Auto,) * 2)
     student, teacher = LOGITS[ODD]
@@ -330,7 +331,7 @@ def alm_twin(student, teacher):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["p_kl", "gold", "alm"])
+@pytest.mark.parametrize("kind", ["p_kl", pytest.param("gold", marks=pytest.mark.slow), "alm"])
 def test_no_further_from_float64_than_the_plain_loss(one_mesh, kind, dtype):
     rng = np.random.default_rng(2)
     student, teacher = (

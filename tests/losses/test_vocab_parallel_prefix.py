@@ -156,12 +156,17 @@ def test_every_kind_of_chunk_and_odd_widths(meshes):
 
 
 @pytest.mark.parametrize(
-    "options", [{"direction": "reverse", "block": 1000}, {"direction": "jsd", "beta": 0.3}]
+    "options",
+    [
+        {"direction": "jsd", "beta": 0.3},
+        pytest.param({"direction": "reverse", "block": 1000}, marks=pytest.mark.slow),
+    ],
 )
 def test_directions(one_mesh, options):
     check([one_mesh], texts(ODD_TEXTS), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [functools.partial(cases, PADDED), functools.partial(texts, ODD_TEXTS)])
 def test_a_large_offset_costs_no_digits(one_mesh, make):
     check([one_mesh], make(moved=True))
@@ -284,7 +289,10 @@ def floats_in(text):
     return {tuple(int(n) for n in shape.split(",")) for shape in found}
 
 
-@pytest.mark.parametrize("config", [MeshConfig(data=2, tensor=4), MeshConfig(data=1, tensor=8)])
+@pytest.mark.parametrize(
+    "config",
+    [MeshConfig(data=2, tensor=4), pytest.param(MeshConfig(data=1, tensor=8), marks=pytest.mark.slow)],
+)
 def test_no_device_holds_a_whole_vocabulary_of_its_rows(config):
     mesh, tables = make_mesh(config), program_tables()
     n = mesh.shape["tensor"]

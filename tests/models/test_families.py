@@ -29,7 +29,7 @@ def everything(model, params, tokens, mask):
     """Hidden states [L + 1, B, T, D] and logits [B, T, V]."""
     hidden, unembedding = model(params, tokens, mask=mask)
     return model.hidden_states(params, tokens, mask=mask), logits(
-        hidden, unembedding, model.config.logit_softcap
+        hidden, unembedding, softcap=model.config.logit_softcap
     )
 
 
@@ -86,7 +86,7 @@ def test_the_written_text_is_torchs(name):
     prompt = written.shape[1] - 64
     best = np.asarray(values)[:, prompt - 1 : -1].argmax(-1)
     if name == "phi4_long":  # before the switch the short factors held
-        best = best[:, 16 - prompt :]
+        best = best[:, 17 - prompt :]
     np.testing.assert_array_equal(best, written[:, -best.shape[1] :])
 
 
@@ -103,8 +103,14 @@ def test_the_window_is_felt(name):
     np.testing.assert_allclose(within[:, :window], without[:, :window], atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8), (1, 2, 4)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [  # each family on one mesh; on all of them by hand
+        pytest.param(name, shape, marks=() if number % 3 == place else pytest.mark.slow)
+        for number, name in enumerate(NAMES)
+        for place, shape in enumerate([(1, 2, 4), (8, 1, 1), (1, 1, 8)])
+    ],
+)
 def test_any_mesh_gives_one_devices_logits(name, shape):
     model, params = load(name)
     tokens = np.tile(expected_of(name)["whole_tokens"], (4, 1))

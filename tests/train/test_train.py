@@ -45,7 +45,13 @@ def quiet():
 
 
 @pytest.mark.parametrize(
-    "kind", [LossKind.p_kl, LossKind.h_kl, LossKind.alm, LossKind.prefix_kl, LossKind.none]
+    "kind",
+    [
+        LossKind.p_kl,
+        LossKind.prefix_kl,
+        LossKind.none,
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (LossKind.h_kl, LossKind.alm)),
+    ],
 )
 def test_a_step_on_any_mesh_is_the_step_on_one_device(kind, words):
     experiment = load_experiment(words)
@@ -123,7 +129,7 @@ def test_it_learns_and_a_second_run_is_equal_to_the_bit(words, quiet, tmp_path):
     assert figures["distilled"]["text bits/byte"] < 0.8 * figures["student, untouched"]["text bits/byte"]
 
 
-@pytest.mark.parametrize(("bound", "warnings"), [(0.01, 1), (1000.0, 0)])
+@pytest.mark.parametrize(("bound", "warnings"), [(0.01, 1), pytest.param(1000.0, 0, marks=pytest.mark.slow)])
 def test_a_factor_at_its_bound_is_told_once(bound, warnings, words, tmp_path):
     from rich.console import Console
 
@@ -203,8 +209,13 @@ def test_schedule():
 @pytest.mark.parametrize(
     ("block", "dynamic", "softcaps"),
     [
-        *((block, dynamic, (None, None)) for block in (128, 7, None) for dynamic in (True, False)),
+        (128, True, (None, None)),
+        (7, False, (None, None)),
         *((block, True, (1.5, 1.0)) for block in (7, None)),
+        *(
+            pytest.param(block, dynamic, (None, None), marks=pytest.mark.slow)
+            for block, dynamic in ((128, False), (7, True), (None, True), (None, False))
+        ),
     ],
 )
 def test_a_step_is_the_objective_put_together_by_hand(words, block, dynamic, softcaps):

@@ -69,7 +69,6 @@ class DecoderConfig:
     activation: str = "silu"
     tie_embeddings: bool = False
     initializer_range: float = 0.02
-    logit_softcap: float | None = None
 
     architecture: str = "LlamaForCausalLM"
     max_position_embeddings: int = 2048

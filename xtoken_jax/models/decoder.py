@@ -167,10 +167,11 @@ class Attention(Linear):
         if cache is None:
             mixed = self._whole(query, key, value, inputs, sliding)
         else:
-            cache = tuple(
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, inputs.new_at, 0, 0))
-                for old, new in zip(cache, (key, value), strict=True)
-            )  # type: ignore[assignment]
+            assert inputs.new_at is not None
+            at = (0, inputs.new_at, 0, 0)
+            keys = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), at)
+            values = jax.lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), at)
+            cache = keys, values
             allowed = _choose(sliding, *inputs.allowed)
             mixed = attend_cached(query, *cache, self.setting, allowed)
         return self.product(mixed, "output", "nh", "d"), cache
@@ -283,7 +284,7 @@ class Decoder(nnx.Module):
         hidden = _rms_norm(x, self.final_norm[...], config)
         unembedding = self.embedding if config.tie_embeddings else self.unembedding
         if cache is not None and stored is not None:
-            cache = Cache(*stored, cache.filled + tokens.shape[1], cache.real)
+            cache = Cache(stored[0], stored[1], cache.filled + tokens.shape[1], cache.real)
         if every is not None:
             every = jnp.concatenate([start[None], every[:-1], hidden[None]])
         return hidden, unembedding[...].astype(dtype), cache, every
@@ -360,7 +361,7 @@ class Model:
 
         Returns:
             hidden [B, T, D] and unembedding [V, D], both in the compute dtype. Logits are `logits(hidden,
-            unembedding, model.config.logit_softcap)`.
+            unembedding, softcap=model.config.logit_softcap)`.
         """
         hidden, unembedding, _, _ = self._run(params, tokens, positions, mask, segments)
         return hidden, unembedding

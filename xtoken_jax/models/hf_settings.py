@@ -22,6 +22,8 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "embd_pdrop": (0, None),
     "resid_pdrop": (0, None),
+    "full_attn_mod": (1, None),
+    "interpolate_factor": (1, None),
     "quantization_config": (None,),
     "use_bidirectional_attention": (False, None),
 }
@@ -40,7 +42,7 @@ _NO_MATTER = {
     "chunk_size_feed_forward", "id2label", "label2id", "language", "max_new_tokens", "model_max_length",
     "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict", "tokenizer_class",
     "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
-    "hidden_act", "hidden_activation",
+    "hidden_act", "hidden_activation", "is_llama_config",
 }  # fmt: skip
 # The same around a language model that also sees pictures.
 _NO_MATTER_OUTSIDE = {
@@ -104,6 +106,8 @@ def windows(hf: dict[str, Any], family: Family) -> tuple[int | None, tuple[str, 
     window, given, count = hf.get("sliding_window"), hf.get("layer_types"), hf["num_hidden_layers"]
     if given is not None and not isinstance(given, list):
         raise UserError(f"layer_types must be a list, not {short(given)}")
+    if given and len(given) != count:
+        raise UserError(f"layer_types has {len(given)} entries for {short(count)} layers")
     kinds: list[str] | None = given
     if family.windows == "none" or (family.windows == "qwen" and not hf.get("use_sliding_window")):
         on = hf.get("use_sliding_window") or (window is not None and family.windows == "none")
@@ -203,7 +207,8 @@ def _scaling(rope: dict[str, Any], hf: dict[str, Any]) -> RopeScaling | None:
 
 def written_rope(config: Any, family: Family) -> dict[str, Any]:
     """Both spellings: transformers 4 and most other readers know the older, transformers 5 the newer."""
-    scaling, rope = config.rope_scaling, {"rope_type": "default"}
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default"}
     written: dict[str, Any] = {"rope_theta": config.rope_theta}
     if scaling is not None:
         kinds = {Llama3Scaling: "llama3", LinearScaling: "linear", LongRope: "longrope"}

@@ -166,7 +166,7 @@ class _Layout:
     def cut(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
         """The part of one file tensor at `index` of the parameter's axes (less L), in their order."""
         ranges = {n: s.indices(self.sizes[n])[:2] for n, s in zip(self.inner, index, strict=True)}
-        slices = []
+        slices: list[slice] = []
         for group in self.groups:
             first, rest = group[0], group[1:]
             # a shard never splits the later letters of a group: heads are split, not their widths

@@ -1,11 +1,11 @@
-"""Makes tiny random models of every family beside this file, with the outputs that `transformers` on torch gives.
+"""Makes tiny random models of every family beside this file, with the outputs of `transformers` on torch.
 
     python tests/data/tiny_families/make.py     # needs torch==2.13.0 and transformers>=5
 
-Each folder holds config.json, model.safetensors and expected.npz: three batches of two texts, whole, padded on
-the right and padded on the left; logits [B, T, V], hidden states [L + 1, B, T, D] (embeddings, each layer, the
-last one behind the final norm), and 64 tokens written greedily behind a prompt. Texts are longer than every
-sliding window; "phi4_long" is past the switch of its LongRoPE, "phi4" writes its way across it.
+Each folder holds config.json, model.safetensors and expected.npz: three batches of two texts, whole, padded
+on the right and padded on the left; logits [B, T, V], hidden states [L + 1, B, T, D] (embeddings, each layer,
+the last one behind the final norm), and 64 tokens written greedily behind a prompt. Texts are longer than
+every sliding window; "phi4_long" is past the switch of its LongRoPE, "phi4" writes its way across it.
 """
 
 import sys
@@ -102,7 +102,9 @@ def build(name: str) -> transformers.PreTrainedModel:
     """A random model; its norms and biases are away from their start, too."""
     kind, settings = CASES[name]
     torch.manual_seed(sorted(CASES).index(name))
-    config_class = transformers.Gemma3TextConfig if kind == "Gemma3" else getattr(transformers, f"{kind}Config")
+    config_class = (
+        transformers.Gemma3TextConfig if kind == "Gemma3" else getattr(transformers, f"{kind}Config")
+    )
     config = config_class(**{**SIZES, **settings})
     config._attn_implementation = "eager"  # the one that has soft caps
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
@@ -159,7 +161,9 @@ def main() -> None:
         )
         arrays = outputs(model.eval())
         np.savez_compressed(folder / "expected.npz", **arrays)
-        print(name, type(model).__name__, float(np.abs(arrays["whole_logits"]).max()), arrays["written"][0, -8:])
+        print(
+            name, type(model).__name__, float(np.abs(arrays["whole_logits"]).max()), arrays["written"][0, -8:]
+        )
 
 
 if __name__ == "__main__":
