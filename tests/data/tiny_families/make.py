@@ -98,10 +98,10 @@ CASES: dict[str, tuple[str, dict]] = {
 }
 
 
-def build(name: str) -> transformers.PreTrainedModel:
+def build(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A random model; its norms and biases are away from their start, too."""
     kind, settings = CASES[name]
-    torch.manual_seed(sorted(CASES).index(name))
+    torch.manual_seed(100 * seed + sorted(CASES).index(name))
     config_class = (
         transformers.Gemma3TextConfig if kind == "Gemma3" else getattr(transformers, f"{kind}Config")
     )
