@@ -44,10 +44,16 @@ def test_the_folder_is_read_back_as_the_same_model(student, tmp_path):
     assert os.listdir(out.parent) == ["export"]
 
 
-def test_the_config_names_the_dtype_of_the_stored_weights(student, tmp_path):
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_config_names_the_dtype_of_the_stored_weights(key, student, tmp_path):
+    """Once, whichever way the student's own config.json says it."""
+    path = student / "config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("dtype", "torch_dtype")}
+    path.write_text(json.dumps({**config, key: "float16"}))
     model, params = load_model(student)
     out = export_hf(tmp_path / "out", model, params, student, dtype="bfloat16")
-    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((out / "config.json").read_text()) == {**config, key: "bfloat16"}
+    assert load_model(out)[0].config.dtype == "bfloat16"
 
 
 def test_an_earlier_export_is_replaced_whole(student, tmp_path):

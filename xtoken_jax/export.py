@@ -52,7 +52,9 @@ def export_hf(
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         save_weights(partial, model, params, dtype=dtype)
-        config = {**model.config.to_hf(), "torch_dtype": dtype}
+        config = model.config.to_hf()
+        # in the spelling that it has: two of them might disagree
+        config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COPIED:
             if (source / name).is_file():

@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
 # A step's temporary memory stays with the process: glibc would give it back and take it anew, page by page,
-# at every step, a third of the time. It reads these when a process starts.
+# at every step, a quarter of the time. It reads these when a process starts.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 
 

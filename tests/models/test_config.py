@@ -136,7 +136,7 @@ def test_a_config_is_hashable():
         ({"vocab_size": 0}, ["vocab_size=0"]),
         ({"hidden_size": "big"}, ['hidden_size="big"']),
         ({"num_attention_heads": 0}, ["num_attention_heads=0"]),
-        ({"num_hidden_layers": 2.5}, ["num_layers=2.5"]),
+        ({"num_hidden_layers": 2.5}, ["num_hidden_layers=2.5"]),
         ({"num_key_value_heads": 5}, ["num_key_value_heads=5"]),
         ({"hidden_size": 4100}, ["hidden_size=4100", "num_attention_heads=32"]),
         ({"head_dim": 7}, ["head_dim=7"]),

@@ -11,7 +11,8 @@ import pytest
 from models import tiny
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import MeshConfig, make_mesh
-from xtoken_jax.models import Model, load_model, logits, read_config
+from xtoken_jax.models import LoraConfig, Model, load_model, logits, read_config
+from xtoken_jax.models.lora import TARGETS
 
 # jitted once for all tests: a Model is hashable, so it can be static
 forward = jax.jit(lambda model, *args, **kwargs: model(*args, **kwargs), static_argnums=0)
@@ -277,6 +278,56 @@ def test_equal_models_share_a_compilation():
     jitted(Model(config), 1.0)
     jitted(Model(read_config(tiny.DATA / "tied")), 2.0)
     assert len(traces) == 1
+
+
+def test_an_adapter_adds_its_product():
+    """As if alpha / rank A B were added to each kernel; nothing at the start."""
+    model, params = load("untied")
+    adapted = dataclasses.replace(model, lora=LoraConfig(rank=3, alpha=6.0))
+    tokens = np.arange(3, 13, dtype=np.int32)[None, :]
+    fresh = adapted.init(jax.random.key(0))
+    kernels = {
+        name: (part, name) for part in ("attention", "feed_forward") for name in params["layers"][part]
+    }
+    assert set(kernels) == set(TARGETS)
+    joined = jax.tree.map(lambda x: x, params)
+    for part, name in kernels.values():
+        first, second = (fresh["layers"][part][f"{name}_lora_{x}"] for x in "ab")
+        assert not np.asarray(second).any()
+        joined["layers"][part] |= {f"{name}_lora_a": first, f"{name}_lora_b": second}
+    plain = forward(model, params, tokens)[0]
+    np.testing.assert_array_equal(forward(adapted, joined, tokens)[0], plain)
+    merged = jax.tree.map(lambda x: x, params)
+    for key, (part, name) in enumerate(kernels.values()):
+        second = joined["layers"][part][f"{name}_lora_b"]
+        second = 0.1 * jax.random.normal(jax.random.key(key), second.shape)
+        joined["layers"][part][f"{name}_lora_b"] = second
+        first = joined["layers"][part][f"{name}_lora_a"]
+        change = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(first, second)
+        merged["layers"][part][name] = params["layers"][part][name] + 2.0 * change
+    found = forward(adapted, joined, tokens)[0]
+    np.testing.assert_allclose(found, forward(model, merged, tokens)[0], atol=1e-4)
+    assert np.abs(found - plain).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"rank": 0}, "rank=0"), ({"alpha": 0.0}, "alpha=0.0"), ({"targets": ("gates",)}, "gates.*query, key")],
+)
+def test_an_adapter_that_cannot_be_is_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        LoraConfig(**settings)
+
+
+def test_what_cudnn_cannot_do_is_refused():
+    config = read_config(tiny.DATA / "tied")
+    with pytest.raises(UserError, match="computes in bfloat16; compute_dtype=float32"):
+        Model(config, attention="cudnn")
+    capped = dataclasses.replace(config, attention_softcap=50.0)
+    with pytest.raises(UserError, match="no soft cap"):
+        Model(capped, compute_dtype="bfloat16", attention="cudnn")
+    with pytest.raises(UserError, match="attention='flash'; supported: xla, cudnn"):
+        Model(config, attention="flash")
 
 
 def test_another_compute_dtype_is_refused():

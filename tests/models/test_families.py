@@ -164,6 +164,9 @@ def test_a_changed_config_is_written_in_full(name):
         ),
         ("phi4", {"rope_parameters": {"rope_type": "yarn"}}, ['rope type "yarn"']),
         ("phi4", {"embd_pdrop": 0.1}, ["embd_pdrop=0.1"]),
+        ("gemma2", {"num_hidden_layers": "two", "layer_types": None}, ['num_hidden_layers="two"']),
+        ("qwen2_window", {"max_window_layers": "one", "layer_types": None}, ['max_window_layers="one"']),
+        ("llama_linear", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, ['factor="4"']),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(name, change, words):

@@ -80,16 +80,16 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
-            hf_settings.positive(name, getattr(self, name))
-        hf_settings.positive("num_kv_heads", self.num_kv_heads)
-        hf_settings.positive("head_dim", self.head_dim)
+            hf_settings.check_positive(name, getattr(self, name))
+        hf_settings.check_positive("num_kv_heads", self.num_kv_heads)
+        hf_settings.check_positive("head_dim", self.head_dim)
         for name in ("norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor"):
-            hf_settings.number(name, getattr(self, name))
+            hf_settings.check_number(name, getattr(self, name))
         for name in ("sliding_rope_theta", "query_pre_attn_scalar", "attention_softcap", "logit_softcap"):
-            if getattr(self, name) is not None and hf_settings.number(name, getattr(self, name)) == 0:
+            if getattr(self, name) is not None and hf_settings.check_number(name, getattr(self, name)) == 0:
                 raise UserError(f"{name}=0 must be above zero, or absent")
         if self.sliding_window is not None:
-            hf_settings.positive("sliding_window", self.sliding_window)
+            hf_settings.check_positive("sliding_window", self.sliding_window)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_attention_heads={self.num_heads} is not a multiple of"
@@ -119,7 +119,7 @@ class DecoderConfig:
         if self.layer_types is None:
             return
         if odd := [kind for kind in self.layer_types if kind not in (FULL, SLIDING)]:
-            raise UserError(f"layer_types has {hf_settings.short(odd[0])}; supported: {FULL}, {SLIDING}")
+            raise UserError(f"layer_types has {hf_settings.shown(odd[0])}; supported: {FULL}, {SLIDING}")
         if len(self.layer_types) != self.num_layers:
             raise UserError(f"layer_types has {len(self.layer_types)} entries for {self.num_layers} layers")
         if SLIDING in self.layer_types and self.sliding_window is None:
@@ -145,7 +145,7 @@ class DecoderConfig:
             UserError: an architecture or a setting that is not implemented, or a missing key.
         """
         source = json.dumps(hf)
-        architecture = hf_settings.architecture(hf)
+        architecture = hf_settings.architecture_of(hf)
         family = FAMILIES[architecture]
         if family.exported_as is not None:
             hf = hf_settings.language_model(hf)
@@ -153,14 +153,15 @@ class DecoderConfig:
         hf = {**family.defaults, **hf}
         if missing := [key for key in hf_settings.REQUIRED if hf.get(key) is None]:
             raise UserError(f"config.json lacks {', '.join(missing)}")
-        heads = hf_settings.positive("num_attention_heads", hf["num_attention_heads"])
+        heads = hf_settings.check_positive("num_attention_heads", hf["num_attention_heads"])
+        hf_settings.check_positive("num_hidden_layers", hf["num_hidden_layers"])
         # transformers refuses such a model even where head_dim is given, so an export would not load
-        if hf_settings.positive("hidden_size", hf["hidden_size"]) % heads:
+        if hf_settings.check_positive("hidden_size", hf["hidden_size"]) % heads:
             raise UserError(
                 f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={heads}"
             )
-        window, layer_types = hf_settings.windows(hf, family)
-        theta, scaling, partial, sliding_theta = hf_settings.rope(hf, family)
+        window, layer_types = hf_settings.read_windows(hf, family)
+        theta, scaling, partial, sliding_theta = hf_settings.read_rope(hf, family)
         eos = hf.get("eos_token_id")
         fields = {
             field: hf[key] for key, names in family.keys.items() if hf.get(key) is not None for field in names
@@ -171,24 +172,24 @@ class DecoderConfig:
             intermediate_size=hf["intermediate_size"],
             num_layers=hf["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=hf_settings.value(hf, "num_key_value_heads", heads),
-            head_dim=hf_settings.value(hf, "head_dim", hf["hidden_size"] // heads),
-            norm_eps=hf_settings.value(hf, "rms_norm_eps", 1e-6),
+            num_kv_heads=hf_settings.value_of(hf, "num_key_value_heads", heads),
+            head_dim=hf_settings.value_of(hf, "head_dim", hf["hidden_size"] // heads),
+            norm_eps=hf_settings.value_of(hf, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
             partial_rotary_factor=partial,
             sliding_rope_theta=sliding_theta,
             sliding_window=window,
             layer_types=layer_types,
-            activation=hf_settings.activation(hf, family),
-            tie_embeddings=bool(hf_settings.value(hf, "tie_word_embeddings", False)),
-            initializer_range=hf_settings.value(hf, "initializer_range", 0.02),
+            activation=hf_settings.read_activation(hf, family),
+            tie_embeddings=bool(hf_settings.value_of(hf, "tie_word_embeddings", False)),
+            initializer_range=hf_settings.value_of(hf, "initializer_range", 0.02),
             architecture=architecture,
-            max_position_embeddings=hf_settings.value(hf, "max_position_embeddings", 2048),
+            max_position_embeddings=hf_settings.value_of(hf, "max_position_embeddings", 2048),
             bos_token_id=hf.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=hf.get("pad_token_id"),
-            dtype=hf_settings.value(hf, "dtype", hf.get("torch_dtype")),
+            dtype=hf_settings.value_of(hf, "dtype", hf.get("torch_dtype")),
             source=source if family.exported_as is None else None,
             **family.settings,
             **fields,

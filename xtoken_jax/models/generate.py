@@ -24,7 +24,8 @@ import numpy as np
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import BATCH, constrain
-from xtoken_jax.models.decoder import Cache, Model, Params, logits
+from xtoken_jax.models.decoder import Model, Params, logits
+from xtoken_jax.models.network import Cache
 from xtoken_jax.models.rope import LongRope
 from xtoken_jax.models.sampling import Random, Sampling, choose
 

@@ -51,21 +51,21 @@ _NO_MATTER_OUTSIDE = {
 }  # fmt: skip
 
 
-def architecture(hf: dict[str, Any]) -> str:
+def architecture_of(hf: dict[str, Any]) -> str:
     supported = f"supported: {', '.join(FAMILIES)}"
     names = hf.get("architectures") or []
     model_type = hf.get("model_type")
     if names:
         name = str(names[0] if isinstance(names, list) else names)
         if name not in FAMILIES:
-            raise UserError(f"architecture {short(name)} is not implemented; {supported}")
+            raise UserError(f"architecture {shown(name)} is not implemented; {supported}")
         if model_type not in (None, FAMILIES[name].model_type):
-            raise UserError(f"model_type {short(model_type)} does not belong to {name}; {supported}")
+            raise UserError(f"model_type {shown(model_type)} does not belong to {name}; {supported}")
         return name
     for name, family in FAMILIES.items():
         if model_type == family.model_type:
             return name
-    raise UserError(f"model_type {short(model_type)} is not implemented; {supported}")
+    raise UserError(f"model_type {shown(model_type)} is not implemented; {supported}")
 
 
 def language_model(hf: dict[str, Any]) -> dict[str, Any]:
@@ -80,57 +80,52 @@ def refuse_unknown(hf: dict[str, Any], family: Family, architecture: str) -> Non
     for key, values in _IMPLEMENTED.items():
         if key in hf and hf[key] not in values:
             raise UserError(
-                f"{key}={short(hf[key])} is not implemented for {architecture};"
-                f" supported: {key}={short(values[0])}"
+                f"{key}={shown(hf[key])} is not implemented for {architecture};"
+                f" supported: {key}={shown(values[0])}"
             )
     known = _READ | _NO_MATTER | set(_IMPLEMENTED) | set(family.keys)
     for key, value in hf.items():
         if key not in known and value not in (None, False, 0, [], {}):  # such a one is switched off
             raise UserError(
-                f"{key}={short(value)} is not known for {architecture}; if the model does not need it,"
+                f"{key}={shown(value)} is not known for {architecture}; if the model does not need it,"
                 " take it out of config.json"
             )
 
 
-def activation(hf: dict[str, Any], family: Family) -> str:
-    name = value(hf, family.activation, "silu")
+def read_activation(hf: dict[str, Any], family: Family) -> str:
+    name = value_of(hf, family.activation, "silu")
     if name not in ACTIVATIONS:
         raise UserError(
-            f"{family.activation}={short(name)} is not implemented; supported: {', '.join(ACTIVATIONS)}"
+            f"{family.activation}={shown(name)} is not implemented; supported: {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
 
 
-def windows(hf: dict[str, Any], family: Family) -> tuple[int | None, tuple[str, ...] | None]:
+def read_windows(hf: dict[str, Any], family: Family) -> tuple[int | None, tuple[str, ...] | None]:
     """The sliding window and the layers that have it; None for layers that are all alike."""
-    window, given, count = hf.get("sliding_window"), hf.get("layer_types"), hf["num_hidden_layers"]
-    if given is not None and not isinstance(given, list):
-        raise UserError(f"layer_types must be a list, not {short(given)}")
-    if given and len(given) != count:
-        raise UserError(f"layer_types has {len(given)} entries for {short(count)} layers")
-    kinds: list[str] | None = given
-    if family.windows == "none" or (family.windows == "qwen" and not hf.get("use_sliding_window")):
-        on = hf.get("use_sliding_window") or (window is not None and family.windows == "none")
-        if on or SLIDING in (given or []):
+    window, kinds, count = hf.get("sliding_window"), hf.get("layer_types"), hf["num_hidden_layers"]
+    if kinds is not None and not isinstance(kinds, list):
+        raise UserError(f"layer_types must be a list, not {shown(kinds)}")
+    if kinds and len(kinds) != count:
+        raise UserError(f"layer_types has {len(kinds)} entries for {count} layers")
+    switched = bool(hf.get("use_sliding_window"))
+    if family.windows == "none" or (family.windows == "qwen" and not switched):
+        if switched or SLIDING in (kinds or []) or (window is not None and family.windows == "none"):
             raise UserError(
-                f"sliding_window={short(window)} with layer_types={short(given)} is not implemented for"
+                f"sliding_window={shown(window)} with layer_types={shown(kinds)} is not implemented for"
                 f" model_type {family.model_type} without use_sliding_window"
             )
         window = None
-    elif window is not None and family.windows == "qwen":
-        start = hf["max_window_layers"]
-        kinds = given or [SLIDING if layer >= start else FULL for layer in range(count)]
-    elif window is not None and family.windows == "pattern":
-        every = positive(
-            "sliding_window_pattern",
-            value(hf, "sliding_window_pattern", value(hf, "_sliding_window_pattern", family.pattern)),
-        )
-        kinds = given or [SLIDING if (layer + 1) % every else FULL for layer in range(count)]
-    if kinds is None or (window is None and set(kinds) == {FULL}):
+    elif window is not None and not kinds and family.windows == "qwen":
+        start = check_number("max_window_layers", hf["max_window_layers"])
+        kinds = [SLIDING if layer >= start else FULL for layer in range(count)]
+    elif window is not None and not kinds and family.windows == "pattern":
+        pattern = value_of(hf, "sliding_window_pattern", hf.get("_sliding_window_pattern"))
+        every = check_positive("sliding_window_pattern", pattern or family.pattern)
+        kinds = [SLIDING if (layer + 1) % every else FULL for layer in range(count)]
+    if not kinds or (window is not None and all(kind == SLIDING for kind in kinds)):
         return window, None
-    if window is not None and set(kinds) == {SLIDING}:
-        return window, None
-    if window is not None and set(kinds) == {FULL}:
+    if all(kind == FULL for kind in kinds):
         return None, None
     return window, tuple(kinds)
 
@@ -148,7 +143,7 @@ def written_windows(config: Any, family: Family) -> dict[str, Any]:
     return written
 
 
-def rope(hf: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None, float, float | None]:
+def read_rope(hf: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None, float, float | None]:
     """rope_theta, scaling, the rotated share, and the base of sliding layers.
 
     From `rope_parameters` (transformers 5, there with an entry a layer type where bases differ) or from
@@ -156,23 +151,23 @@ def rope(hf: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None,
     """
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"rope settings must be an object, not {short(rope)}")
+        raise UserError(f"rope settings must be an object, not {shown(rope)}")
     local = hf.get("rope_local_base_freq")
     if FULL in rope or SLIDING in rope:
         inner, rope = rope.get(SLIDING) or {}, rope.get(FULL) or {}
         if inner.get("rope_type", "default") != "default":
-            raise UserError(f"rope type {short(inner['rope_type'])} of {SLIDING} layers is not implemented")
+            raise UserError(f"rope type {shown(inner['rope_type'])} of {SLIDING} layers is not implemented")
         local = inner.get("rope_theta", local)
-    theta = rope.get("rope_theta", value(hf, "rope_theta", 10000.0))
-    partial = value(rope, "partial_rotary_factor", value(hf, "partial_rotary_factor", 1.0))
+    theta = rope.get("rope_theta", value_of(hf, "rope_theta", 10000.0))
+    partial = value_of(rope, "partial_rotary_factor", value_of(hf, "partial_rotary_factor", 1.0))
     if partial != 1 and not family.partial_rotary:
         raise UserError(
-            f"partial_rotary_factor={short(partial)} is not implemented for model_type {family.model_type};"
+            f"partial_rotary_factor={shown(partial)} is not implemented for model_type {family.model_type};"
             " supported: 1"
         )
     if local is not None and not family.two_ropes:
         raise UserError(
-            f"rope_local_base_freq={short(local)} is not known for model_type {family.model_type}"
+            f"rope_local_base_freq={shown(local)} is not known for model_type {family.model_type}"
         )
     return theta, _scaling(rope, hf), partial, local
 
@@ -183,26 +178,24 @@ def _scaling(rope: dict[str, Any], hf: dict[str, Any]) -> RopeScaling | None:
         return None
     if kind not in ("linear", "llama3", "longrope", "su"):
         raise UserError(
-            f"rope type {short(kind)} is not implemented; supported: default, linear, llama3, longrope"
+            f"rope type {shown(kind)} is not implemented; supported: default, linear, llama3, longrope"
         )
-    original = value(hf, "original_max_position_embeddings", hf.get("max_position_embeddings"))
-    values = {"original_max_position_embeddings": original, **rope}
+    values = {"original_max_position_embeddings": hf.get("original_max_position_embeddings"), **rope}
     if kind == "linear":
         return LinearScaling(**_wanted(("factor",), values, kind))
     if kind == "llama3":
-        if "original_max_position_embeddings" not in rope:
-            values["original_max_position_embeddings"] = hf.get("original_max_position_embeddings")
         return Llama3Scaling(**_wanted([f.name for f in dataclasses.fields(Llama3Scaling)], values, kind))
     names = ("short_factor", "long_factor", "original_max_position_embeddings")
     wanted = _wanted(names, values, "longrope")
-    pretrained = positive(names[2], wanted[names[2]])
-    factor = value(rope, "factor", value(hf, "max_position_embeddings", pretrained) / pretrained)
+    pretrained = check_positive(names[2], wanted[names[2]])
+    factor = value_of(rope, "factor", value_of(hf, "max_position_embeddings", pretrained) / pretrained)
     scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(pretrained))
     for name in names[:2]:
         if not isinstance(wanted[name], list):
-            raise UserError(f"the longrope setting {name} must be a list, not {short(wanted[name])}")
-        wanted[name] = tuple(float(number) for number in wanted[name])
-    return LongRope(**wanted, attention_factor=value(rope, "attention_factor", scale))
+            raise UserError(f"the longrope setting {name} must be a list, not {shown(wanted[name])}")
+        wanted[name] = tuple(map(float, wanted[name]))
+    scale = check_number("attention_factor", value_of(rope, "attention_factor", scale))
+    return LongRope(**wanted, attention_factor=scale)
 
 
 def written_rope(config: Any, family: Family) -> dict[str, Any]:
@@ -232,27 +225,31 @@ def written_rope(config: Any, family: Family) -> dict[str, Any]:
 def _wanted(names: Any, values: dict[str, Any], kind: str) -> dict[str, Any]:
     if missing := [name for name in names if values.get(name) is None]:
         raise UserError(f"the {kind} rope settings lack {', '.join(missing)}")
-    return {name: values[name] for name in names}
+    wanted = {name: values[name] for name in names}
+    for name, found in wanted.items():
+        for one in found if isinstance(found, list) else [found]:
+            check_number(f"the {kind} rope setting {name}", one)
+    return wanted
 
 
-def value(hf: dict[str, Any], key: str, default: Any) -> Any:
+def value_of(hf: dict[str, Any], key: str, default: Any) -> Any:
     """`hf[key]`, or the default where it is absent or null."""
     value = hf.get(key)
     return default if value is None else value
 
 
-def positive(name: str, value: Any) -> int:
+def check_positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}={short(value)} must be a positive whole number")
+        raise UserError(f"{name}={shown(value)} must be a positive whole number")
     return value
 
 
-def number(name: str, value: Any) -> float:
+def check_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise UserError(f"{name}={short(value)} must be a number, zero or above")
+        raise UserError(f"{name}={shown(value)} must be a number, zero or above")
     return value
 
 
-def short(value: Any) -> str:
+def shown(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -55,7 +55,7 @@ class ModelConfig:
         compute_dtype: of activations and matrix products.
         remat: recompute activations in the backward pass, for memory: none, full (of a layer only its input
             is kept) or dots (and its matrix products).
-        attention: xla, or cudnn on NVIDIA GPUs in bfloat16.
+        attention: xla, or cudnn on NVIDIA GPUs in bfloat16, which has not been run yet.
     """
 
     path: str | None = None
@@ -80,6 +80,9 @@ def open_model(
     Raises:
         UserError: what loading refuses, and a tokenizer with more ids than the model has rows.
     """
+    platform = mesh.devices.flat[0].platform
+    if config.attention is AttentionKind.cudnn and platform not in ("gpu", "cuda"):
+        raise UserError(f"attention=cudnn needs an NVIDIA GPU; this machine's devices are of kind {platform}")
     folder = resolve_folder(str(config.path))
     options: dict[str, Any] = {
         "mesh": mesh,
