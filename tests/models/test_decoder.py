@@ -73,8 +73,12 @@ def test_a_segment_is_as_alone():
     for piece in (slice(0, 5), slice(5, 9)):
         alone, _ = forward(model, params, tokens[:, piece])
         np.testing.assert_allclose(hidden[:, piece], alone, atol=1e-4)
-    both, _ = forward(model, params, tokens, segments=np.maximum(segments, 1), mask=segments > 0)
-    np.testing.assert_array_equal(both[:, :5], hidden[:, :5])
+    # with padding at the start of the first
+    segments, mask = np.array([[1] * 5 + [2] * 7], np.int32), np.arange(12)[None, :] >= 2
+    hidden, _ = forward(model, params, tokens, segments=segments, mask=mask)
+    for piece in (slice(2, 5), slice(5, 12)):
+        alone, _ = forward(model, params, tokens[:, piece])
+        np.testing.assert_allclose(hidden[:, piece], alone, atol=1e-4)
 
 
 def test_positions_count_by_their_differences():
