@@ -19,7 +19,7 @@ from xtoken_jax.data.batches import DataConfig
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind
 from xtoken_jax.mesh import MeshConfig
-from xtoken_jax.models.load import Dtype, ModelConfig
+from xtoken_jax.models.load import AdapterConfig, Dtype, ModelConfig, Start
 from xtoken_jax.train.loop import TrainConfig
 from xtoken_jax.train.optimizer import OptimizerConfig
 
@@ -63,13 +63,26 @@ class Experiment:
                     f"{side}.path: not given; name a Hugging Face folder or hub id, or start from an "
                     f"experiment ({', '.join(options_of('experiment'))})"
                 )
-        if self.student.dtype is not Dtype.float32:
+        self._validate_adapters()
+        if self.student.dtype is not Dtype.float32 and not self.student.lora.rank:
             raise UserError(
-                f"student.dtype={self.student.dtype.value}: a student's parameters train in float32; "
-                "student.compute_dtype=bfloat16 is the way to compute in half precision"
+                f"student.dtype={self.student.dtype.value}: a student's parameters train in float32, unless "
+                "student.lora.rank puts adapters in their place; student.compute_dtype=bfloat16 is how to "
+                "compute in half precision"
             )
         for part in (self.loss, self.data, self.optimizer, self.train):
             part.validate()
+
+    def _validate_adapters(self) -> None:
+        if self.teacher.lora != AdapterConfig():
+            raise UserError("teacher.lora: a teacher does not train; adapters are for the student")
+        self.student.lora.validate("student.lora")
+        rank = self.student.lora.rank
+        if rank and self.student.init is Start.random:
+            raise UserError(
+                f"student.lora.rank={rank} with student.init=random: the random weights below the adapters "
+                "would never train; take student.init=weights or student.lora.rank=0"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -126,6 +139,8 @@ def _checked(override: str) -> str:
             raise UserError(f"{key}={value}: no such {key}{nearest}; there is {', '.join(options)}")
         return override
     kind = _type_of(key, key.split("."), Experiment)
+    if typing.get_origin(kind) is list:
+        return f"++{key}={value}" if value[:1] in ("[", "$") else f"++{key}=[{value}]"
     if (kind is str or str in typing.get_args(kind)) and value != "null" and value[:1] not in ("'", '"'):
         # A path may hold what Hydra's grammar reads as structure: blanks, commas, "=".
         value = "'" + value.replace("'", "\\'") + "'"

@@ -30,6 +30,7 @@ from xtoken_jax.losses.objective import LossTables, VocabularySizes
 from xtoken_jax.mesh import make_mesh, replicated
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model
+from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.files import load_projection
 from xtoken_jax.projection.prefixes import prefix_tables
@@ -96,7 +97,11 @@ def distill(experiment: Experiment, console: Console) -> Result:
         pair = _load_pair(experiment)
         key = jax.random.key(experiment.train.seed)
         _name(console, "student", pair.student)
-        student, start = open_model(experiment.student, pair.student.size, mesh=mesh, key=key)
+        student, params = open_model(experiment.student, pair.student.size, mesh=mesh, key=key)
+        start, frozen = split_lora(params)
+        if student.lora is not None:
+            console.print(_adapters(student.lora, start, params))
+        del params
         kind, teacher = _load_teacher(experiment, pair, mesh, console)
         with console.status("tokenizing and aligning the text"):
             windows = read_windows(pair, experiment.data.train, experiment.data)
@@ -129,10 +134,11 @@ def distill(experiment: Experiment, console: Console) -> Result:
                 mesh=mesh,
                 title=title,
                 console=console,
+                frozen=frozen,
             )
             rows = read_metrics(folder / METRICS_FILE)
             measured = [row["validation"] for row in rows if "validation" in row]
-            return state.params, measured[0], measured[-1]
+            return join_lora(state.params, frozen), measured[0], measured[-1]
 
         figures = {}
         if teacher is not None:
@@ -151,7 +157,8 @@ def distill(experiment: Experiment, console: Console) -> Result:
 
         out = run / STUDENT_FOLDER
         dtype = experiment.export_dtype.value
-        export_hf(out, student, trained, resolve_folder(str(experiment.student.path)), dtype=dtype)
+        folder = resolve_folder(str(experiment.student.path))
+        export_hf(out, student, trained, folder, dtype=dtype, donate=True)
     (run / RESULT_FILE).write_text(json.dumps({"loss": kind.value, "figures": figures}, indent=2) + "\n")
     picture = draw_curves(run)
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
@@ -168,6 +175,12 @@ def _name(console: Console, side: str, tokenizer: Tokenizer) -> None:
     console.print(f"{side}  {tokenizer.name}\n         {tokenizer.describe()}", markup=False)
     if tokenizer.warning:
         console.print(f"warning  {tokenizer.warning}", markup=False, style="yellow")
+
+
+def _adapters(lora: LoraConfig, adapters: Params, params: Params) -> str:
+    trained, every = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (adapters, params))
+    names = ", ".join(lora.targets)
+    return f"lora     rank {lora.rank} on {names}: {trained:,} of {every:,} parameters train"
 
 
 def _sizes(pair: TokenizerPair) -> LossTables:

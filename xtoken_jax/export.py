@@ -8,6 +8,7 @@ from pathlib import Path
 from xtoken_jax.errors import UserError
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_weights import WEIGHTS, save_weights
+from xtoken_jax.models.lora import merge_lora
 
 CONFIG = "config.json"
 COPIED = (
@@ -26,6 +27,7 @@ def export_hf(
     tokenizer_folder: str | Path,
     *,
     dtype: str = "float32",
+    donate: bool = False,
 ) -> Path:
     """Writes config.json, model.safetensors and the student's tokenizer files; returns `out_dir`.
 
@@ -34,10 +36,12 @@ def export_hf(
 
     Args:
         out_dir: a new or empty folder, or an earlier export.
-        params: the model's parameters, fully addressable from this process.
+        params: the model's parameters, fully addressable from this process. Adapters are merged into
+            their kernels.
         tokenizer_folder: the student's folder; tokenizer.json, tokenizer_config.json,
             special_tokens_map.json, generation_config.json and chat_template.jinja are copied where present.
         dtype: of the stored weights: "float32", "bfloat16" or "float16".
+        donate: merge adapters in the memory of `params`, which cannot be used afterwards.
 
     Raises:
         UserError: a folder in the way that is not an export, no tokenizer folder, or what
@@ -51,6 +55,10 @@ def export_hf(
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
+        if model.lora is not None:
+            # not through bfloat16, where the file could hold more
+            wide = None if dtype == "bfloat16" else "float32"
+            model, params = merge_lora(model, params, dtype=wide, donate=donate)
         save_weights(partial, model, params, dtype=dtype)
         config = model.config.to_hf()
         # in the spelling that it has: two of them might disagree

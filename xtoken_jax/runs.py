@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 from omegaconf import OmegaConf
 
 from xtoken_jax.config import Experiment
@@ -15,6 +16,8 @@ from xtoken_jax.hub import resolve_folder
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models.config import read_config
 from xtoken_jax.models.decoder import Model
+from xtoken_jax.models.load import open_model
+from xtoken_jax.models.lora import join_lora, split_lora
 from xtoken_jax.train.checkpoint import Checkpoints
 from xtoken_jax.train.loop import CHECKPOINT_FOLDER
 from xtoken_jax.train.optimizer import make_optimizer
@@ -81,12 +84,18 @@ def export_checkpoint(run: Path, step: int | None, out: Path) -> int:
     typed = OmegaConf.merge(OmegaConf.structured(Experiment), json.loads(path.read_text()))
     experiment = cast(Experiment, OmegaConf.to_object(typed))
     folder = resolve_folder(str(experiment.student.path))
-    student = Model(read_config(folder))
+    mesh = single_device_mesh()
+    student, frozen = Model(read_config(folder)), {}
+    if experiment.student.lora.rank:  # the checkpoint holds the adapters alone
+        student, params = open_model(experiment.student, 0, mesh=mesh, key=jax.random.key(0))
+        frozen = split_lora(params)[1]
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-    with Checkpoints(run / CHECKPOINT_FOLDER, keep=experiment.train.keep) as checkpoints:
+    keep = experiment.train.keep
+    with Checkpoints(run / CHECKPOINT_FOLDER, keep=keep, frozen=frozen) as checkpoints:
         found = checkpoints.latest if step is None else step
         if found is None:
             raise UserError(f"{run}: holds no checkpoint yet")
-        state, _ = checkpoints.restore(found, abstract_state(student, optimizer, single_device_mesh()))
-    export_hf(out, student, state.params, folder, dtype=experiment.export_dtype.value)
+        state, _ = checkpoints.restore(found, abstract_state(student, optimizer, mesh))
+    params = join_lora(state.params, frozen)
+    export_hf(out, student, params, folder, dtype=experiment.export_dtype.value, donate=True)
     return found

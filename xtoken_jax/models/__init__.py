@@ -3,7 +3,7 @@
 from xtoken_jax.models.config import DecoderConfig, read_config
 from xtoken_jax.models.decoder import Model, logits
 from xtoken_jax.models.hf_weights import init_model, load_model, save_weights
-from xtoken_jax.models.lora import LoraConfig
+from xtoken_jax.models.lora import LoraConfig, add_lora, join_lora, merge_lora, split_lora
 from xtoken_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
 
 __all__ = [
@@ -13,9 +13,13 @@ __all__ = [
     "LongRope",
     "LoraConfig",
     "Model",
+    "add_lora",
     "init_model",
+    "join_lora",
     "load_model",
     "logits",
+    "merge_lora",
     "read_config",
     "save_weights",
+    "split_lora",
 ]

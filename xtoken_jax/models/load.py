@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -13,6 +14,7 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_weights import init_model, load_model
+from xtoken_jax.models.lora import TARGETS, LoraConfig, add_lora
 
 
 class Start(Enum):
@@ -45,17 +47,48 @@ class AttentionKind(Enum):
 
 
 @dataclass
+class AdapterConfig:
+    """Low-rank adapters on a student (LoRA, arXiv 2106.09685), which train instead of its weights.
+
+    Attributes:
+        rank: R of each adapter; 0 for none, so that all weights train.
+        alpha: strength: alpha / rank times what the adapter computes is added.
+        targets: kernels that get one, of query, key, value, output, gate, up and down.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: list[str] = field(default_factory=lambda: list(TARGETS))
+
+    def validate(self, name: str) -> None:
+        """Raise UserError for values that make no sense; `name` is the config's own key."""
+        if self.rank < 0:
+            raise UserError(f"{name}.rank={self.rank}: must be at least 1, or 0 for no adapters")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise UserError(f"{name}.alpha={self.alpha}: must be above 0")
+        unknown = [target for target in self.targets if target not in TARGETS]
+        if unknown or not self.targets:
+            what = f"no such kernel as {unknown[0]}" if unknown else "no kernel"
+            raise UserError(f"{name}.targets: {what}; choose among {', '.join(TARGETS)}")
+
+    def settled(self) -> LoraConfig | None:
+        """What a model takes."""
+        return LoraConfig(self.rank, self.alpha, tuple(self.targets)) if self.rank else None
+
+
+@dataclass
 class ModelConfig:
     """A student or teacher.
 
     Attributes:
         path: a Hugging Face folder (config.json, safetensors, tokenizer.json) or hub id.
         init: weights, or random for a student that starts from its config.json alone.
-        dtype: of the parameters; a student trains in float32.
+        dtype: of the parameters; a student trains in float32, but for weights under adapters, which do not.
         compute_dtype: of activations and matrix products.
         remat: recompute activations in the backward pass, for memory: none, full (of a layer only its input
             is kept) or dots (and its matrix products).
         attention: xla, or cudnn on NVIDIA GPUs in bfloat16, which has not been run yet.
+        lora: adapters, for a student.
     """
 
     path: str | None = None
@@ -64,18 +97,19 @@ class ModelConfig:
     compute_dtype: Dtype = Dtype.float32
     remat: Remat = Remat.none
     attention: AttentionKind = AttentionKind.xla
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
 
 
 def open_model(
     config: ModelConfig, tokenizer_size: int, *, mesh: Mesh, key: jax.Array
 ) -> tuple[Model, Params]:
-    """The model and its parameters on the mesh.
+    """The model and its parameters on the mesh, with new adapters where the config asks for such.
 
     Args:
         config: what to load; `path` is set.
         tokenizer_size: V of the tokenizer it is used with.
         mesh: where the parameters go.
-        key: of a random start.
+        key: of a random start, or of the adapters.
 
     Raises:
         UserError: what loading refuses, and a tokenizer with more ids than the model has rows.
@@ -100,4 +134,5 @@ def open_model(
             f"{folder}: its tokenizer has {tokenizer_size} tokens but the model only "
             f"{model.config.vocab_size} (vocab_size in config.json); they do not belong together"
         )
-    return model, params
+    lora = config.lora.settled()
+    return (model, params) if lora is None else add_lora(model, params, lora, key, mesh=mesh)

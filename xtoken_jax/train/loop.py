@@ -18,6 +18,7 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import batch_sharding
 from xtoken_jax.models.decoder import Params
+from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.checkpoint import Checkpoints
 from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog
 from xtoken_jax.train.step import Metrics, Step, TrainState
@@ -39,7 +40,7 @@ class TrainConfig:
         evaluate_every: steps between two evaluations on the validation text; 0 for start and end alone.
         save_every: steps between two checkpoints; 0 for the end alone.
         keep: checkpoints kept.
-        seed: of the student's random start.
+        seed: of the student's random start, or of its adapters'.
     """
 
     steps: int = 5000
@@ -72,6 +73,7 @@ def train(
     mesh: Mesh,
     title: str,
     console: Console,
+    frozen: Params | None = None,
 ) -> TrainState:
     """Train to `config.steps`, from the newest checkpoint in `folder` if it holds one.
 
@@ -83,6 +85,7 @@ def train(
         evaluate: student parameters -> named figures on the validation text.
         folder: gets metrics.jsonl and checkpoints/.
         title: of the progress bar.
+        frozen: the student's parameters that do not train, as `split_lora` returns them.
 
     Returns:
         The last state.
@@ -90,7 +93,7 @@ def train(
     Raises:
         NonFiniteLossError: names the step and the last good checkpoint.
     """
-    with Checkpoints(folder / CHECKPOINT_FOLDER, keep=config.keep) as checkpoints:
+    with Checkpoints(folder / CHECKPOINT_FOLDER, keep=config.keep, frozen=frozen) as checkpoints:
         if checkpoints.latest is not None:
             state, position = checkpoints.restore(checkpoints.latest, abstract)
             batches.set_state(position)
@@ -114,7 +117,7 @@ def train(
                 nonlocal started
                 begun = time.perf_counter()
                 progress.update(bar, completed=number, shown="evaluating")
-                log.write(number, {"validation": evaluate(state.params)})
+                log.write(number, {"validation": evaluate(join_lora(state.params, frozen))})
                 progress.update(bar, shown=shown)
                 started += time.perf_counter() - begun  # tokens per second are those of training
 
@@ -127,7 +130,7 @@ def train(
                 batch: Batch = next(batches)
                 tokens += int(batch.student.mask.sum())
                 batch = jax.device_put(batch, sharding)
-                state, metrics = step(state, teacher_params, tables, batch)
+                state, metrics = step(state, teacher_params, tables, batch, frozen)
                 # The step before has ended by now: reading its metrics does not hold up this one.
                 _check_finite(pending, number - 1, checkpoints)
                 pending = metrics

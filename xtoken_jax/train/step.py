@@ -1,10 +1,9 @@
-"""One training step: (state, teacher, tables, batch) -> (state, metrics), pure."""
+"""One training step: (state, teacher, tables, batch, frozen) -> (state, metrics), pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +25,9 @@ from xtoken_jax.losses.blockwise import blockwise_loss
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import replicated
 from xtoken_jax.models.decoder import Model, Params, logits
+from xtoken_jax.models.lora import join_lora, split_lora
 
 Metrics = dict[str, jax.Array]
-Step = Callable[["TrainState", Params | None, LossTables | None, Batch], tuple["TrainState", Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -38,8 +37,8 @@ class TrainState:
 
     Attributes:
         step: int32 scalar array, steps taken.
-        params: the student's parameters.
-        opt_state: the optimizer's state, laid out as the parameters are.
+        params: those of the student's parameters that train: the adapters where it has such, else all.
+        opt_state: the optimizer's state, laid out as they are.
     """
 
     step: Any
@@ -47,9 +46,23 @@ class TrainState:
     opt_state: Any
 
 
+class Step(Protocol):
+    """What `make_step` returns."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        teacher_params: Params | None,
+        tables: LossTables | None,
+        batch: Batch,
+        frozen: Params | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        """One step; `frozen` as `split_lora` returns it."""
+
+
 def abstract_state(student: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state's shapes and shardings, for `jax.jit` and for restoring a checkpoint."""
-    params = student.abstract(mesh)
+    params = split_lora(student.abstract(mesh))[0]
     opt_state = jax.eval_shape(optimizer.init, params)
     # Moments mirror the parameters, so they take the parameters' layout; counters are everywhere.
     opt_state = optax.tree_map_params(
@@ -66,7 +79,8 @@ def abstract_state(student: Model, optimizer: optax.GradientTransformation, mesh
 def init_state(
     student: Model, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The state before the first step; `params` are taken over, not copied."""
+    """The state before the first step; those of `params` that train are taken over, not copied."""
+    params = split_lora(params)[0]
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(student, optimizer, mesh))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
@@ -89,17 +103,22 @@ def make_step(
         student_size: V_s of the tokenizer; logits past it do not enter the loss.
 
     Returns:
-        step(state, teacher_params, tables, batch) -> (state, metrics). A step whose loss or
-        gradient is not finite leaves parameters and moments as they were; `finite` says so.
+        step(state, teacher_params, tables, batch, frozen) -> (state, metrics), where `frozen` is what
+        `split_lora` leaves beside the parameters of the state; without adapters there is none. A step whose
+        loss or gradient is not finite leaves parameters and moments as they were; `finite` says so.
     """
     kind = LossKind.none if teacher is None else loss.kind
     softcaps = student.config.logit_softcap, None if teacher is None else teacher.config.logit_softcap
 
     def objective(
-        params: Params, teacher_params: Params | None, tables: LossTables | None, batch: Batch
+        trained: Params,
+        frozen: Params | None,
+        teacher_params: Params | None,
+        tables: LossTables | None,
+        batch: Batch,
     ) -> tuple[jax.Array, Metrics]:
         # Rows are padded on the right, so causality alone keeps padding out of sight.
-        of_student = student(params, batch.student.ids)
+        of_student = student(join_lora(trained, frozen), batch.student.ids)
         of_teacher: Outputs | tuple[None, None] = (None, None)
         if teacher is not None and kind is not LossKind.none:
             assert teacher_params is not None
@@ -124,10 +143,14 @@ def make_step(
         return total, {**metrics, "chunks": chunks}
 
     def step(
-        state: TrainState, teacher_params: Params | None, tables: LossTables | None, batch: Batch
+        state: TrainState,
+        teacher_params: Params | None,
+        tables: LossTables | None,
+        batch: Batch,
+        frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
         gradient_of = jax.value_and_grad(objective, has_aux=True)
-        (value, metrics), gradient = gradient_of(state.params, teacher_params, tables, batch)
+        (value, metrics), gradient = gradient_of(state.params, frozen, teacher_params, tables, batch)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
