@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import single_device_mesh
@@ -119,10 +121,12 @@ def merge_lora(
             if isinstance(value, dict):
                 merged[name] = of_module(value, letters[name])
             elif name + _A in params:
-                products = [letters[name + part].replace(" ", "") for part in (_A, _B, "")]
-                equation = "{},{}->{}".format(*products)
-                merged[name] = _merged(value, params[name + _A], params[name + _B], equation, scale, dtype)
-                if donate and isinstance(value, jax.Array):
+                axes = [letters[name + part].replace(" ", "") for part in (_A, _B, "")]
+                value = jnp.asarray(value)
+                target = value.dtype if dtype is None else jnp.dtype(dtype)
+                add = _adding("{},{}->{}".format(*axes), scale, target, value.sharding)
+                merged[name] = add(value, params[name + _A], params[name + _B])
+                if donate:
                     jax.block_until_ready(merged[name])
                     value.delete()
             elif not name.endswith((_A, _B)):
@@ -132,19 +136,17 @@ def merge_lora(
     return dataclasses.replace(model, lora=None), of_module(params, model.letters)
 
 
-def _merged(
-    kernel: jax.Array, first: jax.Array, second: jax.Array, equation: str, scale: float, dtype: str | None
-) -> jax.Array:
-    kernel = jnp.asarray(kernel)
-    target = kernel.dtype if dtype is None else jnp.dtype(dtype)
+@functools.lru_cache
+def _adding(equation: str, scale: float, dtype: jnp.dtype, sharding: Sharding) -> Callable[..., jax.Array]:
+    """(W, A, B) -> the merged kernel; one compilation for all kernels of a shape."""
 
     def add(kernel: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
         first, second = first.astype(jnp.float32), second.astype(jnp.float32)
         # accelerators would take float32 products in fewer bits
         product = jnp.einsum(equation, first, second, precision=jax.lax.Precision.HIGHEST)
-        return (kernel.astype(jnp.float32) + scale * product).astype(target)
+        return (kernel.astype(jnp.float32) + scale * product).astype(dtype)
 
-    return jax.jit(add, out_shardings=kernel.sharding)(kernel, first, second)
+    return jax.jit(add, out_shardings=sharding)
 
 
 def _split(tree: Params) -> tuple[Params, Params]:
