@@ -7,6 +7,7 @@ from xtoken_jax.config import CONFIG_FOLDER, load_experiment, options_of
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses.objective import Direction, LossKind
 from xtoken_jax.models.load import Dtype, Start
+from xtoken_jax.models.lora import LoraConfig
 
 PAIR = [
     "student.path=s",
@@ -90,3 +91,34 @@ def test_plain_values_name_every_setting():
     plain = load_experiment(["experiment=quickstart"]).to_dict()
     assert plain["loss"]["kind"] == "auto"
     assert plain["data"]["train"]["arithmetic"]["wrong_share"] == 0.7
+
+
+LORA = "student.lora.rank=8"
+
+
+def test_adapters_of_the_student():
+    assert load_experiment(PAIR).student.lora.settled() is None
+    for targets in ("[query,down]", "query,down"):
+        student = load_experiment([*PAIR, LORA, f"student.lora.targets={targets}"]).student
+        assert student.lora.settled() == LoraConfig(8, 32.0, ("query", "down"))
+    assert load_experiment([*PAIR, LORA, "student.dtype=bfloat16"]).student.lora.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["student.lora.rank=-1"], r"student\.lora\.rank=-1: must be at least 1, or 0 for no adapters"),
+        ([LORA, "student.lora.alpha=0"], r"student\.lora\.alpha=0\.0: must be above 0"),
+        ([LORA, "student.lora.alpha=nan"], r"student\.lora\.alpha=nan: must be above 0"),
+        ([LORA, "student.lora.targets=[query,qery]"], "no such kernel as qery; choose among query, key"),
+        ([LORA, "student.lora.targets=[]"], r"student\.lora\.targets: no kernel; choose among"),
+        (["student.lora.rnk=8"], r"did you mean student\.lora\.rank"),
+        (["teacher.lora.rank=8"], r"teacher\.lora: a teacher does not train"),
+        ([LORA, "student.init=random"], "random weights below the adapters would never train"),
+        (["student.dtype=bfloat16"], r"student\.dtype=bfloat16: .* unless student\.lora\.rank"),
+    ],
+)
+def test_adapters_that_make_no_sense_are_refused_in_one_line(words, message):
+    with pytest.raises(UserError, match=message) as refused:
+        load_experiment([*PAIR, *words])
+    assert "\n" not in str(refused.value)

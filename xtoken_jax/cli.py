@@ -25,6 +25,7 @@ arguments are key=value pairs:
   experiment=smollm2          SmolLM2-135M into a Llama 3.1 student (see experiments/smollm2)
   loss=p_kl | h_kl | prefix_kl | none  instead of the audit's choice
   student.path=DIR teacher.path=DIR    your own Hugging Face folders
+  student.lora.rank=16        train low-rank adapters alone, merged in the student's folder
   data.train.text.path=FILE.jsonl      your own text
   train.steps=1000 optimizer.learning_rate=1e-4 data.batch_size=16 run_dir=runs/mine
 
