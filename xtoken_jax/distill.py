@@ -157,7 +157,7 @@ def distill(experiment: Experiment, console: Console) -> Result:
 
         out = run / STUDENT_FOLDER
         dtype = experiment.export_dtype.value
-        folder = resolve_folder(str(experiment.student.path))
+        folder = resolve_folder(str(experiment.student.path), weights=False)
         export_hf(out, student, trained, folder, dtype=dtype, donate=True)
     (run / RESULT_FILE).write_text(json.dumps({"loss": kind.value, "figures": figures}, indent=2) + "\n")
     picture = draw_curves(run)

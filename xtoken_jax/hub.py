@@ -6,8 +6,13 @@ from pathlib import Path
 
 from xtoken_jax.errors import UserError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?")
+# Only what is read here; repositories also hold the same weights in other formats, pickles among them.
+_TEXTS = [
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja",
+]  # fmt: skip
+_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model*-of-*.safetensors"]
 
 
 def cache_folder() -> Path:
@@ -18,12 +23,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xtoken-jax"
 
 
-def resolve_folder(path_or_id: str | Path) -> Path:
+def resolve_folder(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model: the path itself, or a download where it is a hub id.
 
-    Only a string of the form `org/name` that is not a path on this machine is looked up on the hub.
-    What looks like a path (absolute, starting with `.` or `~`, no slash, or more than one) never
-    reaches the network.
+    Only a string of the form `org/name` or `org/name@revision` that is not a path on this machine is looked
+    up on the hub; a revision is a branch, a tag or a commit. What looks like a path (absolute, starting
+    with `.` or `~`, no slash, or more than one) never reaches the network. Downloads are those of
+    `huggingface_hub`: kept in its cache, under HF_HOME; with the token of HF_TOKEN or of `hf auth login`
+    where a model asks for one; none with HF_HUB_OFFLINE=1.
+
+    Args:
+        path_or_id: a folder or hub id.
+        weights: whether a download has the safetensors too, or config, tokenizer and chat template alone.
 
     Raises:
         UserError: a missing folder, a file in its place, or a hub id that cannot be fetched.
@@ -36,17 +47,31 @@ def resolve_folder(path_or_id: str | Path) -> Path:
         return path
     if path.exists():
         raise UserError(f"not a folder: {text}")
-    if isinstance(path_or_id, Path) or not _HUB_ID.fullmatch(text):
+    found = _HUB_ID.fullmatch(text)
+    if isinstance(path_or_id, Path) or not found:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UserError(f"no such folder: {text}{where}")
+    return _download(*found.groups(), patterns=_TEXTS + _WEIGHTS * weights)
 
-    from huggingface_hub import snapshot_download
+
+def _download(name: str, revision: str | None, *, patterns: list[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     # the hub's client raises its own errors, httpx's and OSErrors; all mean the same to a user
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, errors.GatedRepoError):
+            reason = "its terms must be accepted there, and HF_TOKEN hold a token of who did"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = f"it has no revision {revision}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = "there is none of this name, or it is private and HF_TOKEN holds no token for it"
+        elif isinstance(error, errors.LocalEntryNotFoundError):
+            reason = "the hub cannot be reached, and no copy is in the cache"
+        else:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        named = name if revision is None else f"{name}@{revision}"
         raise UserError(
-            f"no such folder: {text}, and it could not be fetched from the hub as a model id: {reason}"
+            f"no such folder: {named}, and it could not be fetched from the hub as a model id: {reason}"
         ) from error

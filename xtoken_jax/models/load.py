@@ -81,7 +81,8 @@ class ModelConfig:
     """A student or teacher.
 
     Attributes:
-        path: a Hugging Face folder (config.json, safetensors, tokenizer.json) or hub id.
+        path: a Hugging Face folder (config.json, safetensors, tokenizer.json), or a hub id: org/name or
+            org/name@revision.
         init: weights, or random for a student that starts from its config.json alone.
         dtype: of the parameters; a student trains in float32, but for weights under adapters, which do not.
         compute_dtype: of activations and matrix products.
@@ -117,7 +118,7 @@ def open_model(
     platform = mesh.devices.flat[0].platform
     if config.attention is AttentionKind.cudnn and platform not in ("gpu", "cuda"):
         raise UserError(f"attention=cudnn needs an NVIDIA GPU; this machine's devices are of kind {platform}")
-    folder = resolve_folder(str(config.path))
+    folder = resolve_folder(str(config.path), weights=config.init is Start.weights)
     options: dict[str, Any] = {
         "mesh": mesh,
         "dtype": config.dtype.value,

@@ -55,7 +55,7 @@ class Tokenizer:
         folder from a class name and then give other ids than the file does.
 
         Args:
-            path_or_id: a Hugging Face folder or a hub id.
+            path_or_id: a Hugging Face folder or a hub id, such as `org/name` or `org/name@revision`.
             compare_auto: also encode hard texts with `AutoTokenizer`, where transformers is
                 installed, and keep a `warning` if its ids differ. A tokenizer is compared once;
                 the answer is kept in the user's cache folder.
@@ -64,7 +64,7 @@ class Tokenizer:
             UserError: no folder, no tokenizer.json, a file that cannot be read or whose ids do not
                 hold, or a kind of tokenizer whose tokens are not bytes.
         """
-        folder = resolve_folder(path_or_id)
+        folder = resolve_folder(path_or_id, weights=False)
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(
