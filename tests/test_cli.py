@@ -142,6 +142,13 @@ def test_a_run_ends_with_a_table_and_refuses_another_run_in_its_folder(capsys, r
     assert main(["export", str(folder), "--out", str(tmp_path / "out")]) == 0
     ours, theirs = (tmp_path / "out" / "model.safetensors", folder / "student" / "model.safetensors")
     assert ours.read_bytes() == theirs.read_bytes()
+    small = tmp_path / "small"
+    words = ["--dtype", "bfloat16", "--max-shard-size", "20KB"]
+    assert main(["export", str(folder), "--out", str(small), *words]) == 0
+    assert (small / "model.safetensors.index.json").is_file()
+    assert 0.4 < sum(p.stat().st_size for p in small.glob("model-*")) / ours.stat().st_size < 0.6
+    capsys.readouterr()
+    fails(capsys, ["export", folder, "--out", small, "--max-shard-size", "much"], "max_shard_size='much'")
     assert main(["report", str(folder)]) == 0
     capsys.readouterr()
 

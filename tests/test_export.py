@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 from models import tiny
@@ -44,16 +45,38 @@ def test_the_folder_is_read_back_as_the_same_model(student, tmp_path):
     assert os.listdir(out.parent) == ["export"]
 
 
-@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_the_config_names_the_dtype_of_the_stored_weights(key, student, tmp_path):
-    """Once, whichever way the student's own config.json says it."""
-    path = student / "config.json"
-    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("dtype", "torch_dtype")}
-    path.write_text(json.dumps({**config, key: "float16"}))
+@pytest.mark.parametrize("spellings", [("dtype",), ("torch_dtype",), ("torch_dtype", "dtype"), ()])
+def test_the_config_is_the_one_read_but_for_the_dtype(spellings, tmp_path):
+    given = {"dtype": ..., "torch_dtype": ..., **dict.fromkeys(spellings, "float16")}
+    student = tiny.copy("llama3", tmp_path / "student", **given, use_cache=False)
     model, params = load_model(student)
+    before = json.loads((student / "config.json").read_text())
     out = export_hf(tmp_path / "out", model, params, student, dtype="bfloat16")
-    assert json.loads((out / "config.json").read_text()) == {**config, key: "bfloat16"}
+    said = dict.fromkeys(spellings or ["torch_dtype"], "bfloat16")
+    assert json.loads((out / "config.json").read_text()) == {**before, **said}
     assert load_model(out)[0].config.dtype == "bfloat16"
+    out = export_hf(tmp_path / "out", model, params, student, dtype="source")
+    assert json.loads((out / "config.json").read_text()) == before
+
+
+def test_the_dtypes_of_the_source_need_its_weights(student, tmp_path):
+    model, params = load_model(student)
+    (student / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights in"):
+        export_hf(tmp_path / "out", model, params, student, dtype="source")
+    assert sorted(os.listdir(tmp_path)) == ["student"]
+
+
+def test_large_weights_are_several_files_and_replace_each_other(student, tmp_path):
+    model, params = load_model(student)
+    files = []
+    for size in ("20KB", "50KB", "5GB", "20KB"):
+        out = export_hf(tmp_path / "out", model, params, student, max_shard_size=size)
+        files.append(sum(name.endswith(".safetensors") for name in os.listdir(out)))
+        assert (out / "model.safetensors.index.json").is_file() == (size != "5GB")
+        jax.tree.map(np.testing.assert_array_equal, load_model(out)[1], params)
+    assert files == [5, 2, 1, 5]
+    assert sorted(os.listdir(tmp_path)) == ["out", "student"]
 
 
 def test_an_earlier_export_is_replaced_whole(student, tmp_path):

@@ -204,6 +204,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
     sub.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    sub.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "source"],
+        help="of the weights; source: each tensor's in the student's folder (default: export_dtype)",
+    )
+    sub.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of one file of weights; more than that becomes several with an index (default: 5GB)",
+    )
 
     sub = command(
         "report",
@@ -390,7 +401,13 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
 def _export(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.runs import export_checkpoint
 
-    step = export_checkpoint(options.run_folder, options.step, options.out)
+    step = export_checkpoint(
+        options.run_folder,
+        options.step,
+        options.out,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+    )
     console.print(f"step {step} of {options.run_folder} -> {options.out}")
 
 

@@ -1,13 +1,16 @@
 """A trained student as a Hugging Face folder that `transformers` and every other runtime loads."""
 
+import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.models.decoder import Model, Params
-from xtoken_jax.models.hf_weights import WEIGHTS, save_weights
+from xtoken_jax.models.hf_files import INDEX, WEIGHTS
+from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE, is_weights, save_weights, stored_dtypes
 from xtoken_jax.models.lora import merge_lora
 
 CONFIG = "config.json"
@@ -18,6 +21,7 @@ COPIED = (
     "generation_config.json",
     "chat_template.jinja",
 )
+SOURCE = "source"
 
 
 def export_hf(
@@ -27,12 +31,14 @@ def export_hf(
     tokenizer_folder: str | Path,
     *,
     dtype: str = "float32",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     donate: bool = False,
 ) -> Path:
-    """Writes config.json, model.safetensors and the student's tokenizer files; returns `out_dir`.
+    """Writes config.json, safetensors and the student's tokenizer files; returns `out_dir`.
 
     Everything is written to a hidden folder beside `out_dir` and renamed, so a killed export never
-    leaves half a folder. An earlier export at `out_dir` is replaced.
+    leaves half a folder. An earlier export at `out_dir` is replaced. config.json has the values of the one
+    that the model was read from, but for the dtype.
 
     Args:
         out_dir: a new or empty folder, or an earlier export.
@@ -40,16 +46,22 @@ def export_hf(
             their kernels.
         tokenizer_folder: the student's folder; tokenizer.json, tokenizer_config.json,
             special_tokens_map.json, generation_config.json and chat_template.jinja are copied where present.
-        dtype: of the stored weights: "float32", "bfloat16" or "float16".
+        dtype: of the stored weights: "float32", "bfloat16" or "float16"; or "source", by which each tensor
+            has the dtype that it has in `tokenizer_folder`, so that a model that was not trained is written
+            as it was read. (Training runs in float32: for a trained student this rounds.)
+        max_shard_size: bytes of weights in a file, a number or such as "5GB"; see `save_weights`.
         donate: merge adapters in the memory of `params`, which cannot be used afterwards.
 
     Raises:
-        UserError: a folder in the way that is not an export, no tokenizer folder, or what
-            `save_weights` refuses.
+        UserError: a folder in the way that is not an export, no tokenizer folder, no weights there for
+            "source", or what `save_weights` refuses.
     """
     out, source = Path(out_dir).absolute(), Path(tokenizer_folder)
     if not source.is_dir():
         raise UserError(f"no such tokenizer folder: {source}")
+    dtypes: str | Mapping[str, str] = dtype
+    if dtype == SOURCE:
+        dtypes = stored_dtypes(source, dataclasses.replace(model, lora=None))
     _check_replaceable(out, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
@@ -59,10 +71,12 @@ def export_hf(
             # not through bfloat16, where the file could hold more
             wide = None if dtype == "bfloat16" else "float32"
             model, params = merge_lora(model, params, dtype=wide, donate=donate)
-        save_weights(partial, model, params, dtype=dtype)
+        save_weights(partial, model, params, dtype=dtypes, max_shard_size=max_shard_size)
         config = model.config.to_hf()
-        # in the spelling that it has: two of them might disagree
-        config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
+        if dtype != SOURCE:
+            # in the spelling that it has: two of them might disagree
+            spellings = [key for key in ("dtype", "torch_dtype") if key in config]
+            config |= dict.fromkeys(spellings or ["torch_dtype"], dtype)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COPIED:
             if (source / name).is_file():
@@ -81,10 +95,10 @@ def _check_replaceable(out: Path, source: Path) -> None:
     if out.samefile(source):
         raise UserError(f"cannot export to {out}: it is the student's own folder")
     names = {path.name for path in out.iterdir()}
-    others = sorted(names - {CONFIG, WEIGHTS, *COPIED})
+    others = sorted(name for name in names - {CONFIG, *COPIED} if not is_weights(name))
     if others:
         raise UserError(f"cannot export to {out}: it holds {others[0]}, which is not part of an export")
-    if names and not {CONFIG, WEIGHTS} <= names:
+    if names and not (CONFIG in names and names & {WEIGHTS, INDEX}):
         raise UserError(f"cannot export to {out}: it is not empty and not an earlier export")
 
 

@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 
 from xtoken_jax.config import Experiment
 from xtoken_jax.errors import UserError
-from xtoken_jax.export import export_hf
+from xtoken_jax.export import SOURCE, export_hf
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models.config import read_config
 from xtoken_jax.models.decoder import Model
+from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE
 from xtoken_jax.models.load import open_model
 from xtoken_jax.models.lora import join_lora, split_lora
 from xtoken_jax.train.checkpoint import Checkpoints
@@ -64,13 +65,22 @@ def _differences(theirs: Any, mine: Any, key: str = "") -> list[str]:
     return [] if theirs == mine else [f"{key}={theirs} there, {mine} here"]
 
 
-def export_checkpoint(run: Path, step: int | None, out: Path) -> int:
+def export_checkpoint(
+    run: Path,
+    step: int | None,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> int:
     """Write the student of a run's checkpoint as a Hugging Face folder.
 
     Args:
         run: the run's folder.
         step: which checkpoint; None for the newest.
         out: the folder to write.
+        dtype: of the stored weights, as `export_hf` takes it; None for the run's export_dtype.
+        max_shard_size: bytes of weights in a file, a number or such as "5GB".
 
     Returns:
         The step that was written.
@@ -83,7 +93,8 @@ def export_checkpoint(run: Path, step: int | None, out: Path) -> int:
         raise UserError(f"{run}: not a run's folder, it has no {RUN_FILE}")
     typed = OmegaConf.merge(OmegaConf.structured(Experiment), json.loads(path.read_text()))
     experiment = cast(Experiment, OmegaConf.to_object(typed))
-    folder = resolve_folder(str(experiment.student.path))
+    dtype = experiment.export_dtype.value if dtype is None else dtype
+    folder = resolve_folder(str(experiment.student.path), weights=dtype == SOURCE)
     mesh = single_device_mesh()
     student, frozen = Model(read_config(folder)), {}
     if experiment.student.lora.rank:  # the checkpoint holds the adapters alone
@@ -97,5 +108,5 @@ def export_checkpoint(run: Path, step: int | None, out: Path) -> int:
             raise UserError(f"{run}: holds no checkpoint yet")
         state, _ = checkpoints.restore(found, abstract_state(student, optimizer, mesh))
     params = join_lora(state.params, frozen)
-    export_hf(out, student, params, folder, dtype=experiment.export_dtype.value, donate=True)
+    export_hf(out, student, params, folder, dtype=dtype, max_shard_size=max_shard_size, donate=True)
     return found

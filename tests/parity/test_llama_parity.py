@@ -117,7 +117,9 @@ def test_transformers_loads_an_export_with_the_same_logits(seed, tmp_path):
     with jax.set_mesh(mesh):
         params = jax.jit(ours.init, out_shardings=ours.param_shardings(mesh))(jax.random.key(seed))
     (tmp_path / "student").mkdir()
-    out = export_hf(tmp_path / "out", ours, params, tmp_path / "student")
+    size = "20KB" if seed % 2 else "5GB"
+    out = export_hf(tmp_path / "out", ours, params, tmp_path / "student", max_shard_size=size)
+    assert (out / "model.safetensors.index.json").is_file() == (size == "20KB")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert type(theirs).__name__ == "LlamaForCausalLM"
     assert {key: list(value) for key, value in report.items() if value} == {}

@@ -1,33 +1,36 @@
-"""Parameters from and to Hugging Face safetensors, shard by shard.
+"""Parameters from Hugging Face safetensors, streamed into each device's shard.
 
-Reading goes parameter by parameter: each device's shard is cut out of the files, so host memory holds
-one stacked parameter at a time. Writing goes tensor by tensor. Nothing here reads a pickle.
+Each parameter is cut out of the mapped files in blocks of layers or rows that go to the devices one after
+another: beside the parameters themselves, host memory holds a few blocks.
 """
 
-import json
+import functools
 import math
 import os
-from contextlib import ExitStack
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models.config import read_config
 from xtoken_jax.models.decoder import Model, Params
-from xtoken_jax.models.families import FAMILIES, Weight
+from xtoken_jax.models.families import FAMILIES
+from xtoken_jax.models.hf_files import DTYPES, Tensor, TensorFiles, first
+from xtoken_jax.models.hf_layout import Layout, flat, layouts, own_name, pieces, tensor_shapes
+from xtoken_jax.models.loading_bar import LoadingBar
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
+BLOCK_BYTES = 4 * 2**20  # of a parameter, over all devices, that are on their way at a time
+_WORTH_A_THREAD = 2**20
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old checkpoints stored
+
+_Index = tuple[slice, ...]
 
 
 def load_model(
@@ -57,18 +60,16 @@ def load_model(
     """
     folder = Path(folder)
     model = Model(read_config(folder), compute_dtype, remat, attention)
-    target = jnp.dtype(_checked(dtype, ("float32", "bfloat16")))
-    shardings = _flat(model.param_shardings(mesh or single_device_mesh()))
-    with ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        tensors = _checked_tensors(folder, model, tensors)
-        params = {}
-        for path, layout in _layouts(model).items():
-            try:
-                params[path] = _read(layout, tensors, shardings[path], target)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"cannot read {layout.weight.name} in {folder}: {error}") from error
-    return model, _nested(model, params)
+    target = jnp.dtype(checked_dtype(dtype, ("float32", "bfloat16")))
+    shardings = flat(model.param_shardings(mesh or single_device_mesh()))
+    files = TensorFiles(folder)
+    tensors = _checked_tensors(folder, model, files)
+    total = sum(tensors[name].values.nbytes for name in tensor_shapes(layouts(model)))
+    with LoadingBar(f"loading {folder.name}", total) as bar, ThreadPoolExecutor(os.cpu_count()) as threads:
+        reader = _Reader(files, tensors, target, bar, threads)
+        params = reader.read(layouts(model), shardings)
+    leaves = [params[path] for path in flat(model.abstract())]
+    return model, jax.tree.unflatten(jax.tree.structure(model.abstract()), leaves)
 
 
 def init_model(
@@ -89,7 +90,7 @@ def init_model(
         UserError: what `read_config` refuses, or another dtype.
     """
     model = Model(read_config(folder), compute_dtype, remat, attention)
-    target = jnp.dtype(_checked(dtype, ("float32", "bfloat16")))
+    target = jnp.dtype(checked_dtype(dtype, ("float32", "bfloat16")))
     shardings = model.param_shardings(mesh or single_device_mesh())
 
     def make(key: jax.Array) -> Params:
@@ -98,239 +99,180 @@ def init_model(
     return model, jax.jit(make, out_shardings=shardings)(key)
 
 
-def save_weights(folder: str | Path, model: Model, params: Params, *, dtype: str = "float32") -> Path:
-    """Writes model.safetensors under Hugging Face's names, tied weights once; returns its path.
+class _Reader:
+    """Cuts parameters out of the mapped files and puts them on the devices."""
 
-    The file is written beside its place and renamed, so a killed save leaves the old one or none.
-    The format is written here directly, because the library's writer takes all tensors at once.
+    def __init__(
+        self,
+        files: TensorFiles,
+        tensors: dict[str, Tensor],
+        dtype: np.dtype,
+        bar: LoadingBar,
+        threads: Executor,
+    ):
+        self.files, self.tensors, self.dtype, self.bar, self.threads = files, tensors, dtype, bar, threads
 
-    Args:
-        folder: made where it does not exist.
-        params: fully addressable from this process.
-        dtype: of the stored tensors: "float32", "bfloat16" or "float16".
-
-    Raises:
-        UserError: another dtype, or a weight that float16 cannot hold.
-        ValueError: params that are not this model's.
-    """
-    target = jnp.dtype(_checked(dtype, tuple(_STORED)))
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, model.abstract()):
-        raise ValueError("the parameters do not have the names and shapes of this model")
-    layouts = _layouts(model)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
-    end = 0
-    for name, shape in _tensor_shapes(layouts).items():
-        start, end = end, end + math.prod(shape) * target.itemsize
-        header[name] = {"dtype": _STORED[dtype], "shape": shape, "data_offsets": [start, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.partial"
-    flat = _flat(params)
-    try:
-        with open(partial, "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for name, parts in _pieces(layouts).items():
-                for path, layer in parts:
-                    tensor = _narrowed(layouts[path].to_file(flat[path], layer), target, name)
-                    # as bytes, because bfloat16 has no buffer interface of its own
-                    file.write(tensor.reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / WEIGHTS)
-    finally:
-        partial.unlink(missing_ok=True)
-    return folder / WEIGHTS
-
-
-class _Layout:
-    """How one parameter's axes lie in its tensors, which may hold other parameters' rows too."""
-
-    def __init__(self, weight: Weight, letters: str, shape: tuple[int, ...], of_model: dict[str, int]):
-        names = letters.split()
-        self.sizes = dict(zip(names, shape, strict=True))
-        self.weight = weight
-        self.stacked = names[0] == "L"
-        self.inner = names[1:] if self.stacked else names
-        self.shape = shape
-        self.groups = weight.axes.split()
-        self.order = "".join(self.groups)
-        own = [math.prod(self.sizes[n] for n in group) for group in self.groups]
-        self.start = sum(math.prod(of_model[n] for n in group) for group in weight.before.split())
-        self.own_shape = tuple(own)  # of its rows in the file
-        layers = range(self.sizes["L"]) if self.stacked else range(1)
-        self.names = [weight.name.format(layer=layer) for layer in layers]
-
-    def cut(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of one file tensor at `index` of the parameter's axes (less L), in their order."""
-        ranges = {n: s.indices(self.sizes[n])[:2] for n, s in zip(self.inner, index, strict=True)}
-        slices: list[slice] = []
-        for group in self.groups:
-            first, rest = group[0], group[1:]
-            # a shard never splits the later letters of a group: heads are split, not their widths
-            width = int(np.prod([self.sizes[n] for n in rest], dtype=int))
-            assert all(ranges[n] == (0, self.sizes[n]) for n in rest)
-            start = 0 if slices else self.start
-            slices.append(slice(start + ranges[first][0] * width, start + ranges[first][1] * width))
-        part = tensor[tuple(slices)].reshape([ranges[n][1] - ranges[n][0] for n in self.order])
-        return part.transpose([self.order.index(n) for n in self.inner])
-
-    def to_file(self, param: Any, layer: int) -> np.ndarray:
-        """The part of its tensor of one layer that this parameter is."""
-        values = np.asarray(param[layer] if self.stacked else param)
-        return values.transpose([self.inner.index(n) for n in self.order]).reshape(self.own_shape)
-
-
-def _layouts(model: Model) -> dict[str, _Layout]:
-    table = FAMILIES[model.config.architecture].weights
-    letters, shapes = _flat(model.letters), _flat(model.abstract())
-    sizes: dict[str, int] = {}
-    for path, shape in shapes.items():
-        sizes |= dict(zip(letters[path].split(), shape.shape, strict=True))
-    return {path: _Layout(table[path], letters[path], shapes[path].shape, sizes) for path in shapes}
-
-
-def _tensor_shapes(layouts: dict[str, _Layout]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor; one that several parameters share has the rows of all."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layout in layouts.values():
-        rows = layout.start + layout.own_shape[0]
-        for name in layout.names:
-            rows_so_far = shapes.get(name, (0,))[0]
-            shapes[name] = (max(rows_so_far, rows), *layout.own_shape[1:])
-    return shapes
-
-
-def _pieces(layouts: dict[str, _Layout]) -> dict[str, list[tuple[str, int]]]:
-    """Name -> the parameters (path, layer) whose rows it holds, in the order of the rows."""
-    pieces: dict[str, list[tuple[str, int]]] = {}
-    for path, layout in sorted(layouts.items(), key=lambda item: item[1].start):
-        for layer, name in enumerate(layout.names):
-            pieces.setdefault(name, []).append((path, layer))
-    return {name: pieces[name] for name in _tensor_shapes(layouts)}
-
-
-def _read(layout: _Layout, tensors: dict[str, Any], sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
-    parts: dict[str, np.ndarray] = {}  # devices that hold the same shard share one read
-
-    def shard(index: Any) -> np.ndarray:
-        if str(index) not in parts:
-            layers = range(*index[0].indices(len(layout.names))) if layout.stacked else range(1)
-            inner = index[1:] if layout.stacked else index
-            cuts = [layout.cut(tensors[layout.names[layer]], inner).astype(dtype) for layer in layers]
-            parts[str(index)] = np.stack(cuts) if layout.stacked else np.ascontiguousarray(cuts[0])
-        return parts[str(index)]
-
-    return jax.make_array_from_callback(layout.shape, sharding, shard)
-
-
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """name -> an open slice, of every tensor of the folder."""
-    if (folder / WEIGHTS).is_file():
-        return _open_file(folder / WEIGHTS, stack)
-    if not (folder / INDEX).is_file():
-        pickled = "only pickled weights" if any(folder.glob("*.bin")) else "no weights"
-        raise UserError(
-            f"{pickled} in {folder}: it needs {WEIGHTS} or {INDEX};"
-            " student.init=random starts from config.json alone"
+    def read(self, layouts: dict[str, Layout], shardings: dict[str, NamedSharding]) -> dict[str, jax.Array]:
+        """Every parameter, by path."""
+        rows = {path: self._rows_at_once(layout, shardings[path]) for path, layout in layouts.items()}
+        of_several = [path for path, layout in layouts.items() if rows[path] < layout.shape[0]]
+        make = _zeros(
+            tuple(layouts[path].shape for path in of_several),
+            tuple(shardings[path] for path in of_several),
+            self.dtype,
         )
-    try:
-        weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {folder / INDEX}: {error!r}") from error
-    files = {}
-    for name in sorted({str(name) for name in weight_map.values()}):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder / INDEX} names {name}, which is not in the folder")
-        files[name] = _open_file(folder / name, stack)
-    absent = [name for name, file in weight_map.items() if name not in files[file]]
-    if absent:
-        raise UserError(f"{folder / INDEX} names tensors that its files do not hold: {_first(absent)}")
-    return {name: files[file][name] for name, file in weight_map.items()}
+        params = dict(zip(of_several, make(), strict=True))
+        for path, layout in layouts.items():
+            if path in params:
+                params[path] = self._fill(params.pop(path), layout, shardings[path], rows[path])
+            else:
+                params[path] = self._place(layout, layout.shape, shardings[path], lambda index: index)
+                self.bar.advance(self._stored_bytes(layout))
+        return params
+
+    def _rows_at_once(self, layout: Layout, sharding: NamedSharding) -> int:
+        """How much of the first axis, as far as a device holds it, goes into a block: even blocks, or all."""
+        held = sharding.shard_shape(layout.shape)[0]
+        most = max(1, BLOCK_BYTES * held // (math.prod(layout.shape) * self.dtype.itemsize))
+        return layout.shape[0] if most >= held else -(-held // -(-held // most))
+
+    def _fill(self, buffer: jax.Array, layout: Layout, sharding: NamedSharding, count: int) -> jax.Array:
+        """The parameter, written into the buffer a block of `count` rows after the other."""
+        shape, held = layout.shape, sharding.shard_shape(layout.shape)[0]
+        write = _writer(sharding)
+        for done in range(0, held, count):
+            start = min(done, held - count)  # the last one may begin within the one before it
+
+            def of_parameter(index: _Index, start: int = start) -> _Index:
+                """A shard of the block -> the part of the parameter that it is."""
+                first = (index[0].start or 0) // count * held + start
+                return (slice(first, first + count), *index[1:])
+
+            block = self._place(layout, (shape[0] // held * count, *shape[1:]), sharding, of_parameter)
+            buffer.block_until_ready()  # the files are never more than a block ahead of the devices
+            buffer = write(buffer, block, np.int32(start))
+            self.bar.advance(self._stored_bytes(layout) * min(count, held - done) // held)
+        return buffer
+
+    def _place(
+        self,
+        layout: Layout,
+        shape: tuple[int, ...],
+        sharding: NamedSharding,
+        of_parameter: Callable[[_Index], _Index],
+    ) -> jax.Array:
+        parts: dict[str, np.ndarray] = {}  # devices that hold the same shard share one read
+
+        def shard(index: Any) -> np.ndarray:
+            if str(index) not in parts:
+                parts[str(index)] = self._cut(layout, of_parameter(index))
+            return parts[str(index)]
+
+        array = jax.make_array_from_callback(shape, sharding, shard)
+        self.files.release()
+        return array
+
+    def _cut(self, layout: Layout, index: _Index) -> np.ndarray:
+        """A part of a parameter, copied: a device must not get the mapped file itself.
+
+        The copy has the file's order of axes; on its way to the device, it is turned faster than numpy does.
+        """
+        if not layout.stacked:
+            cut = layout.cut(self.tensors[layout.names[0]].values, index)
+            return layout.turned(np.array(cut, self.dtype, order="C"))
+        layers = range(*index[0].indices(len(layout.names)))
+        cuts = [layout.cut(self.tensors[layout.names[layer]].values, index[1:]) for layer in layers]
+        part = np.empty((len(layers), *cuts[0].shape), self.dtype)
+        many = map if cuts[0].nbytes < _WORTH_A_THREAD else self.threads.map
+        list(many(np.copyto, part, cuts))
+        return layout.turned(part)
+
+    def _stored_bytes(self, layout: Layout) -> int:
+        """How much of the files a parameter is."""
+        return math.prod(layout.shape) * self.tensors[layout.names[0]].values.itemsize
 
 
-def _open_file(path: Path, stack: ExitStack) -> dict[str, Any]:
-    try:
-        file = stack.enter_context(safe_open(path, framework="np"))
-        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path}, truncated or not safetensors: {error}") from error
+@functools.cache
+def _zeros(
+    shapes: tuple[tuple[int, ...], ...], shardings: tuple[NamedSharding, ...], dtype: np.dtype
+) -> Callable[[], tuple[jax.Array, ...]]:
+    def make() -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+
+    return jax.jit(make, out_shardings=shardings)
 
 
-def _checked_tensors(folder: Path, model: Model, tensors: dict[str, Any]) -> dict[str, Any]:
+@functools.cache
+def _writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, np.int32], jax.Array]:
+    """(buffer, block, start) -> the buffer with each device's part of the block at row `start` of its own."""
+
+    def write(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+        # as bits: CPUs would widen all of a bfloat16 buffer to float32 and back for each block
+        bits = f"uint{8 * buffer.itemsize}"
+        written = jax.lax.dynamic_update_slice_in_dim(buffer.view(bits), block.view(bits), start, axis=0)
+        return written.view(buffer.dtype)
+
+    spec = sharding.spec
+    in_specs = (spec, spec, PartitionSpec())
+    split = jax.shard_map(write, mesh=sharding.mesh, in_specs=in_specs, out_specs=spec)
+    return jax.jit(split, donate_argnums=0, out_shardings=sharding)
+
+
+def _checked_tensors(folder: Path, model: Model, files: TensorFiles) -> dict[str, Tensor]:
     """The tensors that the model needs, all there, with the right shapes; one error for all that is wrong."""
-    expected = _tensor_shapes(_layouts(model))
-    tensors = {name: t for name, t in tensors.items() if not name.endswith(_IGNORED_SUFFIXES)}
-    if others := FAMILIES[model.config.architecture].other_tensors:
-        tensors = {_within(name): t for name, t in tensors.items() if not name.startswith(others)}
+    of_model = layouts(model)
+    expected = tensor_shapes(of_model)
+    stored = {own_name(model, n): t for n, t in files.tensors.items() if not n.endswith(_IGNORED_SUFFIXES)}
+    tensors = {name: tensor for name, tensor in stored.items() if name is not None}
     table = FAMILIES[model.config.architecture].weights
     embedding, head = table["embedding"].name, table["unembedding"].name
     stored_twice = model.config.tie_embeddings and head in tensors and embedding in tensors
-    if stored_twice and not _equal(tensors.pop(head), tensors[embedding]):
+    if stored_twice and not _equal(tensors.pop(head), tensors[embedding], files):
         raise UserError(
             f"{folder}: config.json ties the embeddings, but {head} differs from {embedding};"
             " set tie_word_embeddings to false to keep both"
         )
     problems = []
     if missing := [name for name in expected if name not in tensors]:
-        problems.append(f"missing {_first(missing)}")
+        problems.append(f"missing {first(missing)}")
     if unused := [name for name in tensors if name not in expected]:
-        problems.append(f"not used {_first(unused)}")
-    shapes = [(n, tuple(tensors[n].get_shape()), shape) for n, shape in expected.items() if n in tensors]
-    if wrong := [f"{n} {list(has)} instead of {list(want)}" for n, has, want in shapes if has != want]:
-        problems.append(f"shape of {_first(wrong)}")
-    dtypes = [(n, tensors[n].get_dtype()) for n in expected if n in tensors]
-    if odd := [f"{n} {dtype}" for n, dtype in dtypes if dtype not in _STORED.values()]:
-        problems.append(f"dtype of {_first(odd)} (supported: {', '.join(_STORED.values())})")
+        problems.append(f"not used {first(unused)}")
+    shapes = [(n, tensors[n].shape, shape) for n, shape in expected.items() if n in tensors]
+    wrong = [
+        f"{n} {list(has)} instead of {list(want)}{_rows(of_model, n)}"
+        for n, has, want in shapes
+        if has != want
+    ]
+    if wrong:
+        problems.append(f"shape of {first(wrong)}")
+    dtypes = [(n, tensors[n].dtype) for n in expected if n in tensors]
+    if odd := [f"{n} {dtype}" for n, dtype in dtypes if dtype not in DTYPES]:
+        problems.append(f"dtype of {first(odd)} (supported: {', '.join(DTYPES)})")
     if problems:
         raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
     return tensors
 
 
-def _within(name: str) -> str:
-    """The name that a tensor of a language model within a larger one has on its own."""
-    for prefix, own in (("language_model.", ""), ("model.language_model.", "model.")):
-        if name.startswith(prefix):
-            return own + name.removeprefix(prefix)
-    return name
+def _rows(of_model: dict[str, Layout], name: str) -> str:
+    """Whose rows a tensor of several parameters holds."""
+    parts = pieces(of_model)[name]
+    rows = " + ".join(f"{layout.own_shape[0]} {layout.path.split('/')[-1]}" for layout, _ in parts)
+    return f" ({rows})" if len(parts) > 1 else ""
 
 
-def _equal(a: Any, b: Any, rows: int = 8192) -> bool:
+def _equal(a: Tensor, b: Tensor, files: TensorFiles, rows: int = 8192) -> bool:
     """Whether two tensors hold the same values, a few rows at a time."""
-    if a.get_shape() != b.get_shape():
+    if a.shape != b.shape:
         return False
-    size = a.get_shape()[0]
-    blocks = [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
-    return all(np.array_equal(a[block], b[block]) for block in blocks)
+    for start in range(0, a.shape[0], rows):
+        block = slice(start, start + rows)
+        if not np.array_equal(a.values[block], b.values[block]):
+            return False
+        files.release()
+    return True
 
 
-def _narrowed(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        narrow = np.ascontiguousarray(tensor, dtype=dtype)
-    if dtype == np.float16 and not np.array_equal(np.isfinite(narrow), np.isfinite(tensor)):
-        raise UserError(f"{name} holds values that float16 cannot; export in bfloat16 or float32")
-    return narrow
-
-
-def _checked(dtype: str, supported: tuple[str, ...]) -> str:
+def checked_dtype(dtype: str, supported: tuple[str, ...]) -> str:
     if dtype not in supported:
         raise UserError(f"dtype={dtype!r}; supported: {', '.join(supported)}")
     return dtype
-
-
-def _first(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-def _flat(tree: Params) -> dict[str, Any]:
-    """A nested dict -> path "layers/attention/query" -> leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nested(model: Model, flat: dict[str, Any]) -> Params:
-    leaves = [flat[path] for path in _flat(model.abstract())]
-    return jax.tree.unflatten(jax.tree.structure(model.abstract()), leaves)
