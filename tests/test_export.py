@@ -1,11 +1,15 @@
 """An exported folder: whole or not there, readable again, and never in place of something else."""
 
+import functools
+import itertools
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from kills import killed
 from models import tiny
 
 from xtoken_jax import export
@@ -23,6 +27,10 @@ def student(tmp_path):
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "training_args.bin").write_bytes(b"pickle")
     return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_the_folder_is_read_back_as_the_same_model(student, tmp_path):
@@ -128,7 +136,7 @@ def test_nothing_else_is_overwritten(student, tmp_path):
 def test_a_failure_leaves_what_was_there(step, student, tmp_path, monkeypatch):
     model, params = load_model(student)
     out = export_hf(tmp_path / "out", model, params, student)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = contents(out)
 
     def fail(*args, **kwargs):
         raise RuntimeError("disk full")
@@ -138,8 +146,48 @@ def test_a_failure_leaves_what_was_there(step, student, tmp_path, monkeypatch):
         export_hf(out, model, params, student)
     with pytest.raises(RuntimeError, match="disk full"):
         export_hf(tmp_path / "new", model, params, student)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert contents(out) == before
     assert sorted(os.listdir(tmp_path)) == ["out", "student"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_kill_at_any_moment_leaves_the_old_export_or_the_new_one(at_once, student, tmp_path, monkeypatch):
+    """At its place; where folders cannot be exchanged, the old one may be beside it until the next export."""
+    if not at_once:
+        monkeypatch.setattr(export, "_exchange", lambda a, b: False)
+    elif not export._exchange(student, student):
+        pytest.skip("this system or disk cannot exchange folders")
+    model, params = load_model(tiny.DATA / "tied")
+    old = contents(export_hf(tmp_path / "old", *load_model(student), student))
+    new = contents(export_hf(tmp_path / "new", model, params, student, max_shard_size="20KB"))
+    work = tmp_path / "work"
+    again = functools.partial(export_hf, work / "out", model, params, student, max_shard_size="20KB")
+    seen = []
+    for moment in itertools.count():
+        shutil.copytree(tmp_path / "old", work / "out")
+        ended = killed(moment, again)
+        place = "out" if (work / "out").exists() else ".out.old"
+        found = contents(work / place)
+        assert found in (old, new)
+        seen.append(("new" if found == new else "old", place))
+        again()
+        assert contents(work / "out") == new
+        assert os.listdir(work) == ["out"]
+        shutil.rmtree(work)
+        if not ended:
+            break
+    between = [] if at_once else [("old", ".out.old")]
+    assert [state for state, _ in itertools.groupby(seen)] == [("old", "out"), *between, ("new", "out")]
+
+
+def test_an_export_behind_a_link_is_replaced_there(student, tmp_path):
+    model, params = load_model(student)
+    export_hf(tmp_path / "real", model, params, student)
+    (tmp_path / "link").symlink_to("real")
+    export_hf(tmp_path / "link", *load_model(tiny.DATA / "tied"), student)
+    assert load_model(tmp_path / "real")[0].config.tie_embeddings
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real", "student"]
 
 
 def test_what_a_killed_export_left_behind_is_not_mixed_in(student, tmp_path):

@@ -1,16 +1,18 @@
 """A trained student as a Hugging Face folder that `transformers` and every other runtime loads."""
 
+import ctypes
 import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_files import INDEX, WEIGHTS
-from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE, is_weights, save_weights, stored_dtypes
+from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE, is_weights, save_weights, stored_dtypes, to_disk
 from xtoken_jax.models.lora import merge_lora
 
 CONFIG = "config.json"
@@ -36,9 +38,9 @@ def export_hf(
 ) -> Path:
     """Writes config.json, safetensors and the student's tokenizer files; returns `out_dir`.
 
-    Everything is written to a hidden folder beside `out_dir` and renamed, so a killed export never
-    leaves half a folder. An earlier export at `out_dir` is replaced. config.json has the values of the one
-    that the model was read from, but for the dtype.
+    Everything is written to a hidden folder beside `out_dir`, which then takes its place: a killed export
+    leaves what was there or the new folder, whole. config.json has the values of the one that the model was
+    read from, but for the dtype.
 
     Args:
         out_dir: a new or empty folder, or an earlier export.
@@ -56,7 +58,7 @@ def export_hf(
         UserError: a folder in the way that is not an export, no tokenizer folder, no weights there for
             "source", or what `save_weights` refuses.
     """
-    out, source = Path(out_dir).absolute(), Path(tokenizer_folder)
+    out, source = Path(out_dir).resolve(), Path(tokenizer_folder)
     if not source.is_dir():
         raise UserError(f"no such tokenizer folder: {source}")
     dtypes: str | Mapping[str, str] = dtype
@@ -81,6 +83,8 @@ def export_hf(
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
+        for path in [*partial.iterdir(), partial]:
+            to_disk(path)
         _swap_in(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -103,12 +107,26 @@ def _check_replaceable(out: Path, source: Path) -> None:
 
 
 def _swap_in(partial: Path, out: Path) -> None:
-    """Two renames where an earlier export stands; a kill between them leaves it whole, beside its place."""
+    """Put the new folder into its place; an earlier export ends up at `partial`, or is gone."""
+    old = out.parent / f".{out.name}.old"
     if not out.exists():
         os.rename(partial, out)
-        return
-    old = out.parent / f".{out.name}.old"
+    elif not _exchange(partial, out):
+        # a kill between these two leaves the earlier export whole, beside its place, until the next one
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(out, old)
+        os.rename(partial, out)
+    to_disk(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-    os.rename(out, old)
-    os.rename(partial, out)
-    shutil.rmtree(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders trade names in one step; False where the system or the disk cannot."""
+    try:
+        libc = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return bool(libc.renamex_np(os.fsencode(a), os.fsencode(b), 2) == 0)  # RENAME_SWAP
+        here = -100  # AT_FDCWD
+        return bool(libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), 2) == 0)  # RENAME_EXCHANGE
+    except (AttributeError, TypeError):  # a C library without it, and Windows
+        return False

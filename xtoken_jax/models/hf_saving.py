@@ -4,6 +4,7 @@ The files are written here directly, because the library's writer takes all tens
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from xtoken_jax.models.hf_layout import Layout, flat, layouts, own_name, pieces,
 
 MAX_SHARD_SIZE = "5GB"
 _STORED = {dtype.name: stored for stored, dtype in DTYPES.items()}
-_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_SHARD = re.compile(r"model(-\d+)?-\d{5,}-of-\d{5,}\.safetensors")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 _ROWS_BYTES = 64 * 2**20  # of a matrix without layers, such as the embedding, gathered at a time
 
@@ -39,9 +40,9 @@ def save_weights(
     """Writes the parameters under Hugging Face's names, tied weights once.
 
     What fits into `max_shard_size` becomes model.safetensors; else there are files
-    model-00001-of-0000N.safetensors and model.safetensors.index.json. All are written beside their places
-    and renamed once they are whole; weights of an earlier save are removed. A killed save leaves the old
-    weights or, where it replaces files of the same names, possibly none, never a mixture.
+    model-00001-of-0000N.safetensors and model.safetensors.index.json. Weights of an earlier save are
+    replaced; a killed save leaves the old ones or the new ones, whole. So that it can, files whose names an
+    earlier save has taken are called model-2-00001-of-0000N.safetensors: readers go by the index.
 
     Args:
         folder: made where it does not exist.
@@ -65,9 +66,9 @@ def save_weights(
     shapes = tensor_shapes(of_model)
     dtypes = _dtypes(shapes, dtype)
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    shards = _shards(sizes, limit)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(sizes, limit, folder)
     _remove_partials(folder)
     try:
         by_path, by_name = flat(params), pieces(of_model)
@@ -80,15 +81,13 @@ def save_weights(
                             tensor = _narrowed(layout.to_file(rows), dtypes[name], name)
                             # as bytes, because bfloat16 has no buffer interface of its own
                             out.write(tensor.reshape(-1).view(np.uint8).data)
-                out.flush()
-                os.fsync(out.fileno())
+            to_disk(_partial(folder, file))
         if len(shards) > 1:
             where = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-            with open(_partial(folder, INDEX), "w", encoding="utf-8") as out:
-                out.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
-                out.flush()
-                os.fsync(out.fileno())
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            _partial(folder, INDEX).write_text(text, encoding="utf-8")
+            to_disk(_partial(folder, INDEX))
         _swap_in(folder, list(shards))
     finally:
         _remove_partials(folder)
@@ -115,8 +114,19 @@ def is_weights(name: str) -> bool:
     return name in (WEIGHTS, INDEX) or _SHARD.fullmatch(name) is not None
 
 
-def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """File -> the tensors it holds, in their order."""
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, would survive a loss of power."""
+    if os.name != "posix":  # elsewhere neither folders nor files opened for reading can be flushed
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _shards(sizes: dict[str, int], limit: int, folder: Path) -> dict[str, list[str]]:
+    """File -> the tensors it holds, in their order; where there are several, of names that are free."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -127,23 +137,30 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
         filled += size
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, start=1)}
+    prefixes = itertools.chain(["model"], (f"model-{n}" for n in itertools.count(2)))
+    for prefix in prefixes:
+        files = [f"{prefix}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+        if not any((folder / file).exists() for file in files):
+            break
+    return dict(zip(files, groups, strict=True))
 
 
 def _swap_in(folder: Path, files: list[str]) -> None:
-    """Rename the written files into place and remove older weights, so that no moment shows a mixture.
+    """Rename the written files into place and remove older ones; one step of it changes what readers find.
 
-    Readers look for model.safetensors first, then for the index; files that it does not name are nothing.
+    They look for model.safetensors first, then for the index; files that it does not name are nothing.
     """
-    index = [INDEX] if files != [WEIGHTS] else []
-    if index and any((folder / name).exists() for name in files):
-        (folder / INDEX).unlink(missing_ok=True)  # it would soon name new files beside old ones
-    for name in files + index:
+    for name in files:
         os.replace(_partial(folder, name), folder / name)
-    for name in (WEIGHTS, INDEX):  # with the first of them gone, the new index is the one that is read
-        if name not in files + index:
-            (folder / name).unlink(missing_ok=True)
-    for path in folder.iterdir():
+    to_disk(folder)
+    if files == [WEIGHTS]:
+        (folder / INDEX).unlink(missing_ok=True)
+    else:
+        os.replace(_partial(folder, INDEX), folder / INDEX)
+        to_disk(folder)
+        (folder / WEIGHTS).unlink(missing_ok=True)
+    to_disk(folder)
+    for path in list(folder.iterdir()):
         if _SHARD.fullmatch(path.name) and path.name not in files:
             path.unlink()
 
