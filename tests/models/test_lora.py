@@ -170,6 +170,9 @@ def test_weights_in_half_precision_have_adapters_in_full(tmp_path):
     out = export_hf(tmp_path / "narrow", model, params, folder, dtype="bfloat16")
     for path, value in paths(load_model(out)[1]).items():
         np.testing.assert_array_equal(value, paths(narrow)[path].astype(np.float32), err_msg=path)
+    # and so does one in the dtypes of the weights that were adapted, which are bfloat16
+    same = export_hf(tmp_path / "same", model, params, folder, dtype="source")
+    assert (same / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
