@@ -10,7 +10,7 @@ G key/value head, H head width, F feed-forward width, R rank of an adapter.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -28,6 +28,8 @@ PARTITION_SPECS: dict[str, PartitionSpec] = {
     "B T D": PartitionSpec(BATCH, None, None),
     "B T V": PartitionSpec(BATCH, None, "tensor"),
     "L B S G H": PartitionSpec(None, BATCH, None, "tensor", None),
+    "B T N H": PartitionSpec(BATCH, None, "tensor", None),
+    "B T G H": PartitionSpec(BATCH, None, "tensor", None),
     # parameters; the widths that `tensor` does not split are split over `fsdp`
     "D": PartitionSpec(None),
     "V D": PartitionSpec("tensor", "fsdp"),
@@ -116,10 +118,19 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     Propagation alone may carry a parameter's split width into the activations, where the batch
     already uses that axis.
     """
+    specs = context_specs({letters: x.shape})
+    return x if specs is None else jax.lax.with_sharding_constraint(x, specs[letters])
+
+
+def context_specs(shapes: Mapping[str, Sequence[int]]) -> dict[str, PartitionSpec] | None:
+    """The spec of each of several arrays, by their shape letters, on the mesh of `jax.set_mesh`.
+
+    None without such a mesh, and inside of a `jax.shard_map` over it. Axes that do not divide are dropped.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.auto_axes):
-        return x
-    return jax.lax.with_sharding_constraint(x, _fitted(letters, x.shape, dict(mesh.shape)))
+        return None
+    return {letters: _fitted(letters, shape, dict(mesh.shape)) for letters, shape in shapes.items()}
 
 
 def _fitted(letters: str, shape: Sequence[int], sizes: dict[str, int]) -> PartitionSpec:

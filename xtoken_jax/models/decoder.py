@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import named_sharding
-from xtoken_jax.models.attention import IMPLEMENTATIONS
+from xtoken_jax.models.attention import IMPLEMENTATIONS, cudnn_lacks
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.lora import LoraConfig
 from xtoken_jax.models.network import REMAT, Cache, Decoder
@@ -39,7 +39,8 @@ class Model:
             positions and softmax are float32 in either.
         remat: what a layer keeps for the backward pass: "none" recomputes nothing, "full" recomputes a layer
             from its input, "dots" all but its matrix products.
-        attention: "xla" anywhere, or "cudnn" on NVIDIA GPUs with bfloat16.
+        attention: "xla" anywhere, "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPUs, or "auto": the one of
+            the three that fits. On a mesh of several devices cuDNN and splash need `jax.set_mesh`.
         lora: adapters on some kernels; None: none.
 
     Raises:
@@ -49,7 +50,7 @@ class Model:
     config: DecoderConfig
     compute_dtype: str = "float32"
     remat: str = "none"
-    attention: str = "xla"
+    attention: str = "auto"
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
@@ -60,10 +61,10 @@ class Model:
         ):
             if (value := getattr(self, name)) not in supported:
                 raise UserError(f"{name}={value!r}; supported: {', '.join(supported)}")
-        if self.attention == "cudnn" and self.compute_dtype != "bfloat16":
-            raise UserError(f"attention=cudnn computes in bfloat16; compute_dtype={self.compute_dtype}")
-        if self.attention == "cudnn" and self.config.attention_softcap is not None:
-            raise UserError("attention=cudnn has no soft cap of attention scores; use attention=xla")
+        config = self.config
+        lack = cudnn_lacks(self.compute_dtype, config.head_dim, config.attention_softcap)
+        if self.attention == "cudnn" and lack is not None:
+            raise UserError(lack)
 
     def __call__(
         self,
@@ -162,8 +163,7 @@ class Model:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         decoder = nnx.merge(self.graphdef, params)
         dtype = jnp.dtype(self.compute_dtype)
-        allowed = _allowed(mask, segments)
-        return decoder(tokens, positions, allowed, cache, dtype, self.remat, keep_all)
+        return decoder(tokens, positions, _numbered(mask, segments), cache, dtype, self.remat, keep_all)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters: normal with std `initializer_range`, norms that scale by one.
@@ -219,13 +219,11 @@ def logits(hidden: jax.Array, unembedding: jax.Array, *, softcap: float | None =
     return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
 
 
-def _allowed(mask: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:
-    """Which pairs are of one segment, bool [B, 1, T, T]; causality is added by the attention.
+def _numbered(mask: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:
+    """One number a token, int32 [B, T]: tokens with the same one may see each other.
 
     Padding is a segment of its own, so that no row of the softmax is empty.
     """
-    if mask is None and segments is None:
-        return None
-    parts = [part for part in (mask, segments) if part is not None]
-    same = [part[:, None, :, None] == part[:, None, None, :] for part in parts]
-    return functools.reduce(jnp.logical_and, same)
+    if mask is None or segments is None:
+        return segments if mask is None else jnp.asarray(mask, jnp.int32)
+    return jnp.where(mask, segments, jnp.iinfo(jnp.int32).min)

@@ -40,7 +40,7 @@ def load_model(
     dtype: str = "float32",
     compute_dtype: str = "float32",
     remat: str = "none",
-    attention: str = "xla",
+    attention: str = "auto",
 ) -> tuple[Model, Params]:
     """The model of a Hugging Face folder, its weights laid out over the mesh.
 
@@ -80,7 +80,7 @@ def init_model(
     dtype: str = "float32",
     compute_dtype: str = "float32",
     remat: str = "none",
-    attention: str = "xla",
+    attention: str = "auto",
 ) -> tuple[Model, Params]:
     """A random start from a folder's config.json alone; arguments and returns as `load_model`.
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
+from xtoken_jax.models.attention import require_device
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_weights import init_model, load_model
 from xtoken_jax.models.lora import TARGETS, LoraConfig, add_lora
@@ -44,6 +45,8 @@ class AttentionKind(Enum):
 
     xla = "xla"
     cudnn = "cudnn"
+    splash = "splash"
+    auto = "auto"
 
 
 @dataclass
@@ -88,7 +91,7 @@ class ModelConfig:
         compute_dtype: of activations and matrix products.
         remat: recompute activations in the backward pass, for memory: none, full (of a layer only its input
             is kept) or dots (and its matrix products).
-        attention: xla, or cudnn on NVIDIA GPUs in bfloat16, which has not been run yet.
+        attention: xla, cudnn on NVIDIA GPUs in bfloat16, splash on TPUs, or auto, which chooses by device.
         lora: adapters, for a student.
     """
 
@@ -97,7 +100,7 @@ class ModelConfig:
     dtype: Dtype = Dtype.float32
     compute_dtype: Dtype = Dtype.float32
     remat: Remat = Remat.none
-    attention: AttentionKind = AttentionKind.xla
+    attention: AttentionKind = AttentionKind.auto
     lora: AdapterConfig = field(default_factory=AdapterConfig)
 
 
@@ -113,11 +116,11 @@ def open_model(
         key: of a random start, or of the adapters.
 
     Raises:
-        UserError: what loading refuses, and a tokenizer with more ids than the model has rows.
+        UserError: what loading refuses, an attention that needs other devices, and a tokenizer with more ids
+            than the model has rows.
     """
-    platform = mesh.devices.flat[0].platform
-    if config.attention is AttentionKind.cudnn and platform not in ("gpu", "cuda"):
-        raise UserError(f"attention=cudnn needs an NVIDIA GPU; this machine's devices are of kind {platform}")
+    with jax.set_mesh(mesh):
+        require_device(config.attention.value)
     folder = resolve_folder(str(config.path), weights=config.init is Start.weights)
     options: dict[str, Any] = {
         "mesh": mesh,

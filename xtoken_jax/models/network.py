@@ -110,11 +110,13 @@ class LayerInput(NamedTuple):
 
     Attributes:
         rope: angles of layers without and with a sliding window; one and the same where they do not differ.
-        allowed: which pairs may see each other, without and with the window: bool [B, 1, T, S].
+        segments: int32 [B, T], a token sees those with its own number; None: all, and with a cache.
+        allowed: with a cache, what is seen of it, without and with the window: bool [B, 1, T, S].
         new_at: where the cache is written, None without one.
     """
 
     rope: tuple[Angles, Angles]
+    segments: jax.Array | None
     allowed: tuple[jax.Array | None, jax.Array | None]
     new_at: jax.Array | None
 
@@ -172,7 +174,7 @@ class Attention(Linear):
         sliding: jax.Array | bool,
     ) -> jax.Array:
         def run(window: int | None) -> Callable:
-            return lambda: attend(query, key, value, self.setting, window=window, allowed=inputs.allowed[0])
+            return lambda: attend(query, key, value, self.setting, window=window, segments=inputs.segments)
 
         window = self.config.sliding_window
         if window is None or window >= query.shape[1] or sliding is False:
@@ -240,7 +242,7 @@ class Decoder(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        allowed: jax.Array | None,
+        segments: jax.Array | None,
         cache: Cache | None,
         dtype: jnp.dtype,
         remat: str,
@@ -252,7 +254,7 @@ class Decoder(nnx.Module):
         if config.scale_embedding:
             x = x * jnp.asarray(config.hidden_size**0.5, dtype)  # rounded as the checkpoints' own code does
         x = start = constrain(x, "B T D")
-        inputs = self._inputs(positions, allowed, cache)
+        inputs = self._inputs(positions, segments, cache)
         graph, stacked = nnx.split(self.layers)
         kinds = set(config.sliding)
         flags = jnp.asarray(config.sliding) if len(kinds) > 1 else None
@@ -276,19 +278,19 @@ class Decoder(nnx.Module):
             every = jnp.concatenate([start[None], every[:-1], hidden[None]])
         return hidden, unembedding[...].astype(dtype), cache, every
 
-    def _inputs(self, positions: jax.Array, allowed: jax.Array | None, cache: Cache | None) -> LayerInput:
+    def _inputs(self, positions: jax.Array, segments: jax.Array | None, cache: Cache | None) -> LayerInput:
         config = self.config
         full = local = angles(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
         if config.sliding_rope_theta is not None:
             local = angles(positions, config.rotary_dim, config.sliding_rope_theta)
         if cache is None:
-            return LayerInput((full, local), (allowed, allowed), None)
+            return LayerInput((full, local), segments, (None, None), None)
         slots = jnp.arange(cache.real.shape[1])
         distance = (cache.filled + jnp.arange(positions.shape[1]))[:, None] - slots[None, :]
         seen = (distance >= 0)[None, None] & cache.real[:, None, None, :]
         window = config.sliding_window
         near = seen if window is None else seen & (distance < window)[None, None]
-        return LayerInput((full, local), (seen, near), cache.filled)
+        return LayerInput((full, local), None, (seen, near), cache.filled)
 
 
 def _choose(sliding: jax.Array | bool, without: Any, within: Any) -> Any:
