@@ -80,6 +80,7 @@ def main() -> None:
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     reference.eval()
+    reference.generation_config.eos_token_id = None  # both write on behind an EOS
     theirs = torch_bits_per_byte(reference, tokenizer, rows)
     model, params = load_model(folder)
     ours = bits_per_byte(model, params, tokenizer, rows, batch_size=4, length=args.length)
@@ -89,9 +90,9 @@ def main() -> None:
     written = generate(model, params, prompts, max_new_tokens=NEW_TOKENS, size=tokenizer.size)
     for prompt, ids, new in zip(PROMPTS, prompts, written, strict=True):
         with torch.no_grad():
-            whole = reference.generate(
-                torch.tensor([ids]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-            )[0].tolist()
+            whole = reference.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[
+                0
+            ].tolist()
         equal = sum(a == b for a, b in zip(new, whole[len(ids) :], strict=True))
         print(f"{equal} of {len(new)} greedy tokens equal behind {prompt!r}")
 
