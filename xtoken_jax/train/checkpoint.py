@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ class Checkpoints:
         self.folder = folder
         self._frozen = checksum(frozen) if frozen else None
         self._lock = None if read_only else _lock(folder)
-        _without_orbax_reports()
+        _without_reports()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
@@ -249,30 +250,49 @@ def _crc(content: dict[str, Any]) -> int:
 
 
 def _said(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Its first line, shortened; the operating system's word where there is one."""
+    text = str(error).strip()
+    code = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's spelling
+        code = int(found[1])
+    first = os.strerror(code) if code else (text.splitlines() or [type(error).__name__])[0]
     return first if len(first) <= _LONGEST else first[:_LONGEST] + "..."
 
 
-def _without_orbax_reports() -> None:
-    """Keep orbax from printing tracebacks of what it raises as well."""
+def _without_reports() -> None:
+    """Keep orbax and TensorStore from printing tracebacks of what is raised as well."""
     logging.getLogger("absl").addFilter(_not_of_orbax)
+    if sys.excepthook is not _not_of_closed_loop:
+        _hooks.append(sys.excepthook)
+        sys.excepthook = _not_of_closed_loop
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
+_hooks: list[Callable[..., Any]] = []
+
+
+def _not_of_closed_loop(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    # From TensorStore's threads, which answer after another read or write has failed.
+    if str(error) != "Event loop is closed":
+        _hooks[-1](kind, error, trace)
+
+
 @contextlib.contextmanager
 def _one_error_alone() -> Iterator[None]:
-    """Silence for the reads that fail beside the one whose error is raised."""
+    """Silence for the reads that fail unheard beside the one whose error is raised."""
+    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
 
-    def silence(*_: Any) -> None:
-        pass
+    def silence(_: Any) -> bool:
+        return False
 
-    hooks = sys.unraisablehook, sys.excepthook  # of coroutines never awaited, of TensorStore's threads
-    sys.unraisablehook = sys.excepthook = silence
+    sys.unraisablehook = silence
+    log.addFilter(silence)
     try:
         yield
-        gc.collect()  # the coroutines' end, within the silence
+        gc.collect()  # their end, within the silence
     finally:
-        sys.unraisablehook, sys.excepthook = hooks
+        sys.unraisablehook = hook
+        log.removeFilter(silence)
