@@ -1,6 +1,8 @@
 """Whose a run's folder is: settings and content, compared by key."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -148,3 +150,16 @@ def test_a_start_that_was_killed_leaves_a_folder_that_can_be_taken(words, tmp_pa
     (tmp_path / "run" / "run.json").write_text('{"name"')
     with pytest.raises(UserError, match=r"run.json: not readable"):
         claimed(words)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(words, tmp_path, monkeypatch):
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    experiment = load_experiment(words)
+    monkeypatch.setattr("xtoken_jax.files.os.replace", read_only)
+    with pytest.raises(UserError, match=r"run: cannot be written \(Read-only file system\); choose another"):
+        claim(tmp_path / "run", experiment, {})
+    assert list((tmp_path / "run").iterdir()) == []  # nothing half-written is left
+    monkeypatch.undo()
+    assert claim(tmp_path / "run", experiment, {}) == []

@@ -3,10 +3,10 @@
     python experiments/survival/kill.py --kills 40
     python experiments/survival/kill.py --kills 10 --meshes mesh.data=8 "mesh.fsdp=4 mesh.tensor=2"
 
-A round is a run's folder: killed some times, each time gone on with by the same command, at last let run to
-its end, and compared. A kill comes at a random moment of the process's life (`any`), or as soon as a checkpoint
-is being written and a moment more (`save`), or it is a SIGTERM at a random moment (`term`). Every start is a
-new process.
+A round is a run's folder: killed some times, each time gone on with by the same command, at last let run
+to its end, and compared. A kill comes at a random moment of the process's life (`any`), or as soon as a
+checkpoint is being written and a moment more (`save`), or it is a SIGTERM at a random moment (`term`). Every
+start is a new process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from pathlib import Path
 WORDS = (
     "experiment=quickstart", "train.steps=40", "train.save_every=4", "train.log_every=1",
     "train.evaluate_every=10", "data.batch_size=8", "data.train.arithmetic.documents=100",
-    "data.train.english.limit=40", "data.validation.english.limit=10", "data.validation.arithmetic.documents=8",
+    "data.train.english.limit=40", "data.validation.english.limit=10",
+    "data.validation.arithmetic.documents=8",
 )  # fmt: skip
 RUNS = {"distilled": Path(), "without a teacher": Path("no_teacher")}
 KINDS = ("any", "save", "term")
