@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -109,6 +110,7 @@ def study(
         folder = work / f"round-{found.rounds}"
         for start in range(each):
             kind, mesh = rng.choice(kinds), meshes[start % len(meshes)]
+            before = _half_written(folder)
             log = (work / "log").open("a")
             process = subprocess.Popen(command(folder, mesh), env=environment, stdout=log, stderr=log)
             ended = _kill(process, folder, kind, rng, seconds)
@@ -117,7 +119,7 @@ def study(
             if kind == "term" and process.returncode not in (0, -signal.SIGTERM):
                 found.faults.append(f"{folder.name}: SIGTERM ended with {process.returncode}")
             found.kills[kind] += 1
-            found.in_save += bool(_half_written(folder))
+            found.in_save += bool(_half_written(folder) - before)
             found.steps_lost.append(_lost(folder))
             if sum(found.kills.values()) == kills:
                 break
@@ -138,13 +140,13 @@ def _kill(
     """Kill it; True if it had ended by itself before."""
     begun, moment = time.perf_counter(), rng.uniform(0, seconds)
     skipped = rng.randrange(4)  # saves, so that not the first one is always hit
-    seen: set[str] = set()
+    seen = before = _half_written(folder)
     while process.poll() is None:
         if kind != "save" and time.perf_counter() - begun > moment:
             break
         if kind == "save":
-            seen |= set(_half_written(folder))
-            if len(seen) > skipped:
+            seen = seen | _half_written(folder)
+            if len(seen - before) > skipped:
                 time.sleep(rng.uniform(0, AFTER))
                 break
         time.sleep(0.001)
@@ -155,13 +157,15 @@ def _kill(
     return False
 
 
-def _half_written(folder: Path) -> list[str]:
-    names = []
+def _half_written(folder: Path) -> set[tuple[str, int]]:
+    """Folders of saves under way, or killed: path and inode."""
+    found = set()
     for run in RUNS.values():
-        checkpoints = folder / run / "checkpoints"
-        if checkpoints.is_dir():
-            names += [f"{run}/{name}" for name in os.listdir(checkpoints) if "tmp" in name]
-    return names
+        with contextlib.suppress(FileNotFoundError):  # not made yet, or renamed meanwhile
+            for entry in os.scandir(folder / run / "checkpoints"):
+                if "tmp" in entry.name:
+                    found.add((entry.path, entry.inode()))
+    return found
 
 
 def _lost(folder: Path) -> int:

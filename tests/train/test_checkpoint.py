@@ -192,6 +192,7 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on(when, folder, capfd):
     with files_of_at_most(100_000), pytest.raises(UserError, match=r"could not be written .* is .*/2\."):
         run()
     assert capfd.readouterr().err == ""  # the error is for the command to show
+    settle(folder)
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.restore_latest(ABSTRACT, pytest.fail)[0].step == 2
         checkpoints.save(3, large, {})
@@ -206,6 +207,13 @@ def test_an_error_on_the_way_out_does_not_hide_the_one_before(folder):
 
     with files_of_at_most(0), pytest.raises(KeyError):
         run()
+
+
+def settle(folder):
+    """Wait for the threads of a failed save, which end with the process elsewhere."""
+    names = None
+    while names != (names := sorted(folder.rglob("*"))):
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import json
-import logging
 import os
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ import orbax.checkpoint as ocp
 from xtoken_jax.checksum import checksum
 from xtoken_jax.errors import UserError
 from xtoken_jax.models.decoder import Params
+from xtoken_jax.train.quiet import without_orbax_reports
 from xtoken_jax.train.step import TrainState
 
 _LONGEST = 100  # characters of what orbax says that are passed on
@@ -54,7 +52,7 @@ class Checkpoints:
         self.folder = folder
         self._frozen = checksum(frozen) if frozen else None
         self._lock = None if read_only else _lock(folder)
-        _without_reports()
+        without_orbax_reports()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
@@ -104,21 +102,17 @@ class Checkpoints:
         if step not in steps:
             known = ", ".join(map(str, sorted(steps))) or "none"
             raise UserError(f"{self.folder}: holds no checkpoint of step {step}; it has {known}")
-        fault = None
-        with _one_error_alone():
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-                    ),
-                )
-            except Exception as error:  # orbax and TensorStore raise bare Exception too
-                fault = _said(error)
-        if fault is not None:
-            raise UnusableCheckpointError(
-                f"{self.path(step)}: is damaged, or is not of this student ({fault})"
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+                ),
             )
+        except Exception as error:  # orbax and TensorStore raise bare Exception too
+            raise UnusableCheckpointError(
+                f"{self.path(step)}: is damaged, or is not of this student ({_said(error)})"
+            ) from error
         state, content = restored["state"], dict(restored["data"])
         if content.pop("checksum", None) != _crc(content) or content["state"] != checksum(state):
             raise UnusableCheckpointError(f"{self.path(step)}: is damaged, its checksum does not fit")
@@ -257,42 +251,3 @@ def _said(error: BaseException) -> str:
         code = int(found[1])
     first = os.strerror(code) if code else (text.splitlines() or [type(error).__name__])[0]
     return first if len(first) <= _LONGEST else first[:_LONGEST] + "..."
-
-
-def _without_reports() -> None:
-    """Keep orbax and TensorStore from printing tracebacks of what is raised as well."""
-    logging.getLogger("absl").addFilter(_not_of_orbax)
-    if sys.excepthook is not _not_of_closed_loop:
-        _hooks.append(sys.excepthook)
-        sys.excepthook = _not_of_closed_loop
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-_hooks: list[Callable[..., Any]] = []
-
-
-def _not_of_closed_loop(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    # From TensorStore's threads, which answer after another read or write has failed.
-    if str(error) != "Event loop is closed":
-        _hooks[-1](kind, error, trace)
-
-
-@contextlib.contextmanager
-def _one_error_alone() -> Iterator[None]:
-    """Silence for the reads that fail unheard beside the one whose error is raised."""
-    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
-
-    def silence(_: Any) -> bool:
-        return False
-
-    sys.unraisablehook = silence
-    log.addFilter(silence)
-    try:
-        yield
-        gc.collect()  # their end, within the silence
-    finally:
-        sys.unraisablehook = hook
-        log.removeFilter(silence)
