@@ -30,12 +30,16 @@ arguments are key=value pairs:
   train.steps=1000 optimizer.learning_rate=1e-4 data.batch_size=16 run_dir=runs/mine
 
 The run's folder gets metrics.jsonl, curves.png, checkpoints/ and student/, an ordinary Hugging
-Face folder. The same command again goes on where a run was interrupted.
+Face folder. The same command again goes on where a run was interrupted; SIGTERM and Ctrl-C save
+first. resume.allow=[KEY,...] goes on with settings or content that differ.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 2 for a mistake in the input, 130 on Ctrl-C."""
+    """Run the command; returns the exit code: 0, 2 for a mistake in the input, 130 on Ctrl-C.
+
+    SIGTERM ends `xtoken distill` with 0, and a checkpoint.
+    """
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(words)
@@ -60,10 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"xtoken: {error}", markup=False, style="red"
         )
         return 2
-    except KeyboardInterrupt:
-        resumes = "; the same command goes on from the last checkpoint"
-        print(f"xtoken: interrupted{resumes * (options.command == 'distill')}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(f"xtoken: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return getattr(interrupt, "code", 130)
     return 0
 
 
@@ -227,11 +230,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _distill(options: argparse.Namespace, console: Console) -> None:
-    from xtoken_jax.config import load_experiment
-    from xtoken_jax.distill import distill
+    from xtoken_jax.train.signals import StopSignals
 
-    experiment = load_experiment(options.overrides)
-    result = distill(experiment, Console(stderr=options.json, highlight=False, soft_wrap=True))
+    with StopSignals() as stop:  # before the imports, which take seconds
+        from xtoken_jax.config import load_experiment
+        from xtoken_jax.distill import distill
+
+        experiment = load_experiment(options.overrides)
+        result = distill(experiment, Console(stderr=options.json, highlight=False, soft_wrap=True), stop)
     if options.json:
         _print_json({"loss": result.loss.value, "figures": result.figures, "student": str(result.student)})
         return

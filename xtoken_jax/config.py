@@ -20,6 +20,7 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind
 from xtoken_jax.mesh import MeshConfig
 from xtoken_jax.models.load import AdapterConfig, Dtype, ModelConfig, Start
+from xtoken_jax.resume import ResumeConfig
 from xtoken_jax.train.loop import TrainConfig
 from xtoken_jax.train.optimizer import OptimizerConfig
 
@@ -40,6 +41,7 @@ class Experiment:
         export_dtype: of the weights in the student's Hugging Face folder.
         baseline: also train the same student for as long without a teacher, to compare with.
         loss, data, optimizer, train, mesh: see the group of that name.
+        resume: what may differ where a run goes on.
     """
 
     name: str = "distill"
@@ -54,6 +56,7 @@ class Experiment:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def validate(self) -> None:
         """Raise UserError for the first value that makes no sense."""
@@ -72,6 +75,13 @@ class Experiment:
             )
         for part in (self.loss, self.data, self.optimizer, self.train):
             part.validate()
+        known = [f.name for f in dataclasses.fields(self)]
+        for key in self.resume.allow:
+            if key.split(".")[0] not in known:
+                raise UserError(
+                    f"resume.allow: no such key or group as {key}{_nearest(key, known)}; there is "
+                    f"{', '.join(known)}"
+                )
 
     def _validate_adapters(self) -> None:
         if self.teacher.lora != AdapterConfig():

@@ -14,39 +14,41 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.alignment.spans import Spans
 from xtoken_jax.config import Experiment
 from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data import arithmetic
-from xtoken_jax.data.batches import DataConfig, read_windows, training_batches
+from xtoken_jax.data.batches import DataConfig, Windows, batch_records, read_windows, training_batches
 from xtoken_jax.data.sources import SourceKind
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.export import export_hf
+from xtoken_jax.files import write_whole
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind, loss_tables
 from xtoken_jax.losses.objective import LossTables, VocabularySizes
 from xtoken_jax.mesh import make_mesh, replicated
 from xtoken_jax.models.decoder import Model, Params
-from xtoken_jax.models.load import open_model
+from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.files import load_projection
+from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
-from xtoken_jax.runs import claim
+from xtoken_jax.runs import claim, contents
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.loop import train
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 from xtoken_jax.train.optimizer import make_optimizer
+from xtoken_jax.train.signals import StopSignals
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
 STUDENT_FOLDER = "student"
 _PROMPTS_AT_ONCE = 256
 
 Figures = dict[str, float]
-Texts = dict[str, list[Spans]]
+Texts = dict[str, Windows]
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,20 @@ class _Teacher:
     model: Model
     params: Params
     tables: LossTables
+    projection: Projection | None = None  # W, where the tables are made of it
 
 
-def distill(experiment: Experiment, console: Console) -> Result:
+def distill(experiment: Experiment, console: Console, stop: StopSignals | None = None) -> Result:
     """Run an experiment to its end, or go on with it where its folder holds a part of it.
 
     Args:
         experiment: validated.
         console: where progress is shown.
+        stop: signals at which training saves and leaves.
 
     Raises:
         UserError: whatever is wrong with what the experiment names, and a loss that is not finite.
+        Stopped: one of the signals came.
     """
     started = time.perf_counter()
     run = Path(experiment.run_dir).expanduser()
@@ -110,7 +115,18 @@ def distill(experiment: Experiment, console: Console) -> Result:
         batches()  # too little text is said before anything is written
         tokens = sum(len(w.student.ids) for part in windows.values() for w in part)
         console.print(f"text     {sum(map(len, windows.values())):,} rows, {tokens:,} student tokens")
-        claim(run, experiment)
+        given = None if experiment.student.init is Start.random else frozen or start
+        models: dict[str, tuple[Model, Params | None, Tokenizer]] = {
+            "student": (student, given, pair.student)
+        }
+        projection = None
+        if teacher is not None:
+            models["teacher"] = (teacher.model, teacher.params, pair.teacher)
+            projection = teacher.projection
+        made_of = contents(models, projection, {"train": windows, "validation": held_out.windows})
+        for change in claim(run, experiment, made_of):
+            console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
+        records_of = batch_records(windows, experiment.data)
 
         def one_run(
             params: Params, folder: Path, teacher: _Teacher | None, title: str
@@ -135,6 +151,8 @@ def distill(experiment: Experiment, console: Console) -> Result:
                 title=title,
                 console=console,
                 frozen=frozen,
+                records=lambda number: records_of(number - 1),
+                stop=stop,
             )
             rows = read_metrics(folder / METRICS_FILE)
             measured = [row["validation"] for row in rows if "validation" in row]
@@ -159,7 +177,7 @@ def distill(experiment: Experiment, console: Console) -> Result:
         dtype = experiment.export_dtype.value
         folder = resolve_folder(str(experiment.student.path), weights=False)
         export_hf(out, student, trained, folder, dtype=dtype, donate=True)
-    (run / RESULT_FILE).write_text(json.dumps({"loss": kind.value, "figures": figures}, indent=2) + "\n")
+    write_whole(run / RESULT_FILE, json.dumps({"loss": kind.value, "figures": figures}, indent=2) + "\n")
     picture = draw_curves(run)
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
 
@@ -217,7 +235,8 @@ def _load_teacher(
         found = audit(pair, projection)
         kind, reason = LossKind(found.recommended_loss), found.reason
     console.print(f"loss     {kind.value}: {reason}")
-    return kind, _Teacher(model, params, jax.device_put(loss_tables(kind, projection), replicated(mesh)))
+    tables = jax.device_put(loss_tables(kind, projection), replicated(mesh))
+    return kind, _Teacher(model, params, tables, projection)
 
 
 @dataclass(frozen=True)

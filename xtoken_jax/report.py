@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import write_whole
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 
 PICTURE = "curves.png"
@@ -55,7 +57,9 @@ def draw_curves(run: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     path = run / PICTURE
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())
     return path
 
 

@@ -6,8 +6,8 @@ import pytest
 from tokens import trained
 
 from xtoken_jax.alignment.align import align_texts, with_document_marks
-from xtoken_jax.data.batches import DataConfig, make_batch, read_windows, training_batches
-from xtoken_jax.data.sources import SourceConfig, SourceKind
+from xtoken_jax.data.batches import DataConfig, batch_records, make_batch, read_windows, training_batches
+from xtoken_jax.data.sources import SourceConfig, SourceKind, digest, read_documents
 from xtoken_jax.errors import UserError
 
 PAIR = trained.pair(trained.three_digits, trained.single_digits)
@@ -99,6 +99,35 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(windows):
     padded = sorted(tuple(make_batch(PAIR, [w], config).student.ids[0].tolist()) for w in rows)
     assert all(sorted(epoch) == padded for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_records_of_a_batch_name_its_rows():
+    """Over two epochs: each row's text stands in its document, and its parts make up the whole."""
+    sources = {**SUMS, "more": SourceConfig(kind=SourceKind.arithmetic, documents=3, seed=1)}
+    windows = read_windows(PAIR, sources, CONFIG)
+    records_of = batch_records(windows, CONFIG)
+    texts = {name: read_documents(source) for name, source in sources.items()}
+    roles = PAIR.student.roles
+    seen = {}
+    count = 2 * sum(map(len, windows.values())) // CONFIG.batch_size
+    for number, batch in enumerate(take(training_batches(PAIR, windows, CONFIG), count)):
+        records = records_of(number)
+        assert len(records) == CONFIG.batch_size
+        for record, ids, mask in zip(records, batch.student.ids, batch.student.mask, strict=True):
+            kept = [i for i in ids[mask] if i not in (roles["bos"], roles["eos"])]
+            text = PAIR.student.decode(np.array(kept))
+            assert text in texts[record.source][record.document]
+            seen[record.source, record.document, record.part] = text
+    for name, documents in texts.items():
+        for number, document in enumerate(documents):
+            parts = [seen[key] for key in sorted(seen) if key[:2] == (name, number)]
+            assert "".join(parts) == document
+
+
+def test_the_digest_of_documents_sees_each_and_its_borders():
+    texts = [["ab", "c"], ["a", "bc"], ["abc"], ["ab", "c", ""], ["c", "ab"]]
+    assert len({digest(documents) for documents in texts}) == len(texts)
+    assert digest(["ä"]).startswith("1 documents, sha256 ")
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 11])

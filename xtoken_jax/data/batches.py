@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grain
 import jax
@@ -12,7 +13,7 @@ from xtoken_jax.alignment.align import collate, token_rows
 from xtoken_jax.alignment.batch import Alignment, TokenRows
 from xtoken_jax.alignment.rows import cut, with_document_marks
 from xtoken_jax.alignment.spans import Spans, align_texts
-from xtoken_jax.data.sources import SourceConfig, read_documents
+from xtoken_jax.data.sources import SourceConfig, digest, read_documents
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
@@ -68,24 +69,57 @@ class Batch:
     alignment: Alignment
 
 
+@dataclass(frozen=True)
+class Record:
+    """Where a row of a batch comes from.
+
+    Attributes:
+        source: its name in the config.
+        document: its number among those of the source that hold text, from 0.
+        part: which row of the document it is, from 0.
+    """
+
+    source: str
+    document: int
+    part: int
+
+
+class Windows(list[Spans]):
+    """The aligned rows of one source, in the order of its text.
+
+    Attributes:
+        records: of each row, where it comes from.
+        digest: of the documents, as `xtoken_jax.data.sources.digest` gives it.
+    """
+
+    def __init__(self, rows: Sequence[Spans], records: list[Record], digest: str) -> None:
+        """Rows with what is known of them."""
+        super().__init__(rows)
+        self.records = records
+        self.digest = digest
+
+
 def read_windows(
     pair: TokenizerPair, sources: dict[str, SourceConfig], config: DataConfig
-) -> dict[str, list[Spans]]:
+) -> dict[str, Windows]:
     """Read, tokenize and align the documents of each source, cut to the batch's row lengths.
 
     Raises:
         UserError: a source without text, or without a window of two tokens.
     """
-    windows: dict[str, list[Spans]] = {}
+    windows: dict[str, Windows] = {}
     for name, source in sources.items():
         documents = read_documents(source)
-        windows[name] = [
-            window
-            for first in range(0, len(documents), _TEXTS_AT_ONCE)
-            for spans in align_texts(pair, documents[first : first + _TEXTS_AT_ONCE])
-            for window in cut(with_document_marks(pair, spans), config.student_length, config.teacher_length)
-            if len(window.student) > 1
-        ]
+        rows, records = [], []
+        for first in range(0, len(documents), _TEXTS_AT_ONCE):
+            texts = documents[first : first + _TEXTS_AT_ONCE]
+            for document, spans in enumerate(align_texts(pair, texts), first):
+                marked = with_document_marks(pair, spans)
+                parts = cut(marked, config.student_length, config.teacher_length)
+                kept = [window for window in parts if len(window.student) > 1]
+                rows += kept
+                records += [Record(name, document, part) for part in range(len(kept))]
+        windows[name] = Windows(rows, records, digest(documents))
         if not windows[name]:
             raise UserError(f"source {name!r}: its text is too short, no row has two tokens")
     return windows
@@ -101,7 +135,7 @@ def make_batch(pair: TokenizerPair, rows: Sequence[Spans], config: DataConfig) -
 
 
 def training_batches(
-    pair: TokenizerPair, windows: dict[str, list[Spans]], config: DataConfig
+    pair: TokenizerPair, windows: Mapping[str, Sequence[Spans]], config: DataConfig
 ) -> grain.DatasetIterator:
     """An endless iterator of Batch, shuffled anew in every epoch, whose position can be saved.
 
@@ -114,12 +148,25 @@ def training_batches(
             f"the training text fills {len(rows)} rows of {config.student_length} student tokens, fewer than "
             f"data.batch_size={config.batch_size}; give more text, shorter rows or a smaller batch"
         )
-    dataset = (
+    dataset = _in_order(rows, config, lambda batch: make_batch(pair, batch, config))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def batch_records(windows: dict[str, Windows], config: DataConfig) -> Callable[[int], list[Record]]:
+    """Number of a batch of `training_batches`, from 0 -> where its rows come from, in their order."""
+    records = [record for part in windows.values() for record in part.records]
+    dataset = _in_order(records, config, list)
+    return lambda number: dataset[number]
+
+
+def _in_order(
+    rows: Sequence[Any], config: DataConfig, batch_fn: Callable[[Sequence[Any]], Any]
+) -> grain.MapDataset:
+    return (
         grain.MapDataset.source(rows)
         .seed(config.seed)
         .shuffle()
         .repeat()
         # Without the flag grain rounds the endless length up, past the largest index, for batches of 1.
-        .batch(config.batch_size, drop_remainder=True, batch_fn=lambda batch: make_batch(pair, batch, config))
+        .batch(config.batch_size, drop_remainder=True, batch_fn=batch_fn)
     )
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
