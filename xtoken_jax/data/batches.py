@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import grain
@@ -10,8 +10,8 @@ import jax
 
 from xtoken_jax.alignment.align import collate, token_rows
 from xtoken_jax.alignment.batch import Alignment, TokenRows
-from xtoken_jax.alignment.rows import cut, with_document_marks
-from xtoken_jax.alignment.spans import Spans, align_texts
+from xtoken_jax.alignment.rows import cut_together, with_document_marks
+from xtoken_jax.alignment.spans import Side, Spans, align_texts_together
 from xtoken_jax.data.sources import SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import TokenizerPair
@@ -27,6 +27,8 @@ class DataConfig:
         train, validation: sources of text; each a list or, so that single values can be
             overridden, a mapping of name -> source.
         student_length, teacher_length: T_s and T_t, tokens a row.
+        teacher_lengths: name of a teacher -> T_t of its own, such as a shorter one where its tokens are
+            longer.
         batch_size: B, rows of the global batch.
         seed: of the order of the rows.
     """
@@ -35,14 +37,17 @@ class DataConfig:
     validation: dict[str, SourceConfig] = field(default_factory=dict)
     student_length: int = 1024
     teacher_length: int = 1024
+    teacher_lengths: dict[str, int] = field(default_factory=dict)
     batch_size: int = 8
     seed: int = 0
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        for name in ("student_length", "teacher_length"):
-            if getattr(self, name) < 2:
-                raise UserError(f"data.{name}={getattr(self, name)}: must be at least 2")
+        lengths = {name: getattr(self, name) for name in ("student_length", "teacher_length")}
+        lengths |= {f"teacher_lengths.{name}": length for name, length in self.teacher_lengths.items()}
+        for name, length in lengths.items():
+            if length < 2:
+                raise UserError(f"data.{name}={length}: must be at least 2")
         if self.batch_size < 1:
             raise UserError(f"data.batch_size={self.batch_size}: must be at least 1")
         for part in ("train", "validation"):
@@ -52,56 +57,96 @@ class DataConfig:
             for name, source in sources.items():
                 source.validate(f"data.{part}.{name}")
 
+    def length_of(self, teacher: str) -> int:
+        """T_t of a teacher."""
+        return self.teacher_lengths.get(teacher, self.teacher_length)
+
+
+Window = dict[str, Spans]  # a row as each teacher, by its name, reads it; of the same student tokens
+
+
+def student_of(window: Window) -> Side:
+    """The student's tokens; their chunk ids are those of the first teacher's alignment."""
+    return next(iter(window.values())).student
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TeacherBatch:
+    """A batch as one teacher reads it.
+
+    Attributes:
+        rows: TokenRows of [B, T_t].
+        alignment: chunk ids of its tokens and of the student's, and which chunks count.
+    """
+
+    rows: TokenRows
+    alignment: Alignment
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """One batch on both sides.
+    """One batch: the same text for the student and for each teacher.
 
     Attributes:
-        student, teacher: TokenRows of [B, T_s] and [B, T_t].
-        alignment: chunk ids of the tokens and which chunks count.
+        student: TokenRows of [B, T_s].
+        teachers: by name.
     """
 
     student: TokenRows
-    teacher: TokenRows
-    alignment: Alignment
+    teachers: dict[str, TeacherBatch]
 
 
 def read_windows(
-    pair: TokenizerPair, sources: dict[str, SourceConfig], config: DataConfig
-) -> dict[str, list[Spans]]:
+    pairs: Mapping[str, TokenizerPair], sources: dict[str, SourceConfig], config: DataConfig
+) -> dict[str, list[Window]]:
     """Read, tokenize and align the documents of each source, cut to the batch's row lengths.
+
+    Args:
+        pairs: by teacher; the student's tokenizer is one. Without a teacher, the student's with itself.
+        sources: by name.
+        config: lengths of the rows.
 
     Raises:
         UserError: a source without text, or without a window of two tokens.
     """
-    windows: dict[str, list[Spans]] = {}
+    lengths = [config.length_of(name) for name in pairs]
+    windows: dict[str, list[Window]] = {}
     for name, source in sources.items():
         documents = read_documents(source)
         windows[name] = [
-            window
+            dict(zip(pairs, window, strict=True))
             for first in range(0, len(documents), _TEXTS_AT_ONCE)
-            for spans in align_texts(pair, documents[first : first + _TEXTS_AT_ONCE])
-            for window in cut(with_document_marks(pair, spans), config.student_length, config.teacher_length)
-            if len(window.student) > 1
+            for row in align_texts_together([*pairs.values()], documents[first : first + _TEXTS_AT_ONCE])
+            for window in cut_together(_marked(pairs, row), config.student_length, lengths)
+            if len(window[0].student) > 1
         ]
         if not windows[name]:
             raise UserError(f"source {name!r}: its text is too short, no row has two tokens")
     return windows
 
 
-def make_batch(pair: TokenizerPair, rows: Sequence[Spans], config: DataConfig) -> Batch:
+def _marked(pairs: Mapping[str, TokenizerPair], row: Sequence[Spans]) -> list[Spans]:
+    return [with_document_marks(pair, spans) for pair, spans in zip(pairs.values(), row, strict=True)]
+
+
+def make_batch(pairs: Mapping[str, TokenizerPair], rows: Sequence[Window], config: DataConfig) -> Batch:
     """Pad and stack aligned windows; numpy arrays until they are put on devices."""
-    return Batch(
-        token_rows([r.student for r in rows], config.student_length, pair.student.pad_id),
-        token_rows([r.teacher for r in rows], config.teacher_length, pair.teacher.pad_id),
-        collate(rows, config.student_length, config.teacher_length),
-    )
+    student = next(iter(pairs.values())).student
+    teachers = {}
+    for name, pair in pairs.items():
+        length, spans = config.length_of(name), [row[name] for row in rows]
+        teachers[name] = TeacherBatch(
+            token_rows([s.teacher for s in spans], length, pair.teacher.pad_id),
+            collate(spans, config.student_length, length),
+        )
+    own = token_rows([student_of(row) for row in rows], config.student_length, student.pad_id)
+    return Batch(own, teachers)
 
 
 def training_batches(
-    pair: TokenizerPair, windows: dict[str, list[Spans]], config: DataConfig
+    pairs: Mapping[str, TokenizerPair], windows: dict[str, list[Window]], config: DataConfig
 ) -> grain.DatasetIterator:
     """An endless iterator of Batch, shuffled anew in every epoch, whose position can be saved.
 
@@ -120,6 +165,8 @@ def training_batches(
         .shuffle()
         .repeat()
         # Without the flag grain rounds the endless length up, past the largest index, for batches of 1.
-        .batch(config.batch_size, drop_remainder=True, batch_fn=lambda batch: make_batch(pair, batch, config))
+        .batch(
+            config.batch_size, drop_remainder=True, batch_fn=lambda batch: make_batch(pairs, batch, config)
+        )
     )
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

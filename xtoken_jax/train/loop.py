@@ -65,8 +65,8 @@ def train(
     step: Step,
     batches: grain.DatasetIterator,
     *,
-    teacher_params: Params | None,
-    tables: LossTables | None,
+    teacher_params: dict[str, Params],
+    tables: dict[str, LossTables],
     evaluate: Callable[[Params], dict[str, float]],
     config: TrainConfig,
     folder: Path,
@@ -82,6 +82,7 @@ def train(
         abstract: its shapes and shardings, to restore into.
         step: the jitted step.
         batches: endless; its position is saved and restored.
+        teacher_params, tables: by teacher.
         evaluate: student parameters -> named figures on the validation text.
         folder: gets metrics.jsonl and checkpoints/.
         title: of the progress bar.
