@@ -91,11 +91,12 @@ def distill(experiment: Experiment, console: Console) -> Result:
     started = time.perf_counter()
     run = Path(experiment.run_dir).expanduser()
     mesh = make_mesh(experiment.mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if experiment.data.batch_size % rows:
+    devices, parts = mesh.shape["data"] * mesh.shape["fsdp"], experiment.train.accumulate
+    if experiment.data.batch_size % (devices * parts):
+        by = f", each in train.accumulate={parts} parts" if parts > 1 else ""
         raise UserError(
-            f"data.batch_size={experiment.data.batch_size}: not a multiple of the {rows} devices of the "
-            "mesh's data and fsdp axes"
+            f"data.batch_size={experiment.data.batch_size}: not a multiple of the {devices} devices of the "
+            f"mesh's data and fsdp axes{by}"
         )
     configs = experiment.every_teacher()
     with jax.set_mesh(mesh):
@@ -130,8 +131,9 @@ def distill(experiment: Experiment, console: Console) -> Result:
             """Parameters at the end, and the held-out figures of the start and of the end."""
             optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
             step = make_step(
-                student, teachers.static, experiment.loss, optimizer, student_size=tokenizer.size
-            )
+                student, teachers.static, experiment.loss, optimizer,
+                student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
+            )  # fmt: skip
             state = train(
                 init_state(student, params, optimizer, mesh),
                 abstract_state(student, optimizer, mesh),

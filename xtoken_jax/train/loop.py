@@ -36,6 +36,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps.
+        accumulate: parts of a batch that go through the student one by one, for less memory; the loss and
+            its gradient stay those of the batch.
         log_every: steps between two lines of metrics.jsonl.
         evaluate_every: steps between two evaluations on the validation text; 0 for start and end alone.
         save_every: steps between two checkpoints; 0 for the end alone.
@@ -44,6 +46,7 @@ class TrainConfig:
     """
 
     steps: int = 5000
+    accumulate: int = 1
     log_every: int = 10
     evaluate_every: int = 250
     save_every: int = 500
@@ -53,7 +56,8 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         for name, least in (
-            ("steps", 1), ("log_every", 1), ("evaluate_every", 0), ("save_every", 0), ("keep", 1)
+            ("steps", 1), ("accumulate", 1), ("log_every", 1), ("evaluate_every", 0), ("save_every", 0),
+            ("keep", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}")

@@ -16,7 +16,8 @@ from xtoken_jax.losses import LossConfig
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import replicated
 from xtoken_jax.models.decoder import Model, Params
-from xtoken_jax.models.lora import join_lora, split_lora
+from xtoken_jax.models.lora import split_lora
+from xtoken_jax.train.accumulate import gradient_of
 from xtoken_jax.train.objective import Metrics, Objective, Teacher
 
 
@@ -83,6 +84,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     student_size: int,
+    micro_batches: int = 1,
 ) -> Step:
     """The step of one objective; jit it with the state donated.
 
@@ -92,28 +94,15 @@ def make_step(
         loss: scaling, weights and block of the objective; the teachers have terms of their own.
         optimizer: what `make_optimizer` returned.
         student_size: V_s of the tokenizer; logits past it do not enter the loss.
+        micro_batches: parts of a batch that go through the student one by one, for less memory; see
+            `accumulate`.
 
     Returns:
         step(state, teacher_params, tables, batch, frozen) -> (state, metrics), where `frozen` is what
         `split_lora` leaves beside the parameters of the state; without adapters there is none. A step whose
         loss or gradient is not finite leaves parameters and moments as they were; `finite` says so.
     """
-    objective = Objective(student, teachers, loss, student_size)
-
-    def loss_of(
-        trained: Params,
-        frozen: Params | None,
-        teacher_params: dict[str, Params],
-        tables: dict[str, LossTables],
-        batch: Batch,
-    ) -> tuple[jax.Array, Metrics]:
-        # Rows are padded on the right, so causality alone keeps padding out of sight.
-        of_student = student(join_lora(trained, frozen), batch.student.ids)
-        of_teachers = {
-            name: teacher.model(teacher_params[name], batch.teachers[name].rows.ids)
-            for name, teacher in teachers.items()
-        }
-        return objective.join(objective.means(of_student, of_teachers, tables, batch), batch)
+    gradient_by = gradient_of(Objective(student, teachers, loss, student_size), micro_batches)
 
     def step(
         state: TrainState,
@@ -122,8 +111,7 @@ def make_step(
         batch: Batch,
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (value, metrics), gradient = gradient_of(state.params, frozen, teacher_params, tables, batch)
+        (value, metrics), gradient = gradient_by(state.params, frozen, teacher_params, tables, batch)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
