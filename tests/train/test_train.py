@@ -22,7 +22,7 @@ from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 from xtoken_jax.train.metrics import read_metrics
 from xtoken_jax.train.objective import Teacher
-from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
 
@@ -192,13 +192,6 @@ def test_a_step_that_is_not_finite_changes_nothing(words):
         *map(jax.tree.leaves, ((new.params, new.opt_state), (state.params, state.opt_state))), strict=True
     ):
         np.testing.assert_array_equal(a, b)
-
-
-def test_schedule():
-    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 110)
-    np.testing.assert_allclose(
-        [schedule(0), schedule(10), schedule(60), schedule(110)], [0.02, 1, 0.5, 0], atol=1e-6
-    )
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,12 @@ def _at_once(objective: Objective) -> GradientOf:
 
 
 def split(rows: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [N, B / N, ...]; part n has rows n, N + n, ...: each device splits the rows that it has."""
-    return jnp.moveaxis(rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]), 1, 0)
+    """[B, T] or [B, T, D] -> [M, B / M, ...]; part m has rows m, M + m, ...: devices split their own rows."""
+    found = jnp.moveaxis(rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]), 1, 0)
+    return constrain(found, "M B T" if rows.ndim == 2 else "M B T D")
 
 
 def join(parts: jax.Array) -> jax.Array:
-    """[N, B / N, T, D] -> [B, T, D], the inverse of `split`."""
+    """[M, B / M, T, D] -> [B, T, D], the inverse of `split`."""
+    parts = constrain(parts, "M B T D")
     return constrain(jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:]), "B T D")
