@@ -36,10 +36,11 @@ from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
 from xtoken_jax.runs import claim
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
+from xtoken_jax.train.flops import peak_flops, step_flops
 from xtoken_jax.train.loop import train
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 from xtoken_jax.train.objective import Teacher
-from xtoken_jax.train.optimizer import make_optimizer
+from xtoken_jax.train.optimizer import make_optimizer, make_schedule
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
 STUDENT_FOLDER = "student"
@@ -133,6 +134,7 @@ def distill(experiment: Experiment, console: Console) -> Result:
             step = make_step(
                 student, teachers.static, experiment.loss, optimizer,
                 student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
+                schedule=make_schedule(experiment.optimizer, experiment.train.steps),
             )  # fmt: skip
             state = train(
                 init_state(student, params, optimizer, mesh),
@@ -148,6 +150,7 @@ def distill(experiment: Experiment, console: Console) -> Result:
                 title=title,
                 console=console,
                 frozen=frozen,
+                seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
             rows = read_metrics(folder / METRICS_FILE)
             measured = [row["validation"] for row in rows if "validation" in row]
@@ -180,6 +183,15 @@ def distill(experiment: Experiment, console: Console) -> Result:
     (run / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
     picture = draw_curves(run)
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
+
+
+def _seconds_at_peak(
+    data: DataConfig, student: Model, teachers: dict[str, Teacher], mesh: Mesh
+) -> float | None:
+    """Of a step; None where the devices' peak is not known."""
+    peak = peak_flops(list(mesh.devices.flat))
+    read = [(teacher.model, data.length_of(name)) for name, teacher in teachers.items()]
+    return None if peak is None else step_flops(student, read, data.batch_size, data.student_length) / peak
 
 
 def _name(console: Console, side: str, tokenizer: Tokenizer) -> None:

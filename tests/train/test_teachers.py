@@ -136,6 +136,7 @@ def test_a_run_with_two_teachers_ends_in_figures_of_both_and_goes_on(words, tmp_
     out = io.StringIO()
     console = Console(file=out, width=300)
     words = [*words, "loss.block=null", "train.log_every=1", "train.save_every=1"]
+    words += ["data.batch_size=16", "train.accumulate=2"]
 
     def experiment(*more):
         return load_experiment([*words, *more, f"run_dir={tmp_path / 'run'}"])

@@ -78,6 +78,7 @@ def train(
     title: str,
     console: Console,
     frozen: Params | None = None,
+    seconds_at_peak: float | None = None,
 ) -> TrainState:
     """Train to `config.steps`, from the newest checkpoint in `folder` if it holds one.
 
@@ -91,6 +92,8 @@ def train(
         folder: gets metrics.jsonl and checkpoints/.
         title: of the progress bar.
         frozen: the student's parameters that do not train, as `split_lora` returns them.
+        seconds_at_peak: what a step would take if the devices did nothing but its models' arithmetic, at
+            their peak; None where that is not known.
 
     Returns:
         The last state.
@@ -142,8 +145,12 @@ def train(
                 if due(number, config.log_every):
                     values = {name: float(value) for name, value in metrics.items() if name != "finite"}
                     _check_finite(metrics, number, checkpoints)
-                    rate = tokens / (time.perf_counter() - started)
-                    log.write(number, {**values, "tokens_per_second": round(rate)})
+                    elapsed = time.perf_counter() - started
+                    rate = tokens / elapsed
+                    speed: dict[str, float] = {"tokens_per_second": round(rate)}
+                    if seconds_at_peak is not None:
+                        speed["flops_utilization"] = seconds_at_peak * (number - first) / elapsed
+                    log.write(number, {**values, **speed})
                     if values.get("kd_scale_capped") and not warned:
                         warned = True
                         console.print(_capped(number, values), style="yellow")

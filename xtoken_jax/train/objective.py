@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.data.batches import Batch, TeacherBatch
 from xtoken_jax.losses import (
     LossConfig,
@@ -115,8 +116,9 @@ class Objective:
     def join(self, means: Means, batch: Batch) -> tuple[jax.Array, Metrics]:
         """The loss, and what is reported of it."""
         ce = means.ce
+        counted = {"tokens": batch.student.targets[:, 1:].sum(dtype=jnp.int32)}
         if not self.teachers:
-            return ce, {"loss": ce, "ce": ce}
+            return ce, {"loss": ce, "ce": ce, **counted}
         loss = self.loss
         terms = [TeacherTerm(means.kd[name], teacher.weight) for name, teacher in self.teachers.items()]
         kd, _ = combine_teachers(terms)
@@ -130,12 +132,16 @@ class Objective:
         )
         total = joined if means.total is None else means.total
         capped = loss.dynamic_scaling & kd_scale_capped(ce, kd, loss.max_scale)
-        chunks = {name: valid_chunks(batch.teachers[name].alignment).sum() for name in self.teachers}
-        metrics = {"loss": total, "ce": ce, "kd": kd, "kd_scale": scale, "kd_scale_capped": capped}
-        if len(self.teachers) > 1:
-            metrics |= {f"kd/{name}": value for name, value in means.kd.items()}
-            metrics |= {f"chunks/{name}": value for name, value in chunks.items()}
-        return total, {**metrics, "chunks": sum(chunks.values(), jnp.int32(0))}
+        metrics = {"loss": total, "ce": ce, "kd": kd, "kd_scale": scale, "kd_scale_capped": capped, **counted}
+        chunks = []
+        for name in self.teachers:
+            alignment = batch.teachers[name].alignment
+            valid = valid_chunks(alignment)
+            chunks.append(valid.sum(dtype=jnp.int32))
+            metrics[f"kd/{name}"] = means.kd[name]
+            metrics[f"chunks/{name}"] = chunks[-1]
+            metrics[f"aligned_share/{name}"] = _aligned_share(alignment, valid, batch.student.mask)
+        return total, {**metrics, "chunks": sum(chunks, jnp.int32(0))}
 
     def _weights(self, teacher: Teacher, with_ce: bool) -> tuple[float, float] | None:
         """Of CE and of one teacher's KD, where they are known beforehand."""
@@ -198,3 +204,10 @@ class Objective:
         kd = masked_mean(by_chunk, valid_chunks(read.batch.alignment))
         weights = self._weights(read.teacher, with_ce)
         return ce, kd, None if weights is None else weights[0] * ce + weights[1] * kd
+
+
+def _aligned_share(alignment: Alignment, valid: jax.Array, mask: jax.Array) -> jax.Array:
+    """The share of the student's tokens that are in a chunk that counts."""
+    ids = jnp.asarray(alignment.student_chunks)
+    inside = jnp.take_along_axis(valid, jnp.maximum(ids, 0), axis=1) & (ids >= 0)
+    return inside.sum(dtype=jnp.float32) / jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)

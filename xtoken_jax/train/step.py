@@ -85,6 +85,7 @@ def make_step(
     *,
     student_size: int,
     micro_batches: int = 1,
+    schedule: optax.Schedule | None = None,
 ) -> Step:
     """The step of one objective; jit it with the state donated.
 
@@ -96,6 +97,7 @@ def make_step(
         student_size: V_s of the tokenizer; logits past it do not enter the loss.
         micro_batches: parts of a batch that go through the student one by one, for less memory; see
             `accumulate`.
+        schedule: the optimizer's learning rate, to report; it follows the updates made.
 
     Returns:
         step(state, teacher_params, tables, batch, frozen) -> (state, metrics), where `frozen` is what
@@ -119,7 +121,13 @@ def make_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        metrics = {**metrics, "gradient_norm": norm, "finite": finite}
+        # A step that is not finite changed nothing.
+        update_norm = jnp.where(finite, optax.tree.norm(updates), 0.0)
+        metrics = {**metrics, "gradient_norm": norm, "update_norm": update_norm, "finite": finite}
+        if schedule is not None:
+            # The schedule's own counter, which such a step leaves where it was.
+            counts = optax.tree.get_all_with_path(state.opt_state, "count")
+            metrics["learning_rate"] = jnp.asarray(schedule(counts[-1][1]), jnp.float32)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
