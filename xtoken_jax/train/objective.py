@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.data.batches import Batch, TeacherBatch
 from xtoken_jax.losses import (
     LossConfig,
@@ -135,12 +134,11 @@ class Objective:
         metrics = {"loss": total, "ce": ce, "kd": kd, "kd_scale": scale, "kd_scale_capped": capped, **counted}
         chunks = []
         for name in self.teachers:
-            alignment = batch.teachers[name].alignment
-            valid = valid_chunks(alignment)
+            valid = valid_chunks(batch.teachers[name].alignment)
             chunks.append(valid.sum(dtype=jnp.int32))
             metrics[f"kd/{name}"] = means.kd[name]
             metrics[f"chunks/{name}"] = chunks[-1]
-            metrics[f"aligned_share/{name}"] = _aligned_share(alignment, valid, batch.student.mask)
+            metrics[f"aligned_share/{name}"] = _aligned_share(batch, name, valid)
         return total, {**metrics, "chunks": sum(chunks, jnp.int32(0))}
 
     def _weights(self, teacher: Teacher, with_ce: bool) -> tuple[float, float] | None:
@@ -206,8 +204,8 @@ class Objective:
         return ce, kd, None if weights is None else weights[0] * ce + weights[1] * kd
 
 
-def _aligned_share(alignment: Alignment, valid: jax.Array, mask: jax.Array) -> jax.Array:
+def _aligned_share(batch: Batch, teacher: str, valid: jax.Array) -> jax.Array:
     """The share of the student's tokens that are in a chunk that counts."""
-    ids = jnp.asarray(alignment.student_chunks)
+    ids, mask = jnp.asarray(batch.teachers[teacher].alignment.student_chunks), batch.student.mask
     inside = jnp.take_along_axis(valid, jnp.maximum(ids, 0), axis=1) & (ids >= 0)
     return inside.sum(dtype=jnp.float32) / jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
