@@ -42,10 +42,12 @@ def claimed(words, mesh=None):
         for name, (config, tokenizer) in sides.items()
     }
     texts = {
-        part: read_windows(pair, sources, experiment.data)
+        part: read_windows({"teacher": pair}, sources, experiment.data)
         for part, sources in (("train", experiment.data.train), ("validation", experiment.data.validation))
     }
-    return claim(Path(experiment.run_dir), experiment, contents(models, build_projection(pair), texts))
+    return claim(
+        Path(experiment.run_dir), experiment, contents(models, {"projection": build_projection(pair)}, texts)
+    )
 
 
 def edit_json(path, **values):
@@ -128,7 +130,7 @@ def test_changed_settings_are_refused_by_name_and_accepted_by_key(words, tmp_pat
 def test_another_w_is_refused(words, tmp_path):
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
-    others = [contents({}, build_projection(pair, entries=k), {}) for k in (1, 4)]
+    others = [contents({}, {"projection": build_projection(pair, entries=k)}, {}) for k in (1, 4)]
     claim(tmp_path / "run", experiment, others[0])
     with pytest.raises(UserError, match=r"holds another run \(projection="):
         claim(tmp_path / "run", experiment, others[1])

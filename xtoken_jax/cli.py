@@ -369,7 +369,7 @@ def _align(options: argparse.Namespace, console: Console) -> None:
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
     import jax
 
-    from xtoken_jax.data.batches import DataConfig, read_windows
+    from xtoken_jax.data.batches import DataConfig, read_windows, student_of
     from xtoken_jax.data.sources import SourceConfig, SourceKind
     from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
     from xtoken_jax.mesh import single_device_mesh
@@ -382,7 +382,12 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     else:
         kind = SourceKind.text if options.data.endswith((".txt", ".txt.gz")) else SourceKind.jsonl
         source = SourceConfig(kind=kind, path=options.data)
-    data = DataConfig({}, {"text": source}, options.length, options.length, options.batch_size)
+    data = DataConfig(
+        validation={"text": source},
+        student_length=options.length,
+        teacher_length=options.length,
+        batch_size=options.batch_size,
+    )
     if options.length < 2 or options.batch_size < 1:
         raise UserError("--length must be at least 2 and --batch-size at least 1")
     mesh = single_device_mesh()
@@ -390,10 +395,8 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
         model, params = open_model(
             ModelConfig(path=options.model), tokenizer.size, mesh=mesh, key=jax.random.key(0)
         )
-        rows = [
-            w.student.ids
-            for w in read_windows(TokenizerPair(tokenizer, tokenizer), data.validation, data)["text"]
-        ]
+        own = {"student": TokenizerPair(tokenizer, tokenizer)}
+        rows = [student_of(w).ids for w in read_windows(own, data.validation, data)["text"]]
         with console.status(f"running the model over {len(rows)} rows"):
             value = bits_per_byte(
                 model, params, tokenizer, rows, batch_size=options.batch_size, length=options.length

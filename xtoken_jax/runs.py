@@ -40,7 +40,7 @@ _NAMED = 3  # differences that an error names
 
 def contents(
     models: Mapping[str, tuple[Model, Params | None, Tokenizer]],
-    projection: Projection | None,
+    projections: Mapping[str, Projection],
     texts: Mapping[str, Mapping[str, Windows]],
 ) -> dict[str, str]:
     """What a run is made of besides its settings, as fingerprints that a change of content changes.
@@ -49,8 +49,9 @@ def contents(
     one pass over the devices' memory, and neither another split into files nor another mesh matters.
 
     Args:
-        models: "student" and "teacher" -> the model, its parameters (None for random ones) and tokenizer.
-        projection: W, where the loss reads it.
+        models: "student", "teacher", "teachers.NAME" -> the model, its parameters (None for random ones) and
+            tokenizer.
+        projections: each W that a loss reads, by its key in the config.
         texts: "train" and "validation" -> the sources of each by name.
 
     Returns:
@@ -63,8 +64,7 @@ def contents(
         if params is not None:
             found[f"{side}.weights"] = f"{checksum(params):08x}"
         found[f"{side}.tokenizer"] = tokenizer.fingerprint[:16]
-    if projection is not None:
-        found["projection"] = f"{checksum(projection):08x}"
+    found |= {key: f"{checksum(projection):08x}" for key, projection in projections.items()}
     for part, sources in texts.items():
         found |= {f"data.{part}.{name}": windows.digest for name, windows in sources.items()}
     return found

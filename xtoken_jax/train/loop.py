@@ -35,6 +35,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps.
+        accumulate: parts of a batch that go through the student one by one, for less memory; the loss and
+            its gradient stay those of the batch.
         log_every: steps between two lines of metrics.jsonl.
         evaluate_every: steps between two evaluations on the validation text; 0 for start and end alone.
         save_every: steps between two checkpoints; 0 for the end alone.
@@ -46,6 +48,7 @@ class TrainConfig:
     """
 
     steps: int = 5000
+    accumulate: int = 1
     log_every: int = 10
     evaluate_every: int = 250
     save_every: int = 500
@@ -57,8 +60,8 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         for name, least in (
-            ("steps", 1), ("log_every", 1), ("evaluate_every", 0), ("save_every", 0), ("keep", 1),
-            ("max_skips", 1),
+            ("steps", 1), ("accumulate", 1), ("log_every", 1), ("evaluate_every", 0), ("save_every", 0),
+            ("keep", 1), ("max_skips", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}")
@@ -70,8 +73,8 @@ def train(
     step: Step,
     batches: grain.DatasetIterator,
     *,
-    teacher_params: Params | None,
-    tables: LossTables | None,
+    teacher_params: dict[str, Params],
+    tables: dict[str, LossTables],
     evaluate: Callable[[Params], dict[str, float]],
     config: TrainConfig,
     folder: Path,
@@ -81,6 +84,7 @@ def train(
     frozen: Params | None = None,
     records: Callable[[int], list[Record]] | None = None,
     stop: StopSignals | None = None,
+    seconds_at_peak: float | None = None,
 ) -> TrainState:
     """Train to `config.steps`, from the newest checkpoint in `folder` if it holds one.
 
@@ -89,12 +93,15 @@ def train(
         abstract: its shapes and shardings, to restore into.
         step: the jitted step.
         batches: endless; its position is saved and restored.
+        teacher_params, tables: by teacher.
         evaluate: student parameters -> named figures on the validation text.
         folder: gets metrics.jsonl, checkpoints/ and, after a loss that was not finite, non_finite.jsonl.
         title: of the progress bar.
         frozen: the student's parameters that do not train, as `split_lora` returns them.
         records: step, from 1 -> where the rows of its batch come from, for non_finite.jsonl.
         stop: signals to leave at, with a checkpoint.
+        seconds_at_peak: what a step would take if the devices did nothing but its models' arithmetic, at
+            their peak; None where that is not known.
 
     Returns:
         The last state.
@@ -172,8 +179,12 @@ def train(
                     look_at(number, metrics)
                     pending = None
                     values = {name: float(value) for name, value in metrics.items() if name != "finite"}
-                    rate = tokens / (time.perf_counter() - started)
-                    log.write(number, {**values, **skips.counted(), "tokens_per_second": round(rate)})
+                    elapsed = time.perf_counter() - started
+                    rate = tokens / elapsed
+                    speed: dict[str, float] = {"tokens_per_second": round(rate)}
+                    if seconds_at_peak is not None:
+                        speed["flops_utilization"] = seconds_at_peak * (number - first) / elapsed
+                    log.write(number, {**values, **skips.counted(), **speed})
                     checkpoints.check()
                     if values.get("kd_scale_capped") and not warned:
                         warned = True
