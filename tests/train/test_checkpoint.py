@@ -162,15 +162,16 @@ def test_another_student_is_not_called_damage(folder):
 
 
 def test_a_folder_has_one_writer_and_readers_change_nothing(folder):
-    (folder / "3.orbax-checkpoint-tmp").mkdir()  # of a save that was killed, or is under way
+    (folder / "4.orbax-checkpoint-tmp").mkdir()  # of a save that was killed, or is under way
     with Checkpoints(folder, read_only=True) as reader:
         assert reader.latest == 2
-        assert (folder / "3.orbax-checkpoint-tmp").is_dir()
+        assert (folder / "4.orbax-checkpoint-tmp").is_dir()
         with Checkpoints(folder) as writer:
             assert writer.latest == 2
-            assert not (folder / "3.orbax-checkpoint-tmp").exists()
             with pytest.raises(UserError, match="another process is writing there"):
                 Checkpoints(folder)
+            writer.save(3, state_of(3), {})  # cleared away in the background, and by now
+            assert not (folder / "4.orbax-checkpoint-tmp").exists()
         assert reader.restore(2, ABSTRACT)[0].step == 2
     Checkpoints(folder).__exit__(None)
 

@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from xtoken_jax.alignment.batch import Alignment, TokenRows
-from xtoken_jax.data.batches import Batch, Record
+from xtoken_jax.data.batches import Batch, Record, TeacherBatch
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.train import checkpoint
@@ -45,7 +45,7 @@ class Batches:
         self.drawn += 1
         ids = np.full((1, 2), self.drawn, np.int32)
         side = TokenRows(ids, ids > 0, ids > 0, ids)
-        return Batch(side, side, Alignment(ids, ids, ids > 0))
+        return Batch(side, {"teacher": TeacherBatch(side, Alignment(ids, ids, ids > 0))})
 
     def get_state(self):
         return {"drawn": self.drawn}
