@@ -49,9 +49,11 @@ def quiet():
     "kind",
     [
         LossKind.p_kl,
-        LossKind.prefix_kl,
         LossKind.none,
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (LossKind.h_kl, LossKind.alm)),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (LossKind.prefix_kl, LossKind.h_kl, LossKind.alm)
+        ),
     ],
 )
 def test_a_step_on_any_mesh_is_the_step_on_one_device(kind, words):
