@@ -9,14 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "xtoken_jax"
 
-# Everything may import these; `hub` is where a name becomes a folder, `errors` how a user is told.
-COMMON = {"errors", "hub"}
+# Everything may import these; `hub` is where a name becomes a folder, `errors` how a user is told, `files`
+# how a file is written whole or not at all.
+COMMON = {"errors", "files", "hub"}
 
 # Module or package -> what it may import besides COMMON and, for a package, itself. A name with a
 # dot is one module, which has a rule of its own. In the order data flows: nobody imports from below.
 ALLOWED = {
     "errors": set(),
+    "files": set(),
     "hub": set(),
+    "checksum": set(),
+    "resume": set(),
     "tokens": set(),
     "mesh": set(),
     "alignment.batch": set(),
@@ -35,14 +39,14 @@ ALLOWED = {
     # It compares the tokenizer's size with the model's vocabulary.
     "models.load": {"models", "mesh", "tokens.tokenizer"},
     "losses": {"mesh", "alignment.batch", "projection.matrix", "projection.events", "projection.sharded"},
-    "train": {"models", "losses", "data", "mesh"},
+    "train": {"models", "losses", "data", "mesh", "checksum"},
     "evaluate": {"models", "losses", "data", "alignment", "tokens", "mesh"},
     "export": {"models", "tokens", "mesh"},
     # It reads what the loop writes.
     "report": {"train.metrics"},
     # The experiment's schema is made of each part's own config.
     "config": {
-        "data.batches", "losses", "mesh", "models.load", "train.loop", "train.optimizer",
+        "data.batches", "losses", "mesh", "models.load", "resume", "train.loop", "train.optimizer",
     },
 }  # fmt: skip
 WIRING = {"__init__", "cli", "cli_generate", "distill", "runs"}  # these may import anything

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 
@@ -241,3 +242,14 @@ def test_audit_project_align(capsys, pair_folders, tmp_path):
     assert chunks[0] == {"chunk": 0, "student": ["12"], "teacher": ["1", "2"], "exact": True}
     fails(capsys, ["align", *pair, "--file", tmp_path / "none.txt"], "cannot be read")
     fails(capsys, ["audit", "--student", tmp_path / "none", *pair[2:]], "no such folder")
+
+
+@pytest.mark.parametrize(("kind", "name", "code"), [("SIGTERM", "SIGTERM", 0), ("SIGINT", "Ctrl-C", 130)])
+def test_a_signal_outside_of_training_is_a_word_and_no_traceback(capsys, monkeypatch, run, kind, name, code):
+    monkeypatch.setattr("xtoken_jax.distill.distill", lambda *_: signal.raise_signal(getattr(signal, kind)))
+    before = signal.getsignal(signal.SIGINT)
+    assert main(run) == code
+    assert capsys.readouterr().err == (
+        f"xtoken: stopped by {name}: the same command goes on from the last checkpoint\n"
+    )
+    assert signal.getsignal(signal.SIGINT) is before

@@ -122,3 +122,44 @@ def test_adapters_that_make_no_sense_are_refused_in_one_line(words, message):
     with pytest.raises(UserError, match=message) as refused:
         load_experiment([*PAIR, *words])
     assert "\n" not in str(refused.value)
+
+
+TWIN = "teachers.twin.path=u"
+
+
+def test_further_teachers_begin_on_the_command_line():
+    words = [TWIN, "teachers.twin.loss.kind=gold", "teachers.twin.weight=0.2", "teacher.weight=0.8"]
+    experiment = load_experiment([*PAIR, *words, "projection=w", "loss.temperature=2"])
+    first, twin = experiment.every_teacher().values()
+    assert (first.path, first.weight, first.projection, first.loss) == ("t", 0.8, "w", experiment.loss)
+    assert (twin.path, twin.weight, twin.projection) == ("u", 0.2, None)
+    assert (twin.loss.kind, twin.loss.temperature) == (LossKind.gold, 1.0)
+    assert list(load_experiment([*PAIR, TWIN, "loss=none"]).every_teacher()) == []
+    data = load_experiment([*PAIR, TWIN, "data.teacher_lengths.twin=7"]).data
+    assert [data.length_of(name) for name in ("teacher", "twin")] == [1024, 7]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["teachers.teacher.path=u"], r"teachers\.teacher: teacher is the name of the first one"),
+        (["teachers.twin.weight=1"], r"teachers\.twin\.path: not given"),
+        ([TWIN, "teachers.twin.weight=0"], r"teachers\.twin\.weight=0\.0: must be above 0"),
+        ([TWIN, "teacher.weight=-1"], r"teacher\.weight=-1\.0: must be above 0"),
+        (["teacher.weight=0.5"], r"teacher\.weight=0\.5: it is for several teachers"),
+        ([TWIN, "teachers.twin.loss.kind=none"], r"teachers\.twin\.loss\.kind=none: .*leave it out"),
+        ([TWIN, "teachers.twin.loss.top_k=0"], r"teachers\.twin\.loss\.top_k=0: must be at least 1"),
+        (
+            [TWIN, "teachers.twin.loss.max_scale=2"],
+            r"teachers\.twin\.loss\.max_scale: .* set loss\.max_scale",
+        ),
+        ([TWIN, "teachers.twin.lora.rank=2"], r"teachers\.twin\.lora: a teacher does not train"),
+        ([TWIN, "teachers.twin.wieght=2"], r"did you mean teachers\.twin\.weight"),
+        (["data.teacher_lengths.twin=9"], r"data\.teacher_lengths\.twin: no such teacher"),
+        ([TWIN, "data.teacher_lengths.twin=1"], r"data\.teacher_lengths\.twin=1: must be at least 2"),
+    ],
+)
+def test_teachers_that_make_no_sense_are_refused_in_one_line(words, message):
+    with pytest.raises(UserError, match=message) as refused:
+        load_experiment([*PAIR, *words])
+    assert "\n" not in str(refused.value)

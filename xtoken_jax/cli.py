@@ -30,12 +30,16 @@ arguments are key=value pairs:
   train.steps=1000 optimizer.learning_rate=1e-4 data.batch_size=16 run_dir=runs/mine
 
 The run's folder gets metrics.jsonl, curves.png, checkpoints/ and student/, an ordinary Hugging
-Face folder. The same command again goes on where a run was interrupted.
+Face folder. The same command again goes on where a run was interrupted; SIGTERM and Ctrl-C save
+first. resume.allow=[KEY,...] goes on with settings or content that differ.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 2 for a mistake in the input, 130 on Ctrl-C."""
+    """Run the command; returns the exit code: 0, 2 for a mistake in the input, 130 on Ctrl-C.
+
+    SIGTERM ends `xtoken distill` with 0, and a checkpoint.
+    """
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(words)
@@ -60,10 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"xtoken: {error}", markup=False, style="red"
         )
         return 2
-    except KeyboardInterrupt:
-        resumes = "; the same command goes on from the last checkpoint"
-        print(f"xtoken: interrupted{resumes * (options.command == 'distill')}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(f"xtoken: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return getattr(interrupt, "code", 130)
     return 0
 
 
@@ -227,11 +230,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _distill(options: argparse.Namespace, console: Console) -> None:
-    from xtoken_jax.config import load_experiment
-    from xtoken_jax.distill import distill
+    from xtoken_jax.train.signals import StopSignals
 
-    experiment = load_experiment(options.overrides)
-    result = distill(experiment, Console(stderr=options.json, highlight=False, soft_wrap=True))
+    with StopSignals() as stop:  # before the imports, which take seconds
+        from xtoken_jax.config import load_experiment
+        from xtoken_jax.distill import distill
+
+        experiment = load_experiment(options.overrides)
+        result = distill(experiment, Console(stderr=options.json, highlight=False, soft_wrap=True), stop)
     if options.json:
         _print_json({"loss": result.loss.value, "figures": result.figures, "student": str(result.student)})
         return
@@ -363,7 +369,7 @@ def _align(options: argparse.Namespace, console: Console) -> None:
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
     import jax
 
-    from xtoken_jax.data.batches import DataConfig, read_windows
+    from xtoken_jax.data.batches import DataConfig, read_windows, student_of
     from xtoken_jax.data.sources import SourceConfig, SourceKind
     from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
     from xtoken_jax.mesh import single_device_mesh
@@ -376,7 +382,12 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     else:
         kind = SourceKind.text if options.data.endswith((".txt", ".txt.gz")) else SourceKind.jsonl
         source = SourceConfig(kind=kind, path=options.data)
-    data = DataConfig({}, {"text": source}, options.length, options.length, options.batch_size)
+    data = DataConfig(
+        validation={"text": source},
+        student_length=options.length,
+        teacher_length=options.length,
+        batch_size=options.batch_size,
+    )
     if options.length < 2 or options.batch_size < 1:
         raise UserError("--length must be at least 2 and --batch-size at least 1")
     mesh = single_device_mesh()
@@ -384,10 +395,8 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
         model, params = open_model(
             ModelConfig(path=options.model), tokenizer.size, mesh=mesh, key=jax.random.key(0)
         )
-        rows = [
-            w.student.ids
-            for w in read_windows(TokenizerPair(tokenizer, tokenizer), data.validation, data)["text"]
-        ]
+        own = {"student": TokenizerPair(tokenizer, tokenizer)}
+        rows = [student_of(w).ids for w in read_windows(own, data.validation, data)["text"]]
         with console.status(f"running the model over {len(rows)} rows"):
             value = bits_per_byte(
                 model, params, tokenizer, rows, batch_size=options.batch_size, length=options.length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,12 +21,43 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind
 from xtoken_jax.mesh import MeshConfig
 from xtoken_jax.models.load import AdapterConfig, Dtype, ModelConfig, Start
+from xtoken_jax.resume import ResumeConfig
 from xtoken_jax.train.loop import TrainConfig
 from xtoken_jax.train.optimizer import OptimizerConfig
 
 PACKAGE = Path(__file__).parent
+_DEFAULT_LOSS = LossConfig()
 # A wheel carries the configs inside the package; a checkout has them beside it.
 CONFIG_FOLDER = next(f for f in (PACKAGE / "configs", PACKAGE.parent / "configs") if f.is_dir())
+
+
+@dataclass
+class TeacherConfig(ModelConfig):
+    """A teacher.
+
+    Attributes:
+        weight: alpha of its term in the sum of all teachers' terms.
+    """
+
+    weight: float = 1.0
+
+
+@dataclass
+class FurtherTeacherConfig(TeacherConfig):
+    """A teacher beside the first, with what the experiment itself has for the first one.
+
+    Attributes:
+        projection: a W file of the student and this teacher; null builds it.
+        loss: its term. Scaling, weights of the two parts and block are the experiment's.
+    """
+
+    projection: str | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+FIRST_TEACHER = "teacher"  # what the metrics call it
+# What `loss` says for all teachers together.
+_SHARED = ("dynamic_scaling", "max_scale", "kd_weight", "ce_weight", "block")
 
 
 @dataclass
@@ -36,16 +68,19 @@ class Experiment:
         name: of the experiment; also of its folder under runs/.
         run_dir: where the run is written.
         student, teacher: the two models.
+        teachers: further teachers by name, whose terms are added to that of the first.
         projection: a W file made by `xtoken project`; null builds it.
         export_dtype: of the weights in the student's Hugging Face folder.
         baseline: also train the same student for as long without a teacher, to compare with.
         loss, data, optimizer, train, mesh: see the group of that name.
+        resume: what may differ where a run goes on.
     """
 
     name: str = "distill"
     run_dir: str = "runs/${name}"
     student: ModelConfig = field(default_factory=ModelConfig)
-    teacher: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, FurtherTeacherConfig] = field(default_factory=dict)
     projection: str | None = None
     baseline: bool = False
     export_dtype: Dtype = Dtype.float32
@@ -54,6 +89,7 @@ class Experiment:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def validate(self) -> None:
         """Raise UserError for the first value that makes no sense."""
@@ -72,10 +108,65 @@ class Experiment:
             )
         for part in (self.loss, self.data, self.optimizer, self.train):
             part.validate()
+        self._validate_teachers()
+        known = [f.name for f in dataclasses.fields(self)]
+        for key in self.resume.allow:
+            if key.split(".")[0] not in known:
+                raise UserError(
+                    f"resume.allow: no such key or group as {key}{_nearest(key, known)}; there is "
+                    f"{', '.join(known)}"
+                )
+
+    def _validate_teachers(self) -> None:
+        """Of several teachers; a run without one reads none of it."""
+        if self.loss.kind is LossKind.none:
+            return
+        for name, teacher in self.teachers.items():
+            key = f"teachers.{name}"
+            if name == FIRST_TEACHER:
+                raise UserError(f"{key}: {name} is the name of the first one, teacher.path")
+            if not teacher.path:
+                raise UserError(f"{key}.path: not given; name a Hugging Face folder or hub id")
+            if teacher.loss.kind is LossKind.none:
+                raise UserError(
+                    f"{key}.loss.kind=none: a teacher without a term teaches nothing; leave it out"
+                )
+            for shared in _SHARED:
+                if getattr(teacher.loss, shared) != getattr(_DEFAULT_LOSS, shared):
+                    raise UserError(f"{key}.loss.{shared}: one for all teachers; set loss.{shared}")
+            try:
+                teacher.loss.validate()
+            except UserError as error:
+                raise UserError(f"{key}.{error}") from error
+        for key, every in self._teachers().items():
+            if every.lora != AdapterConfig():
+                raise UserError(f"{key}.lora: a teacher does not train; adapters are for the student")
+            if not 0 < every.weight < math.inf:
+                raise UserError(f"{key}.weight={every.weight}: must be above 0; leave a teacher out instead")
+        if not self.teachers and self.teacher.weight != 1.0:
+            raise UserError(
+                f"teacher.weight={self.teacher.weight}: it is for several teachers; of one alone, "
+                "loss.kd_weight with loss.dynamic_scaling=false weighs the term"
+            )
+        for name in self.data.teacher_lengths:
+            if name not in (FIRST_TEACHER, *self.teachers):
+                raise UserError(f"data.teacher_lengths.{name}: no such teacher")
+
+    def _teachers(self) -> dict[str, TeacherConfig]:
+        """By key."""
+        return {FIRST_TEACHER: self.teacher, **{f"teachers.{name}": t for name, t in self.teachers.items()}}
+
+    def every_teacher(self) -> dict[str, FurtherTeacherConfig]:
+        """By name, all in one form: the first with the experiment's own loss and projection; none without."""
+        if self.loss.kind is LossKind.none:
+            return {}
+        first = {f.name: getattr(self.teacher, f.name) for f in dataclasses.fields(TeacherConfig)}
+        return {
+            FIRST_TEACHER: FurtherTeacherConfig(**first, projection=self.projection, loss=self.loss),
+            **self.teachers,
+        }
 
     def _validate_adapters(self) -> None:
-        if self.teacher.lora != AdapterConfig():
-            raise UserError("teacher.lora: a teacher does not train; adapters are for the student")
         self.student.lora.validate("student.lora")
         rank = self.student.lora.rank
         if rank and self.student.init is Start.random:

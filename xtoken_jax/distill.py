@@ -5,48 +5,61 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.alignment.spans import Spans
-from xtoken_jax.config import Experiment
+from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
 from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data import arithmetic
-from xtoken_jax.data.batches import DataConfig, read_windows, training_batches
+from xtoken_jax.data.batches import (
+    DataConfig,
+    Windows,
+    batch_records,
+    read_windows,
+    student_of,
+    training_batches,
+)
 from xtoken_jax.data.sources import SourceKind
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.export import export_hf
+from xtoken_jax.files import write_whole
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind, loss_tables
 from xtoken_jax.losses.objective import LossTables, VocabularySizes
 from xtoken_jax.mesh import make_mesh, replicated
 from xtoken_jax.models.decoder import Model, Params
-from xtoken_jax.models.load import open_model
+from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.files import load_projection
+from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
-from xtoken_jax.runs import claim
+from xtoken_jax.runs import claim, contents
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
+from xtoken_jax.train.flops import peak_flops, step_flops
 from xtoken_jax.train.loop import train
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
-from xtoken_jax.train.optimizer import make_optimizer
+from xtoken_jax.train.objective import Teacher
+from xtoken_jax.train.optimizer import make_optimizer, make_schedule
+from xtoken_jax.train.signals import StopSignals
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
 STUDENT_FOLDER = "student"
 _PROMPTS_AT_ONCE = 256
 
 Figures = dict[str, float]
-Texts = dict[str, list[Spans]]
+Texts = dict[str, Windows]
+Pairs = dict[str, TokenizerPair]
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Result:
     """What a run came to.
 
     Attributes:
+        loss: term of the first teacher.
         figures: row of the final table -> name -> held-out figure.
         student, metrics, picture: what was written.
         seconds: since the start.
@@ -68,66 +82,97 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Teacher:
-    model: Model
-    params: Params
+class _Teachers:
+    """All teachers, by name."""
+
+    static: dict[str, Teacher] = field(default_factory=dict)
+    params: dict[str, Params] = field(default_factory=dict)
+    tables: dict[str, LossTables] = field(default_factory=dict)
+    projections: dict[str, Projection] = field(default_factory=dict)  # W, where the tables are made of it
+
+
+class _Term(NamedTuple):
+    """A teacher's term: the settled kind, why it is this one, what it reads, and the W that is made of."""
+
+    kind: LossKind
+    reason: str
     tables: LossTables
+    projection: Projection | None = None
 
 
-def distill(experiment: Experiment, console: Console) -> Result:
+def distill(experiment: Experiment, console: Console, stop: StopSignals | None = None) -> Result:
     """Run an experiment to its end, or go on with it where its folder holds a part of it.
 
     Args:
         experiment: validated.
         console: where progress is shown.
+        stop: signals at which training saves and leaves.
 
     Raises:
         UserError: whatever is wrong with what the experiment names, and a loss that is not finite.
+        Stopped: one of the signals came.
     """
     started = time.perf_counter()
     run = Path(experiment.run_dir).expanduser()
     mesh = make_mesh(experiment.mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if experiment.data.batch_size % rows:
+    devices, parts = mesh.shape["data"] * mesh.shape["fsdp"], experiment.train.accumulate
+    if experiment.data.batch_size % (devices * parts):
+        by = f", each in train.accumulate={parts} parts" if parts > 1 else ""
         raise UserError(
-            f"data.batch_size={experiment.data.batch_size}: not a multiple of the {rows} devices of the "
-            "mesh's data and fsdp axes"
+            f"data.batch_size={experiment.data.batch_size}: not a multiple of the {devices} devices of the "
+            f"mesh's data and fsdp axes{by}"
         )
+    configs = experiment.every_teacher()
     with jax.set_mesh(mesh):
-        pair = _load_pair(experiment)
+        tokenizer = Tokenizer.load(str(experiment.student.path))
+        pairs = {
+            name: TokenizerPair(tokenizer, Tokenizer.load(str(config.path)))
+            for name, config in configs.items()
+        }
         key = jax.random.key(experiment.train.seed)
-        _name(console, "student", pair.student)
-        student, params = open_model(experiment.student, pair.student.size, mesh=mesh, key=key)
+        _name(console, "student", tokenizer)
+        student, params = open_model(experiment.student, tokenizer.size, mesh=mesh, key=key)
         start, frozen = split_lora(params)
         if student.lora is not None:
             console.print(_adapters(student.lora, start, params))
         del params
-        kind, teacher = _load_teacher(experiment, pair, mesh, console)
+        teachers = _load_teachers(configs, pairs, mesh, console)
+        kinds = {name: teacher.loss.kind for name, teacher in teachers.static.items()}
+        # Without a teacher the student's own boundaries are those that rows are cut at.
+        pairs = pairs or {"student": TokenizerPair(tokenizer, tokenizer)}
         with console.status("tokenizing and aligning the text"):
-            windows = read_windows(pair, experiment.data.train, experiment.data)
-            held_out = _held_out(experiment, pair)
-        batches = partial(training_batches, pair, windows, experiment.data)
+            windows = read_windows(pairs, experiment.data.train, experiment.data)
+            held_out = _held_out(experiment, tokenizer, pairs)
+        batches = partial(training_batches, pairs, windows, experiment.data)
         batches()  # too little text is said before anything is written
-        tokens = sum(len(w.student.ids) for part in windows.values() for w in part)
+        tokens = sum(len(student_of(w)) for part in windows.values() for w in part)
         console.print(f"text     {sum(map(len, windows.values())):,} rows, {tokens:,} student tokens")
-        claim(run, experiment)
+        made_of = contents(
+            _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
+            {_key(name, "projection"): projection for name, projection in teachers.projections.items()},
+            {"train": windows, "validation": held_out.windows},
+        )
+        for change in claim(run, experiment, made_of):
+            console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
+        records_of = batch_records(windows, experiment.data)
 
         def one_run(
-            params: Params, folder: Path, teacher: _Teacher | None, title: str
+            params: Params, folder: Path, teachers: _Teachers, title: str
         ) -> tuple[Params, Figures, Figures]:
             """Parameters at the end, and the held-out figures of the start and of the end."""
             optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-            loss = replace(experiment.loss, kind=kind if teacher else LossKind.none)
             step = make_step(
-                student, teacher.model if teacher else None, loss, optimizer, student_size=pair.student.size
-            )
+                student, teachers.static, experiment.loss, optimizer,
+                student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
+                schedule=make_schedule(experiment.optimizer, experiment.train.steps),
+            )  # fmt: skip
             state = train(
                 init_state(student, params, optimizer, mesh),
                 abstract_state(student, optimizer, mesh),
                 jax.jit(step, donate_argnums=0),
                 batches(),
-                teacher_params=teacher.params if teacher else None,
-                tables=teacher.tables if teacher else None,
+                teacher_params=teachers.params,
+                tables=teachers.tables,
                 evaluate=partial(held_out.of_student, student),
                 config=experiment.train,
                 folder=folder,
@@ -135,40 +180,50 @@ def distill(experiment: Experiment, console: Console) -> Result:
                 title=title,
                 console=console,
                 frozen=frozen,
+                records=lambda number: records_of(number - 1),
+                stop=stop,
+                seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
             rows = read_metrics(folder / METRICS_FILE)
             measured = [row["validation"] for row in rows if "validation" in row]
             return join_lora(state.params, frozen), measured[0], measured[-1]
 
         figures = {}
-        if teacher is not None:
-            with console.status("measuring the teacher on the held-out text"):
-                figures["teacher"] = held_out.of_teacher(teacher.model, teacher.params)
+        for name, teacher in teachers.static.items():
+            row = "teacher" if name == FIRST_TEACHER else f"teacher {name}"
+            with console.status(f"measuring {row} on the held-out text"):
+                figures[row] = held_out.of_teacher(name, teacher.model, teachers.params[name])
         plain = None
-        if teacher is not None and experiment.baseline:
+        if configs and experiment.baseline:
             # A run donates the parameters that it starts from, and the next one needs the same.
             copy = jax.tree.map(lambda x: x.copy(), start)
-            plain = one_run(copy, run / BASELINE_FOLDER, None, "without a teacher")[-1]
-        title = "distilling" if teacher else "training"
-        trained, figures["student, untouched"], end = one_run(start, run, teacher, title)
+            plain = one_run(copy, run / BASELINE_FOLDER, _Teachers(), "without a teacher")[-1]
+        title = "distilling" if configs else "training"
+        trained, figures["student, untouched"], end = one_run(start, run, teachers, title)
         if plain is not None:
             figures["trained without a teacher"] = plain
-        figures["distilled" if teacher else "trained"] = end
+        figures["distilled" if configs else "trained"] = end
 
         out = run / STUDENT_FOLDER
         dtype = experiment.export_dtype.value
         folder = resolve_folder(str(experiment.student.path), weights=False)
         export_hf(out, student, trained, folder, dtype=dtype, donate=True)
-    (run / RESULT_FILE).write_text(json.dumps({"loss": kind.value, "figures": figures}, indent=2) + "\n")
+    kind = kinds.get(FIRST_TEACHER, LossKind.none)
+    result: dict[str, object] = {"loss": kind.value, "figures": figures}
+    if len(kinds) > 1:
+        result["losses"] = {name: kind.value for name, kind in kinds.items()}
+    write_whole(run / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     picture = draw_curves(run)
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
 
 
-def _load_pair(experiment: Experiment) -> TokenizerPair:
-    student = Tokenizer.load(str(experiment.student.path))
-    if experiment.loss.kind is LossKind.none:
-        return TokenizerPair(student, student)
-    return TokenizerPair(student, Tokenizer.load(str(experiment.teacher.path)))
+def _seconds_at_peak(
+    data: DataConfig, student: Model, teachers: dict[str, Teacher], mesh: Mesh
+) -> float | None:
+    """Of a step; None where the devices' peak is not known."""
+    peak = peak_flops(list(mesh.devices.flat))
+    read = [(teacher.model, data.length_of(name)) for name, teacher in teachers.items()]
+    return None if peak is None else step_flops(student, read, data.batch_size, data.student_length) / peak
 
 
 def _name(console: Console, side: str, tokenizer: Tokenizer) -> None:
@@ -183,6 +238,28 @@ def _adapters(lora: LoraConfig, adapters: Params, params: Params) -> str:
     return f"lora     rank {lora.rank} on {names}: {trained:,} of {every:,} parameters train"
 
 
+def _key(name: str, key: str) -> str:
+    """What a key of a teacher's is called in the config."""
+    return key if name == FIRST_TEACHER else f"teachers.{name}.{key}"
+
+
+def _models(
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    pairs: Pairs,
+    student: Model,
+    start: Params,
+    teachers: _Teachers,
+) -> dict[str, tuple[Model, Params | None, Tokenizer]]:
+    """What `contents` takes: a student's random start is not content, its seed is a setting."""
+    given = None if experiment.student.init is Start.random else start
+    found: dict[str, tuple[Model, Params | None, Tokenizer]] = {"student": (student, given, tokenizer)}
+    for name, teacher in teachers.static.items():
+        key = FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
+        found[key] = teacher.model, teachers.params[name], pairs[name].teacher
+    return found
+
+
 def _sizes(pair: TokenizerPair) -> LossTables:
     return VocabularySizes(pair.student.size, pair.teacher.size)
 
@@ -193,31 +270,52 @@ _WITHOUT_W: dict[LossKind, Callable[[TokenizerPair], LossTables]] = {
 }  # fmt: skip
 
 
-def _load_teacher(
-    experiment: Experiment, pair: TokenizerPair, mesh: Mesh, console: Console
-) -> tuple[LossKind, _Teacher | None]:
-    """The teacher with what its loss reads, and the loss, which the audit chooses for "auto"."""
-    kind = experiment.loss.kind
-    if kind is LossKind.none:
+def _load_teachers(
+    configs: dict[str, FurtherTeacherConfig], pairs: Pairs, mesh: Mesh, console: Console
+) -> _Teachers:
+    """The teachers with what their terms read, and the terms, which the audit chooses for "auto"."""
+    found = _Teachers()
+    if not configs:
         console.print("loss     next-token cross-entropy, no teacher")
-        return kind, None
-    _name(console, "teacher", pair.teacher)
-    model, params = open_model(experiment.teacher, pair.teacher.size, mesh=mesh, key=jax.random.key(0))
+    for name, config in configs.items():
+        pair = pairs[name]
+        _name(console, "teacher", pair.teacher)
+        model, params = open_model(config, pair.teacher.size, mesh=mesh, key=jax.random.key(0))
+        term = _term(name, config, pair)
+        loss = replace(config.loss, kind=term.kind)
+        loss.validate_merge()
+        weight = f", weight {config.weight:g}" if len(configs) > 1 else ""
+        console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
+        found.static[name] = Teacher(model, loss, config.weight)
+        found.params[name] = params
+        found.tables[name] = jax.device_put(term.tables, replicated(mesh))
+        if term.projection is not None:
+            found.projections[name] = term.projection
+    return found
+
+
+def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term:
+    kind, reason = config.loss.kind, "as configured"
+    shared = pair.student.fingerprint == pair.teacher.fingerprint
+    if kind is LossKind.auto and shared and config.projection is None:
+        kind, reason = LossKind.same_vocabulary, "the teacher has the student's tokenizer"
     if kind in _WITHOUT_W:
-        if experiment.projection is not None:
-            raise UserError(f"projection={experiment.projection}: loss.kind={kind.value} reads no W")
-        console.print(f"loss     {kind.value}: as configured")
-        return kind, _Teacher(model, params, jax.device_put(_WITHOUT_W[kind](pair), replicated(mesh)))
-    if experiment.projection is None:
+        if config.projection is not None:
+            raise UserError(
+                f"{_key(name, 'projection')}={config.projection}: {_key(name, 'loss.kind')}={kind.value} "
+                "reads no W"
+            )
+        return _Term(kind, reason, _WITHOUT_W[kind](pair))
+    if kind is LossKind.same_vocabulary and shared:
+        return _Term(kind, reason, _sizes(pair))
+    if config.projection is None:
         projection = cached_projection(pair)
     else:
-        projection = load_projection(experiment.projection, pair)
-    reason = "as configured"
+        projection = load_projection(config.projection, pair)
     if kind is LossKind.auto:
         found = audit(pair, projection)
         kind, reason = LossKind(found.recommended_loss), found.reason
-    console.print(f"loss     {kind.value}: {reason}")
-    return kind, _Teacher(model, params, jax.device_put(loss_tables(kind, projection), replicated(mesh)))
+    return _Term(kind, reason, loss_tables(kind, projection), projection)
 
 
 @dataclass(frozen=True)
@@ -225,19 +323,20 @@ class _HeldOut:
     """The validation sources, ready for models of either side."""
 
     data: DataConfig
-    pair: TokenizerPair
+    student: Tokenizer
+    pairs: Pairs
     windows: Texts
     problems: dict[str, list[arithmetic.Problem]]
 
     def of_student(self, model: Model, params: Params) -> Figures:
         """Figures of a model with the student's tokenizer."""
-        rows = {name: [w.student.ids for w in part] for name, part in self.windows.items()}
-        return self._figures(model, params, self.pair.student, rows, self.data.student_length)
+        rows = {name: [student_of(w).ids for w in part] for name, part in self.windows.items()}
+        return self._figures(model, params, self.student, rows, self.data.student_length)
 
-    def of_teacher(self, model: Model, params: Params) -> Figures:
-        """Figures of a model with the teacher's tokenizer."""
-        rows = {name: [w.teacher.ids for w in part] for name, part in self.windows.items()}
-        return self._figures(model, params, self.pair.teacher, rows, self.data.teacher_length)
+    def of_teacher(self, teacher: str, model: Model, params: Params) -> Figures:
+        """Figures of a model with a teacher's tokenizer."""
+        rows = {name: [w[teacher].teacher.ids for w in part] for name, part in self.windows.items()}
+        return self._figures(model, params, self.pairs[teacher].teacher, rows, self.data.length_of(teacher))
 
     def _figures(
         self,
@@ -260,7 +359,7 @@ class _HeldOut:
         return found
 
 
-def _held_out(experiment: Experiment, pair: TokenizerPair) -> _HeldOut:
+def _held_out(experiment: Experiment, student: Tokenizer, pairs: Pairs) -> _HeldOut:
     sources = experiment.data.validation
     texts = {name: s for name, s in sources.items() if s.kind is not SourceKind.arithmetic}
     problems = {
@@ -268,4 +367,5 @@ def _held_out(experiment: Experiment, pair: TokenizerPair) -> _HeldOut:
         for name, s in sources.items()
         if s.kind is SourceKind.arithmetic
     }
-    return _HeldOut(experiment.data, pair, read_windows(pair, texts, experiment.data), problems)
+    windows = read_windows(pairs, texts, experiment.data)
+    return _HeldOut(experiment.data, student, pairs, windows, problems)

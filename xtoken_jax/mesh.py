@@ -5,7 +5,7 @@ Three axes. `data` holds copies of the parameters, `fsdp` splits both the batch 
 there is a single code path.
 
 Shape letters: B batch, T position, S cached position, C chunk, V vocabulary, D width, L layer, N query head,
-G key/value head, H head width, F feed-forward width, R rank of an adapter.
+G key/value head, H head width, F feed-forward width, R rank of an adapter, M micro-batch.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ PARTITION_SPECS: dict[str, PartitionSpec] = {
     "B C": PartitionSpec(BATCH, None),
     "B T D": PartitionSpec(BATCH, None, None),
     "B T V": PartitionSpec(BATCH, None, "tensor"),
+    "M B T": PartitionSpec(None, BATCH, None),
+    "M B T D": PartitionSpec(None, BATCH, None, None),
     "L B S G H": PartitionSpec(None, BATCH, None, "tensor", None),
     "B T N H": PartitionSpec(BATCH, None, "tensor", None),
     "B T G H": PartitionSpec(BATCH, None, "tensor", None),

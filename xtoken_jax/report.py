@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import write_whole
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 
 PICTURE = "curves.png"
 RESULT_FILE = "result.json"
 BASELINE_FOLDER = "no_teacher"
 _RUNS = {"": ("distilled", "tab:blue"), BASELINE_FOLDER: ("without a teacher", "tab:orange")}
+_LEVELS = ("gray", "tab:green", "tab:purple")
 _TRAINING = {"ce": "cross-entropy (nats per token)", "kd": "distillation term (nats per chunk)"}
 
 
@@ -22,7 +25,7 @@ def draw_curves(run: Path) -> Path:
     """Draw training and validation figures of a run, and of its baseline, over the steps.
 
     Args:
-        run: the run's folder. Where its result is there too, the teacher's figures are drawn as levels.
+        run: the run's folder. Where its result is there too, the teachers' figures are drawn as levels.
 
     Returns:
         The path of the PNG.
@@ -34,7 +37,8 @@ def draw_curves(run: Path) -> Path:
     if not rows.get(""):
         raise UserError(f"{run}: not a run, it has no {METRICS_FILE}")
     result = run / RESULT_FILE
-    teacher = json.loads(result.read_text())["figures"].get("teacher", {}) if result.is_file() else {}
+    figures = json.loads(result.read_text())["figures"] if result.is_file() else {}
+    teachers = {row: values for row, values in figures.items() if row.split()[0] == "teacher"}
     validation = sorted(
         {name for part in rows.values() for row in part for name in row.get("validation", {})}
     )
@@ -48,14 +52,17 @@ def draw_curves(run: Path) -> Path:
             if points:
                 marker = "o" if name in validation else ""
                 axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3)
-        if name in teacher:
-            axes.axhline(teacher[name], color="gray", linestyle=":", label="teacher")
+        for (row, values), color in zip(teachers.items(), _LEVELS * len(teachers), strict=False):
+            if name in values:
+                axes.axhline(values[name], color=color, linestyle=":", label=row)
         axes.set(title=_TRAINING.get(name, f"held-out {name}"), xlabel="step")
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     path = run / PICTURE
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())
     return path
 
 

@@ -2,67 +2,135 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 from omegaconf import OmegaConf
 
+from xtoken_jax.checksum import checksum
 from xtoken_jax.config import Experiment
+from xtoken_jax.data.batches import Windows
 from xtoken_jax.errors import UserError
 from xtoken_jax.export import SOURCE, export_hf
+from xtoken_jax.files import partial_path, write_whole
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models.config import read_config
-from xtoken_jax.models.decoder import Model
+from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE
 from xtoken_jax.models.load import open_model
 from xtoken_jax.models.lora import join_lora, split_lora
+from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.resume import Difference, covers, differences
+from xtoken_jax.tokens.tokenizer import Tokenizer
 from xtoken_jax.train.checkpoint import Checkpoints
 from xtoken_jax.train.loop import CHECKPOINT_FOLDER
 from xtoken_jax.train.optimizer import make_optimizer
 from xtoken_jax.train.step import abstract_state
 
-RUN_FILE = "run.json"
+RUN_FILE = "run.json"  # the settings, and beside them:
+CONTENTS = "contents"
+CHANGES = "changes"  # what differed, one line each, where a run went on all the same
+_NAMED = 3  # differences that an error names
 
 
-def claim(run: Path, experiment: Experiment) -> None:
+def contents(
+    models: Mapping[str, tuple[Model, Params | None, Tokenizer]],
+    projections: Mapping[str, Projection],
+    texts: Mapping[str, Mapping[str, Windows]],
+) -> dict[str, str]:
+    """What a run is made of besides its settings, as fingerprints that a change of content changes.
+
+    Weights are compared by a checksum of the parameters as loaded: every one of them counts, at the cost of
+    one pass over the devices' memory, and neither another split into files nor another mesh matters.
+
+    Args:
+        models: "student", "teacher", "teachers.NAME" -> the model, its parameters (None for random ones) and
+            tokenizer.
+        projections: each W that a loss reads, by its key in the config.
+        texts: "train" and "validation" -> the sources of each by name.
+
+    Returns:
+        Key, such as student.weights or data.train.NAME -> fingerprint.
+    """
+    found = {}
+    for side, (model, params, tokenizer) in models.items():
+        config = json.dumps(model.config.to_hf(), sort_keys=True).encode()
+        found[f"{side}.config"] = hashlib.sha256(config).hexdigest()[:16]
+        if params is not None:
+            found[f"{side}.weights"] = f"{checksum(params):08x}"
+        found[f"{side}.tokenizer"] = tokenizer.fingerprint[:16]
+    found |= {key: f"{checksum(projection):08x}" for key, projection in projections.items()}
+    for part, sources in texts.items():
+        found |= {f"data.{part}.{name}": windows.digest for name, windows in sources.items()}
+    return found
+
+
+def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list[Difference]:
     """Make the run's folder, or accept the one there if it holds this very experiment.
 
+    Args:
+        run: the folder.
+        experiment: its settings; `resume.allow` says which differences are accepted.
+        made_of: its `contents`.
+
+    Returns:
+        The differences that were accepted. They are kept in the folder, whose settings and contents are
+        then the new ones.
+
     Raises:
-        UserError: it holds something else (the keys that differ are named), or cannot be written.
+        UserError: it holds something else (what differs is named), or cannot be written.
     """
     mine = experiment.to_dict()
-    mine.pop("run_dir")
+    for key in ("run_dir", "resume"):
+        mine.pop(key)
     path = run / RUN_FILE
+    different: list[Difference] = []
+    changes: list[str] = []
     if path.is_file():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not readable ({error}); choose another run_dir=...") from error
-        different = _differences(theirs, mine)
-        if different:
+        theirs = _read(path)
+        there, changes = theirs.pop(CONTENTS, None), theirs.pop(CHANGES, [])
+        different = [*differences(theirs, mine), *_flat_differences(there or made_of, made_of)]
+        refused = [d for d in different if not covers(experiment.resume.allow, d.key)]
+        if refused:
+            keys = [d.key for d in refused]
+            if len(keys) > _NAMED:
+                keys = list(dict.fromkeys(key.split(".")[0] for key in keys))
             raise UserError(
-                f"{run}: holds another run ({'; '.join(different[:3])}); choose another run_dir=... "
-                "or delete that folder"
+                f"{run}: holds another run ({'; '.join(map(str, refused[:_NAMED]))}); choose another "
+                f"run_dir=..., delete that folder, or go on all the same with resume.allow=[{','.join(keys)}]"
             )
-        return
+        if there is not None and not different:
+            return []
+    elif run.exists() and (not run.is_dir() or set(run.iterdir()) - {partial_path(path)}):
+        raise UserError(f"{run}: exists and is not a run's folder; choose another run_dir=...")
     try:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(f"{run}: exists and is not a run's folder; choose another run_dir=...")
         run.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=2) + "\n")
+        changes += [str(d) for d in different]
+        content = mine | {CONTENTS: dict(made_of)} | ({CHANGES: changes} if changes else {})
+        write_whole(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error.strerror}); choose another run_dir=...") from error
+    return different
 
 
-def _differences(theirs: Any, mine: Any, key: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        names = [*theirs, *(n for n in mine if n not in theirs)]
-        inner = [_differences(theirs.get(n), mine.get(n), f"{key}.{n}" if key else n) for n in names]
-        return [line for part in inner for line in part]
-    return [] if theirs == mine else [f"{key}={theirs} there, {mine} here"]
+def _flat_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[Difference]:
+    keys = dict.fromkeys([*there, *here])
+    return [Difference(k, there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); choose another run_dir=...") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no settings of a run; choose another run_dir=...")
+    return found
 
 
 def export_checkpoint(
@@ -91,7 +159,8 @@ def export_checkpoint(
     path = run / RUN_FILE
     if not path.is_file():
         raise UserError(f"{run}: not a run's folder, it has no {RUN_FILE}")
-    typed = OmegaConf.merge(OmegaConf.structured(Experiment), json.loads(path.read_text()))
+    settings = {key: value for key, value in _read(path).items() if key not in (CONTENTS, CHANGES)}
+    typed = OmegaConf.merge(OmegaConf.structured(Experiment), settings)
     experiment = cast(Experiment, OmegaConf.to_object(typed))
     dtype = experiment.export_dtype.value if dtype is None else dtype
     folder = resolve_folder(str(experiment.student.path), weights=dtype == SOURCE)
@@ -101,8 +170,9 @@ def export_checkpoint(
         student, params = open_model(experiment.student, 0, mesh=mesh, key=jax.random.key(0))
         frozen = split_lora(params)[1]
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-    keep = experiment.train.keep
-    with Checkpoints(run / CHECKPOINT_FOLDER, keep=keep, frozen=frozen) as checkpoints:
+    if not (run / CHECKPOINT_FOLDER).is_dir():
+        raise UserError(f"{run}: holds no checkpoint yet")
+    with Checkpoints(run / CHECKPOINT_FOLDER, frozen=frozen, read_only=True) as checkpoints:
         found = checkpoints.latest if step is None else step
         if found is None:
             raise UserError(f"{run}: holds no checkpoint yet")

@@ -15,9 +15,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from xtoken_jax.alignment.batch import Alignment, TokenRows
+from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.data.batches import Batch
-from xtoken_jax.losses import LossConfig, LossKind
+from xtoken_jax.losses import LossConfig
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models import DecoderConfig, LoraConfig, Model, split_lora
 from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -32,10 +32,10 @@ def memory(config: DecoderConfig, lora: LoraConfig | None, batch: int, length: i
     rows = TokenRows(numbers, flags, flags, numbers)
     model, mesh = Model(config, remat="full", lora=lora), single_device_mesh()
     optimizer = make_optimizer(OptimizerConfig(), 1000)
-    step = make_step(model, None, LossConfig(kind=LossKind.none), optimizer, student_size=config.vocab_size)
+    step = make_step(model, {}, LossConfig(), optimizer, student_size=config.vocab_size)
     state, frozen = abstract_state(model, optimizer, mesh), split_lora(model.abstract(mesh))[1]
-    texts = Batch(rows, rows, Alignment(numbers, numbers, flags))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, None, None, texts, frozen).compile()
+    texts = Batch(rows, {})
+    compiled = jax.jit(step, donate_argnums=0).lower(state, {}, {}, texts, frozen).compile()
     found = compiled.memory_analysis()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     return held, found.argument_size_in_bytes, found.temp_size_in_bytes

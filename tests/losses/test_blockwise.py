@@ -421,9 +421,9 @@ def test_what_is_missing_is_told():
     [
         ((8, 1, 1), "p_kl-first"),
         ((4, 2, 1), "gold"),
-        ((4, 2, 1), "p_kl"),
+        pytest.param((4, 2, 1), "p_kl", marks=pytest.mark.slow),
         ((2, 2, 2), "p_kl"),
-        ((8, 1, 1), "alm"),
+        pytest.param((8, 1, 1), "alm", marks=pytest.mark.slow),
         ((2, 2, 2), "alm"),
         ((2, 2, 2), "prefix_kl"),
     ],

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from xtoken_jax.alignment.batch import Alignment, TokenRows
+from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import Batch, read_windows, training_batches
 from xtoken_jax.distill import distill
 from xtoken_jax.errors import UserError
-from xtoken_jax.losses import LossConfig, LossKind, masked_mean, next_token_cross_entropy
+from xtoken_jax.losses import LossConfig, masked_mean, next_token_cross_entropy
 from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, named_sharding, single_device_mesh
 from xtoken_jax.models import DecoderConfig, LoraConfig, Model, logits, split_lora
 from xtoken_jax.models.load import open_model
@@ -52,8 +52,9 @@ def names(tree):
 def test_steps_move_the_adapters_alone_and_the_same_on_every_mesh(words):
     experiment = load_experiment([*words, "loss=none"])
     pair = TokenizerPair.load(experiment.student.path, experiment.student.path)
+    pairs = {"student": pair}
     batch = next(
-        training_batches(pair, read_windows(pair, experiment.data.train, experiment.data), experiment.data)
+        training_batches(pairs, read_windows(pairs, experiment.data.train, experiment.data), experiment.data)
     )
 
     def steps(sizes, devices):
@@ -67,8 +68,8 @@ def test_steps_move_the_adapters_alone_and_the_same_on_every_mesh(words):
             step = jax.jit(
                 make_step(
                     student,
-                    None,
-                    LossConfig(kind=LossKind.none, block=None),
+                    {},
+                    LossConfig(block=None),
                     OPTIMIZER,
                     student_size=pair.student.size,
                 ),
@@ -85,7 +86,7 @@ def test_steps_move_the_adapters_alone_and_the_same_on_every_mesh(words):
             on_mesh = jax.device_put(batch, batch_sharding(mesh))
             traced = []
             for _ in range(3):
-                state, metrics = step(state, None, None, on_mesh, frozen)
+                state, metrics = step(state, {}, {}, on_mesh, frozen)
                 traced.append(jax.device_get(metrics))
             assert jax.tree.map(jax.typeof, state) == types
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
@@ -127,12 +128,12 @@ def test_gradient_and_moments_of_the_frozen_weights_are_gone():
     )  # fmt: skip
     numbers, flags = (jax.ShapeDtypeStruct((1, 16), dtype) for dtype in (jnp.int32, jnp.bool))
     side = TokenRows(numbers, flags, flags, numbers)
-    batch = Batch(side, side, Alignment(numbers, numbers, flags))
+    batch = Batch(side, {})
 
     model, mesh = Model(config, lora=LoraConfig(rank=4)), single_device_mesh()
-    step = make_step(model, None, LossConfig(kind=LossKind.none, block=16), OPTIMIZER, student_size=16000)
+    step = make_step(model, {}, LossConfig(block=16), OPTIMIZER, student_size=16000)
     state, frozen = abstract_state(model, OPTIMIZER, mesh), split_lora(model.abstract(mesh))[1]
-    lowered = jax.jit(step, donate_argnums=0).lower(state, None, None, batch, frozen)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, {}, {}, batch, frozen)
     memory = lowered.compile().memory_analysis()
     weights, adapters = (sum(4 * x.size for x in jax.tree.leaves(part)) for part in (frozen, state.params))
     assert adapters < weights / 50

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 
@@ -49,28 +50,56 @@ def cut(spans: Spans, student_length: int, teacher_length: int) -> Iterator[Span
 
     A chunk longer than a window loses the tokens that overflow it, and with them its id.
     """
-    starts = [
-        np.searchsorted(_filled(side.chunks), np.arange(spans.chunk_count + 1))
-        for side in (spans.student, spans.teacher)
-    ]
-    # Gaps in front of the first chunk and behind the last stay with those chunks.
-    for start, side in zip(starts, (spans.student, spans.teacher), strict=True):
-        start[0], start[-1] = 0, len(side)
+    for (window,) in cut_together([spans], student_length, [teacher_length]):
+        yield window
+
+
+def cut_together(
+    rows: Sequence[Spans], student_length: int, teacher_lengths: Sequence[int]
+) -> Iterator[tuple[Spans, ...]]:
+    """`cut` of a text that several teachers read, at boundaries that all tokenizers share.
+
+    Args:
+        rows: the text aligned with each teacher; the student's tokens are the same in all.
+        student_length: tokens of a window on the student's side.
+        teacher_lengths: on each teacher's.
+
+    Yields:
+        A window of the text: with each teacher a Spans, of the same student tokens. A teacher that shares
+        no boundary with the student leaves nothing to yield.
+    """
+    starts = [_chunk_starts(spans) for spans in rows]
+    shared = reduce(np.intersect1d, [student for student, _ in starts])
+    chunks = [np.searchsorted(student, shared) for student, _ in starts]
+    sides = [shared, *(teacher[of] for (_, teacher), of in zip(starts, chunks, strict=True))]
+    lengths = [student_length, *teacher_lengths]
     first = 0
-    while first < spans.chunk_count:
+    while first < len(shared) - 1:
         last = min(
-            int(np.searchsorted(start, start[first] + length, side="right")) - 1
-            for start, length in zip(starts, (student_length, teacher_length), strict=True)
+            int(np.searchsorted(side, side[first] + length, side="right")) - 1
+            for side, length in zip(sides, lengths, strict=True)
         )
         last = max(last, first + 1)
-        parts = [
-            side[start[first] : start[last]]
-            for side, start in zip((spans.student, spans.teacher), starts, strict=True)
-        ]
-        parts = [replace(part, chunks=_moved(part.chunks, -first)) for part in parts]
-        window = Spans(parts[0], parts[1], last - first, spans.exact[first:last])
-        yield truncate(window, student_length, teacher_length)
+        windows = []
+        for spans, side, of, length in zip(rows, sides[1:], chunks, teacher_lengths, strict=True):
+            begin, end = int(of[first]), int(of[last])
+            parts = [spans.student[shared[first] : shared[last]], spans.teacher[side[first] : side[last]]]
+            parts = [replace(part, chunks=_moved(part.chunks, -begin)) for part in parts]
+            window = Spans(parts[0], parts[1], end - begin, spans.exact[begin:end])
+            windows.append(truncate(window, student_length, length))
+        yield tuple(windows)
         first = last
+
+
+def _chunk_starts(spans: Spans) -> list[np.ndarray]:
+    """On either side, int [C + 1]: the token that each chunk begins with, and the end."""
+    starts = []
+    for side in (spans.student, spans.teacher):
+        start = np.searchsorted(_filled(side.chunks), np.arange(spans.chunk_count + 1))
+        # Gaps in front of the first chunk and behind the last stay with those chunks.
+        start[0], start[-1] = 0, len(side)
+        starts.append(start)
+    return starts
 
 
 def _filled(chunks: np.ndarray) -> np.ndarray:

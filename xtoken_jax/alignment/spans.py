@@ -107,6 +107,17 @@ def align_texts(pair: TokenizerPair, texts: Sequence[str]) -> list[Spans]:
     return align_located(pair, locate(pair.student, texts), locate(pair.teacher, texts))
 
 
+def align_texts_together(pairs: Sequence[TokenizerPair], texts: Sequence[str]) -> list[tuple[Spans, ...]]:
+    """`align_texts` with several teachers of one student, whose tokenizer encodes each text once.
+
+    Returns:
+        For each text, a Spans for every pair; the student's tokens are the same in all.
+    """
+    student = locate(pairs[0].student, texts)
+    by_pair = [align_located(pair, student, locate(pair.teacher, texts)) for pair in pairs]
+    return list(zip(*by_pair, strict=True))
+
+
 def align_located(pair: TokenizerPair, student: Located, teacher: Located) -> list[Spans]:
     """Align the same texts, located with the student's and with the teacher's tokenizer.
 

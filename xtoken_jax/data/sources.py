@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
 import zlib
@@ -76,6 +77,16 @@ def read_documents(config: SourceConfig) -> list[str]:
     if not documents:
         raise UserError(f"{config.path}: holds no text")
     return documents
+
+
+def digest(documents: list[str]) -> str:
+    """SHA-256 of documents and their borders, shortened, with how many there are."""
+    found = hashlib.sha256()
+    for text in documents:
+        content = text.encode()
+        found.update(len(content).to_bytes(8))
+        found.update(content)
+    return f"{len(documents)} documents, sha256 {found.hexdigest()[:16]}"
 
 
 def _documents(config: SourceConfig) -> Iterator[str]:

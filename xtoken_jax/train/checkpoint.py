@@ -1,28 +1,42 @@
-"""Training state and data position on disk (orbax), restorable on any mesh."""
+"""Training state and data position on disk (orbax), verified, restorable on any mesh."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
+import os
+import re
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
+from xtoken_jax.checksum import checksum
 from xtoken_jax.errors import UserError
 from xtoken_jax.models.decoder import Params
+from xtoken_jax.train.quiet import without_orbax_reports
 from xtoken_jax.train.step import TrainState
+
+_LONGEST = 100  # characters of what orbax says that are passed on
+
+
+class UnusableCheckpointError(UserError):
+    """A checkpoint whose files are damaged, or that holds another kind of state."""
 
 
 class Checkpoints:
     """The checkpoints of one run, the last `keep` of them.
 
-    A save that was killed half-way leaves no step behind: `latest` is the last complete one.
+    A save that was killed half-way leaves no step behind: `latest` is the last complete one. Each carries a
+    checksum of its arrays and one of the rest, since orbax returns some damaged bytes as numbers.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, frozen: Params | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int = 2, frozen: Params | None = None, read_only: bool = False
+    ) -> None:
         """Open a folder, or make it.
 
         Args:
@@ -30,11 +44,22 @@ class Checkpoints:
             keep: how many.
             frozen: the student's parameters that do not train. They are not kept, the student's own folder
                 has them, but a checkpoint is restored only beside the same ones.
+            read_only: touch nothing, as beside a run under way; else the folder is this process's alone.
+
+        Raises:
+            UserError: another process writes there, or the folder cannot be made.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
         self.folder = folder
         self._frozen = checksum(frozen) if frozen else None
+        self._lock = None if read_only else _lock(folder)
+        without_orbax_reports()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # of saves that were killed
+        )
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     @property
     def latest(self) -> int | None:
@@ -45,22 +70,33 @@ class Checkpoints:
         """Where a step is kept."""
         return self.folder / str(step)
 
-    def save(self, step: int, state: TrainState, data_position: dict[str, Any]) -> None:
-        """Start saving; the state is copied before this returns, written in the background."""
-        beside: dict[str, Any] = {"position": data_position}
-        if self._frozen is not None:
-            beside["frozen"] = self._frozen
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(beside)),
-        )
+    def save(self, step: int, state: TrainState, beside: dict[str, Any]) -> None:
+        """Start saving; the state is copied before this returns, written in the background.
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state of a step, laid out as `abstract` says, and the data position.
+        Args:
+            step: its number.
+            state: what is trained.
+            beside: what else is needed to go on, such as the position in the data; plain values.
 
         Raises:
-            UserError: no such step, it cannot be read into this state, or its adapters were trained on
-                other weights.
+            UserError: this save, or the one before, could not be written.
+        """
+        content = {"beside": beside, "frozen": self._frozen, "state": checksum(state)}
+        with self._told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave({**content, "checksum": _crc(content)}),
+                ),
+            )
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state of a step, laid out as `abstract` says, and what was saved beside it.
+
+        Raises:
+            UnusableCheckpointError: it is damaged, or cannot be read into this state.
+            UserError: no such step, or its adapters were trained on other weights.
         """
         steps = self._manager.all_steps()
         if step not in steps:
@@ -73,36 +109,145 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
                 ),
             )
-        except (ValueError, KeyError, OSError) as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"{self.path(step)}: cannot be restored into this student ({first})") from error
-        if restored["data"].get("frozen") != self._frozen:
+        except Exception as error:  # orbax and TensorStore raise bare Exception too
+            raise UnusableCheckpointError(
+                f"{self.path(step)}: is damaged, or is not of this student ({_said(error)})"
+            ) from error
+        state, content = restored["state"], dict(restored["data"])
+        if content.pop("checksum", None) != _crc(content) or content["state"] != checksum(state):
+            raise UnusableCheckpointError(f"{self.path(step)}: is damaged, its checksum does not fit")
+        if content["frozen"] != self._frozen:
             raise UserError(
                 f"{self.path(step)}: its adapters were trained on other weights than the student's folder "
                 "holds now; put those back, or choose another run_dir=..."
             )
-        return restored["state"], restored["data"]["position"]
+        return state, content["beside"]
+
+    def restore_latest(
+        self, abstract: TrainState, tell: Callable[[str], None]
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be used; None where the folder holds none at all.
+
+        Newer ones that cannot be used are named and moved to a folder beside this one, out of the way of
+        those that will be written, but only where an older one shows that the fault is theirs.
+
+        Args:
+            abstract: as in `restore`.
+            tell: gets a line for each checkpoint that was passed over.
+
+        Raises:
+            UserError: none of them can be used; they stay as they are.
+        """
+        faults: dict[int, UnusableCheckpointError] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self.restore(step, abstract)
+            except UnusableCheckpointError as error:
+                faults[step] = error
+                continue
+            for bad, fault in faults.items():
+                aside = self._move_aside(bad)
+                tell(f"{fault}; it is now in {aside}, and {self.path(step)} is used")
+            return found
+        if not faults:
+            return None
+        (newest, fault), others = next(iter(faults.items())), len(faults) - 1
+        also = f", nor can the {others} before it" if others else " and there is no other"
+        raise UserError(
+            f"{fault}{also}; put back a copy of {self.path(newest)}, choose another run_dir=..., or delete "
+            f"{self.folder} to begin anew"
+        )
+
+    def _move_aside(self, step: int) -> Path:
+        folder = self.folder.with_name(f"{self.folder.name}-damaged")
+        aside = folder / str(step)
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = folder / f"{step}-{number}"
+        folder.mkdir(exist_ok=True)
+        os.rename(self.path(step), aside)
+        self._manager.reload()
+        return aside
+
+    def check(self) -> None:
+        """Raise what went wrong in a save that has ended, without waiting for one under way.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
-        """Wait for saves under way."""
-        self._manager.wait_until_finished()
+        """Wait for saves under way.
+
+        Raises:
+            UserError: one could not be written.
+        """
+        with self._told():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the threads that write came upon
+            good = self.latest
+            kept = "there is none yet" if good is None else f"the last one is {self.path(good)}"
+            raise UserError(
+                f"{self.folder}: a checkpoint could not be written ({_said(error)}); {kept}. Once there is "
+                "room the same command goes on"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Finish saves under way, however the run ends."""
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish saves under way, however the run ends.
+
+        Raises:
+            UserError: one could not be written, unless something else is being raised.
+        """
+        try:
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(UserError):
+                self.wait()
+        finally:
+            # what could not be written would be raised again
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            if self._lock is not None:
+                os.close(self._lock)
 
 
-def checksum(params: Params) -> int:
-    """A number of the bits of all parameters, float32 or bfloat16; the same however they are laid out."""
+def _lock(folder: Path) -> int:
+    """A lock on the folder itself, which ends with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(
+            f"{folder}: another process is writing there; end it, or choose another run_dir=..."
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
-    @jax.jit
-    def sums(params: Params) -> Params:
-        # sums of integers do not depend on their order
-        words = {2: jnp.uint16, 4: jnp.uint32}
-        bits = lambda x: jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize])  # noqa: E731
-        return jax.tree.map(lambda x: bits(x).astype(jnp.uint32).sum(dtype=jnp.uint32), params)
 
-    return zlib.crc32(np.asarray(jax.tree.leaves(jax.device_get(sums(params))), np.uint32).tobytes())
+def _crc(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _said(error: BaseException) -> str:
+    """Its first line, shortened; the operating system's word where there is one."""
+    text = str(error).strip()
+    code = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's spelling
+        code = int(found[1])
+    first = os.strerror(code) if code else (text.splitlines() or [type(error).__name__])[0]
+    return first if len(first) <= _LONGEST else first[:_LONGEST] + "..."

@@ -1,7 +1,8 @@
-"""Iterate, log, evaluate, save; stop on a loss that is not finite."""
+"""Iterate, log, evaluate, save; leave when asked to, and go on from there."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xtoken_jax.data.batches import Batch
+from xtoken_jax.data.batches import Batch, Record
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import batch_sharding
@@ -21,13 +22,11 @@ from xtoken_jax.models.decoder import Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.checkpoint import Checkpoints
 from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog
+from xtoken_jax.train.non_finite import NonFinite, NonFiniteLossError, Skips
+from xtoken_jax.train.signals import Stopped, StopSignals
 from xtoken_jax.train.step import Metrics, Step, TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"
-
-
-class NonFiniteLossError(UserError):
-    """The loss or its gradient became NaN or infinite."""
 
 
 @dataclass
@@ -36,24 +35,33 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps.
+        accumulate: parts of a batch that go through the student one by one, for less memory; the loss and
+            its gradient stay those of the batch.
         log_every: steps between two lines of metrics.jsonl.
         evaluate_every: steps between two evaluations on the validation text; 0 for start and end alone.
         save_every: steps between two checkpoints; 0 for the end alone.
         keep: checkpoints kept.
         seed: of the student's random start, or of its adapters'.
+        non_finite: stop at a loss or gradient that is not finite, or skip: the step changes nothing, and
+            the next batch follows.
+        max_skips: steps that may be skipped in a row.
     """
 
     steps: int = 5000
+    accumulate: int = 1
     log_every: int = 10
     evaluate_every: int = 250
     save_every: int = 500
     keep: int = 2
     seed: int = 0
+    non_finite: NonFinite = NonFinite.stop
+    max_skips: int = 10
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         for name, least in (
-            ("steps", 1), ("log_every", 1), ("evaluate_every", 0), ("save_every", 0), ("keep", 1)
+            ("steps", 1), ("accumulate", 1), ("log_every", 1), ("evaluate_every", 0), ("save_every", 0),
+            ("keep", 1), ("max_skips", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}")
@@ -65,8 +73,8 @@ def train(
     step: Step,
     batches: grain.DatasetIterator,
     *,
-    teacher_params: Params | None,
-    tables: LossTables | None,
+    teacher_params: dict[str, Params],
+    tables: dict[str, LossTables],
     evaluate: Callable[[Params], dict[str, float]],
     config: TrainConfig,
     folder: Path,
@@ -74,6 +82,9 @@ def train(
     title: str,
     console: Console,
     frozen: Params | None = None,
+    records: Callable[[int], list[Record]] | None = None,
+    stop: StopSignals | None = None,
+    seconds_at_peak: float | None = None,
 ) -> TrainState:
     """Train to `config.steps`, from the newest checkpoint in `folder` if it holds one.
 
@@ -82,24 +93,38 @@ def train(
         abstract: its shapes and shardings, to restore into.
         step: the jitted step.
         batches: endless; its position is saved and restored.
+        teacher_params, tables: by teacher.
         evaluate: student parameters -> named figures on the validation text.
-        folder: gets metrics.jsonl and checkpoints/.
+        folder: gets metrics.jsonl, checkpoints/ and, after a loss that was not finite, non_finite.jsonl.
         title: of the progress bar.
         frozen: the student's parameters that do not train, as `split_lora` returns them.
+        records: step, from 1 -> where the rows of its batch come from, for non_finite.jsonl.
+        stop: signals to leave at, with a checkpoint.
+        seconds_at_peak: what a step would take if the devices did nothing but its models' arithmetic, at
+            their peak; None where that is not known.
 
     Returns:
         The last state.
 
     Raises:
         NonFiniteLossError: names the step and the last good checkpoint.
+        Stopped: a signal came; the state is saved.
+        UserError: a folder that cannot be written, or no checkpoint that can be read.
     """
+    stop = StopSignals() if stop is None else stop
     with Checkpoints(folder / CHECKPOINT_FOLDER, keep=config.keep, frozen=frozen) as checkpoints:
-        if checkpoints.latest is not None:
-            state, position = checkpoints.restore(checkpoints.latest, abstract)
-            batches.set_state(position)
-            console.print(f"[dim]{title}: goes on from step {checkpoints.latest}[/dim]")
+        found = checkpoints.restore_latest(
+            abstract, lambda line: console.print(f"warning  {line}", markup=False, style="yellow")
+        )
+        skipped = 0, 0
+        if found is not None:
+            state, beside = found
+            batches.set_state(beside["position"])
+            skipped = beside["skips"]
+            console.print(f"[dim]{title}: goes on from step {int(state.step)}[/dim]")
         first = int(state.step)
         log = MetricsLog(folder / METRICS_FILE, first)
+        skips = Skips(folder, first, config.non_finite, config.max_skips, records, *skipped)
         sharding = batch_sharding(mesh)
 
         def due(number: int, every: int) -> bool:
@@ -110,20 +135,36 @@ def train(
             TextColumn("{task.fields[shown]}"),
         )  # fmt: skip
         started, tokens = time.perf_counter(), 0
-        with Progress(*columns, console=console, disable=first >= config.steps) as progress:
+        with Progress(*columns, console=console, disable=first >= config.steps) as progress, stop.held():
             bar = progress.add_task(title, total=config.steps, completed=first, shown="")
 
             def evaluate_at(number: int) -> None:
                 nonlocal started
                 begun = time.perf_counter()
                 progress.update(bar, completed=number, shown="evaluating")
-                log.write(number, {"validation": evaluate(join_lora(state.params, frozen))})
+                with stop.at_once():
+                    figures = evaluate(join_lora(state.params, frozen))
+                log.write(number, {"validation": figures})
                 progress.update(bar, shown=shown)
                 started += time.perf_counter() - begun  # tokens per second are those of training
 
+            def look_at(number: int, metrics: Metrics | None) -> None:
+                """Each step's metrics, once, as soon as they are there."""
+                if metrics is not None and (fault := skips.look_at(number, metrics)):
+                    checkpoints.wait()
+                    good = checkpoints.latest
+                    kept = (
+                        "there is no checkpoint yet"
+                        if good is None
+                        else f"the last good checkpoint is {checkpoints.path(good)}"
+                    )
+                    raise NonFiniteLossError(f"{fault}; {kept}")
+
             shown = ""
-            if first == 0:
-                evaluate_at(0)
+            # One that a signal broke off is made up for.
+            evaluated = any(row["step"] == first and "validation" in row for row in log.kept)
+            if not evaluated and (first == 0 or due(first, config.evaluate_every)):
+                evaluate_at(first)
             pending: Metrics | None = None
             warned = False
             for number in range(first + 1, config.steps + 1):
@@ -132,13 +173,19 @@ def train(
                 batch = jax.device_put(batch, sharding)
                 state, metrics = step(state, teacher_params, tables, batch, frozen)
                 # The step before has ended by now: reading its metrics does not hold up this one.
-                _check_finite(pending, number - 1, checkpoints)
+                look_at(number - 1, pending)
                 pending = metrics
                 if due(number, config.log_every):
+                    look_at(number, metrics)
+                    pending = None
                     values = {name: float(value) for name, value in metrics.items() if name != "finite"}
-                    _check_finite(metrics, number, checkpoints)
-                    rate = tokens / (time.perf_counter() - started)
-                    log.write(number, {**values, "tokens_per_second": round(rate)})
+                    elapsed = time.perf_counter() - started
+                    rate = tokens / elapsed
+                    speed: dict[str, float] = {"tokens_per_second": round(rate)}
+                    if seconds_at_peak is not None:
+                        speed["flops_utilization"] = seconds_at_peak * (number - first) / elapsed
+                    log.write(number, {**values, **skips.counted(), **speed})
+                    checkpoints.check()
                     if values.get("kd_scale_capped") and not warned:
                         warned = True
                         console.print(_capped(number, values), style="yellow")
@@ -146,10 +193,22 @@ def train(
                     shown = "  ".join([*parts, f"{rate:,.0f} tokens/s"])
                     progress.update(bar, completed=number, shown=shown)
                 if due(number, config.evaluate_every):
-                    evaluate_at(number)
-                if due(number, config.save_every):
-                    _check_finite(metrics, number, checkpoints)
-                    checkpoints.save(number, state, batches.get_state())
+                    with contextlib.suppress(Stopped):
+                        evaluate_at(number)
+                leaving = stop.requested
+                if due(number, config.save_every) or leaving:
+                    look_at(number, pending)
+                    pending = None
+                    log.sync()
+                    beside = {"position": batches.get_state(), "skips": [skips.total, skips.streak]}
+                    checkpoints.save(number, state, beside)
+                if leaving:
+                    checkpoints.wait()
+                    raise Stopped(
+                        leaving,
+                        f"step {number} of {config.steps} is saved in {checkpoints.path(number)}; "
+                        "the same command goes on from there",
+                    )
     return state
 
 
@@ -159,20 +218,4 @@ def _capped(number: int, values: dict[str, float]) -> str:
         f"warning  step {number}: the distillation term is {how}, {values['kd']:.4g} beside a cross-entropy "
         f"of {values['ce']:.4g}: its factor is held at {values['kd_scale']:.4g}. kd_scale_capped in the "
         "metrics says how often; loss.max_scale is the bound, loss.dynamic_scaling=false takes fixed weights"
-    )
-
-
-def _check_finite(metrics: Metrics | None, number: int, checkpoints: Checkpoints) -> None:
-    if metrics is None or bool(metrics["finite"]):
-        return
-    checkpoints.wait()
-    good = checkpoints.latest
-    kept = (
-        "there is no checkpoint yet"
-        if good is None
-        else f"the last good checkpoint is {checkpoints.path(good)}"
-    )
-    raise NonFiniteLossError(
-        f"step {number}: the loss is {float(metrics['loss'])} with a gradient of norm "
-        f"{float(metrics['gradient_norm'])}; {kept}. Try a lower optimizer.learning_rate"
     )

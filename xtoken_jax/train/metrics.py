@@ -3,31 +3,68 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
+
+from xtoken_jax.errors import UserError
+from xtoken_jax.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends rows; those past the step that a run goes on from are dropped first."""
+    """Appends rows; those past the step that a run goes on from are dropped first.
+
+    Attributes:
+        kept: the rows of earlier starts that stay.
+    """
 
     def __init__(self, path: Path, first: int) -> None:
-        """Open for a run that goes on from step `first`, 0 for a new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_metrics(path) if path.is_file() else []
-        kept = [row for row in rows if first and row["step"] <= first]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        """Open for a run that goes on from step `first`, 0 for a new one.
+
+        Raises:
+            UserError: the file cannot be written; it is then as it was.
+        """
         self._path = path
+        self.kept: list[dict[str, Any]] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                self.kept = [row for row in read_metrics(path) if first and row["step"] <= first]
+                write_whole(path, "".join(json.dumps(row) + "\n" for row in self.kept))
+        except OSError as error:
+            raise self._unwritten(error) from error
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Add a row."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Add a row; numbers that are not finite become null, which every reader of JSON takes.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **plain}) + "\n")
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def sync(self) -> None:
+        """Have the rows on the disk, as a checkpoint will be that goes on behind them."""
+        if self._path.is_file():
+            with self._path.open("a") as file:
+                os.fsync(file.fileno())
+
+    def _unwritten(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._path}: cannot be written ({error.strerror}); once it can, the same command goes on from "
+            "the last checkpoint"
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The rows of a metrics.jsonl; a last line cut short by a kill or a full disk is left out."""
     rows = []
     for line in path.read_text().splitlines():
         try:

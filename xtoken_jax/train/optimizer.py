@@ -11,62 +11,114 @@ from xtoken_jax.errors import UserError
 
 
 class Schedule(Enum):
-    """The learning rate after warm-up."""
+    """The learning rate after warm-up: it falls as a cosine, linearly, not at all, or at the end (wsd)."""
 
     cosine = "cosine"
+    linear = "linear"
     constant = "constant"
+    wsd = "wsd"
+
+
+class OptimizerKind(Enum):
+    """Optimizers of optax whose state has the shapes of the parameters."""
+
+    adamw = "adamw"
+    lamb = "lamb"
+    lion = "lion"
+    sgd = "sgd"
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up. The defaults are those of the official recipe (NeMo-RL's example).
+    """An optimizer with linear warm-up. The defaults are those of the official recipe (NeMo-RL's example).
 
     Attributes:
+        kind: adamw, lamb, lion or sgd, whose momentum is beta1.
         learning_rate: peak.
-        schedule: after warm-up, cosine to 0 or constant.
+        schedule: after warm-up, cosine or linear down to the end, constant, or wsd (warm-up, stable, decay:
+            constant but for the last steps, which fall linearly).
         warmup_steps: rising linearly from 0.02 times the peak; at most the number of steps.
-        beta1, beta2, weight_decay: AdamW's.
-        clip_norm: bound of the gradient's global norm.
+        end_scale: of cosine, linear and wsd, where they end, times the peak.
+        decay_share: of wsd, the share of all steps that fall.
+        beta1, beta2, weight_decay: the optimizer's.
+        clip_norm: bound of the gradient's global norm; null for none.
     """
 
+    kind: OptimizerKind = OptimizerKind.adamw
     learning_rate: float = 5e-5
     schedule: Schedule = Schedule.cosine
     warmup_steps: int = 250
+    end_scale: float = 0.0
+    decay_share: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.001
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
         if not self.learning_rate > 0:
             raise UserError(f"optimizer.learning_rate={self.learning_rate}: must be above 0")
-        if self.warmup_steps < 0:
-            raise UserError(f"optimizer.warmup_steps={self.warmup_steps}: must not be negative")
-        if not self.clip_norm > 0:
-            raise UserError(f"optimizer.clip_norm={self.clip_norm}: must be above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optimizer.{name}={getattr(self, name)}: must not be negative")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"optimizer.clip_norm={self.clip_norm}: must be above 0, or null for no clipping")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)}: must be in [0, 1)")
+        if not 0 <= self.end_scale <= 1:
+            raise UserError(f"optimizer.end_scale={self.end_scale}: must be between 0 and 1")
+        if not 0 < self.decay_share <= 1:
+            raise UserError(f"optimizer.decay_share={self.decay_share}: must be above 0 and at most 1")
+        self._validate_readers()
+
+    def _validate_readers(self) -> None:
+        for name, reads in (
+            ("end_scale", self.schedule is not Schedule.constant),
+            ("decay_share", self.schedule is Schedule.wsd),
+        ):
+            if getattr(self, name) != getattr(_DEFAULTS, name) and not reads:
+                raise UserError(
+                    f"optimizer.{name}={getattr(self, name)}: optimizer.schedule={self.schedule.value} "
+                    "does not read it"
+                )
+        if self.beta2 != _DEFAULTS.beta2 and self.kind is OptimizerKind.sgd:
+            raise UserError(f"optimizer.beta2={self.beta2}: optimizer.kind=sgd does not read it")
+
+
+_DEFAULTS = OptimizerConfig()
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> learning rate, over a run of `steps` steps."""
-    warmup = min(config.warmup_steps, steps)
-    start = 0.02 * config.learning_rate
-    rising = optax.linear_schedule(start, config.learning_rate, max(warmup, 1))
+    warmup, peak = min(config.warmup_steps, steps), config.learning_rate
+    rising = optax.linear_schedule(0.02 * peak, peak, max(warmup, 1))
+    rest, end = max(steps - warmup, 1), config.end_scale
     if config.schedule is Schedule.cosine:
-        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))
+        after = optax.cosine_decay_schedule(peak, rest, alpha=end)
+    elif config.schedule is Schedule.linear:
+        after = optax.linear_schedule(peak, end * peak, rest)
+    elif config.schedule is Schedule.wsd:
+        falling = min(max(round(config.decay_share * steps), 1), rest)
+        after = optax.linear_schedule(peak, end * peak, falling, transition_begin=rest - falling)
     else:
-        after = optax.constant_schedule(config.learning_rate)
+        after = optax.constant_schedule(peak)
     return optax.join_schedules([rising, after], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, steps), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay
-        ),
-    )
+    """Global-norm clipping, then the optimizer."""
+    schedule = make_schedule(config, steps)
+    decay = config.weight_decay
+    if config.kind is OptimizerKind.sgd:
+        momentum = optax.sgd(schedule, momentum=config.beta1 or None)
+        chosen = optax.chain(optax.add_decayed_weights(decay), momentum)
+    else:
+        of_kind = {
+            OptimizerKind.adamw: optax.adamw, OptimizerKind.lamb: optax.lamb, OptimizerKind.lion: optax.lion,
+        }[config.kind]  # fmt: skip
+        chosen = of_kind(schedule, b1=config.beta1, b2=config.beta2, weight_decay=decay)
+    if config.clip_norm is None:
+        return chosen
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)

@@ -1,0 +1,173 @@
+"""Whose a run's folder is: settings and content, compared by key."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from xtoken_jax.config import load_experiment
+from xtoken_jax.data.batches import read_windows
+from xtoken_jax.errors import UserError
+from xtoken_jax.mesh import single_device_mesh
+from xtoken_jax.models.load import open_model
+from xtoken_jax.projection.build import build_projection
+from xtoken_jax.runs import claim, contents
+from xtoken_jax.tokens.tokenizer import TokenizerPair
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def words(words, pair_folders, tmp_path):
+    """As everywhere, with folders of the test's own."""
+    for side, folder in zip(("student", "teacher"), pair_folders, strict=True):
+        shutil.copytree(folder, tmp_path / side)
+    paths = [f"student.path={tmp_path / 'student'}", f"teacher.path={tmp_path / 'teacher'}"]
+    return [*words, *paths, f"run_dir={tmp_path / 'run'}"]
+
+
+def claimed(words):
+    """Claim the run's folder as `distill` does."""
+    experiment = load_experiment(words)
+    mesh = single_device_mesh()
+    pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
+    sides = {"student": (experiment.student, pair.student), "teacher": (experiment.teacher, pair.teacher)}
+    models = {
+        name: (*open_model(config, tokenizer.size, mesh=mesh, key=jax.random.key(0)), tokenizer)
+        for name, (config, tokenizer) in sides.items()
+    }
+    texts = {
+        part: read_windows({"teacher": pair}, sources, experiment.data)
+        for part, sources in (("train", experiment.data.train), ("validation", experiment.data.validation))
+    }
+    return claim(
+        Path(experiment.run_dir), experiment, contents(models, {"projection": build_projection(pair)}, texts)
+    )
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_a_weight(folder):
+    tensors = load_file(folder / WEIGHTS)
+    last = sorted(tensors)[-1]
+    tensors[last].reshape(-1)[-1] += 1e-6
+    save_file(tensors, folder / WEIGHTS)
+
+
+def append_a_document(folder):
+    with (folder / "text.jsonl").open("a") as file:
+        file.write('{"text": "1+1=2, as nobody doubts.\\n"}\n')
+
+
+def change_a_role(folder):
+    edit_json(folder / "tokenizer_config.json", bos_token="<eos>")
+
+
+CHANGES = {
+    "student.weights": lambda root: change_a_weight(root / "student"),
+    "teacher.weights": lambda root: change_a_weight(root / "teacher"),
+    "student.config": lambda root: edit_json(root / "student" / "config.json", rope_theta=20000.0),
+    "student.tokenizer": lambda root: change_a_role(root / "student"),
+    "data.train.text": append_a_document,
+}
+
+
+def test_the_same_run_is_accepted_on_any_mesh_and_wherever_its_weights_are_cut(words, tmp_path):
+    assert claimed(words) == []
+    first = (tmp_path / "run" / "run.json").read_bytes()
+    assert claimed(words) == []
+    tensors = load_file(tmp_path / "student" / WEIGHTS)
+    save_file(dict(sorted(tensors.items(), reverse=True)), tmp_path / "student" / WEIGHTS, {"format": "pt"})
+    free = [
+        "mesh.fsdp=2",
+        "mesh.data=4",
+        "train.save_every=7",
+        "train.keep=9",
+        "train.non_finite=skip",
+        "train.max_skips=3",
+    ]
+    assert claimed([*words, *free]) == []
+    assert (tmp_path / "run" / "run.json").read_bytes() == first
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_changed_content_is_refused_by_name_and_accepted_by_key(key, words, tmp_path):
+    claimed(words)
+    first = (tmp_path / "run" / "run.json").read_bytes()
+    CHANGES[key](tmp_path)
+    with pytest.raises(UserError, match=rf"holds another run \({key}=.* there, .* here") as refusal:
+        claimed(words)
+    message = str(refusal.value)
+    assert "\n" not in message
+    keys = message.rpartition("resume.allow=[")[2].removesuffix("]").split(",")
+    expected = {key, "data.validation.text"} if key.startswith("data") else {key}
+    assert set(keys) == expected
+    assert (tmp_path / "run" / "run.json").read_bytes() == first
+
+    with pytest.raises(UserError, match="holds another run"):
+        claimed([*words, "resume.allow=[loss,optimizer,teacher.path]"])
+    for allow in (",".join(keys), key.split(".")[0]):
+        (tmp_path / "run" / "run.json").write_bytes(first)
+        assert {d.key for d in claimed([*words, f"resume.allow=[{allow}]"])} == expected
+        assert claimed(words) == []  # from now on this is what the folder holds
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [line.partition("=")[0] for line in written["changes"]] == keys
+
+
+def test_changed_settings_are_refused_by_name_and_accepted_by_key(words, tmp_path):
+    claimed(words)
+    changed = [*words, "loss.temperature=2", "optimizer.learning_rate=1", "train.steps=7", "loss.top_k=9"]
+    with pytest.raises(UserError, match=r"loss.temperature=1.0 there, 2.0 here.*\[loss,optimizer,train\]$"):
+        claimed(changed)
+    accepted = claimed([*changed, "resume.allow=[loss,optimizer.learning_rate,train]"])
+    assert len(accepted) == 4
+    assert claimed(changed) == []
+    with pytest.raises(UserError, match="did you mean loss"):
+        load_experiment([*words, "resume.allow=[los]"])
+
+
+def test_another_w_is_refused(words, tmp_path):
+    experiment = load_experiment(words)
+    pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
+    others = [contents({}, {"projection": build_projection(pair, entries=k)}, {}) for k in (1, 4)]
+    claim(tmp_path / "run", experiment, others[0])
+    with pytest.raises(UserError, match=r"holds another run \(projection="):
+        claim(tmp_path / "run", experiment, others[1])
+
+
+def test_what_earlier_versions_wrote_is_taken_over(words, tmp_path):
+    claimed(words)
+    path = tmp_path / "run" / "run.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "contents"}))
+    assert claimed(words) == []
+    assert json.loads(path.read_text()) == settings
+
+
+def test_a_start_that_was_killed_leaves_a_folder_that_can_be_taken(words, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.partial").write_text('{"name"')
+    assert claimed(words) == []
+    (tmp_path / "run" / "run.json").write_text('{"name"')
+    with pytest.raises(UserError, match=r"run.json: not readable"):
+        claimed(words)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(words, tmp_path, monkeypatch):
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    experiment = load_experiment(words)
+    monkeypatch.setattr("xtoken_jax.files.os.replace", read_only)
+    with pytest.raises(UserError, match=r"run: cannot be written \(Read-only file system\); choose another"):
+        claim(tmp_path / "run", experiment, {})
+    assert list((tmp_path / "run").iterdir()) == []  # nothing half-written is left
+    monkeypatch.undo()
+    assert claim(tmp_path / "run", experiment, {}) == []

@@ -1,0 +1,29 @@
+"""Files that are there whole or not at all, whenever the process ends."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def partial_path(path: Path) -> Path:
+    """Where the content of a file is until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, or replace it, so that a kill at any moment leaves the earlier or the new content.
+
+    Raises:
+        OSError: it cannot be written; what was there before is as it was.
+    """
+    partial = partial_path(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that dies may keep the name without the content
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,211 @@
+"""The objective of a batch from hidden states: cross-entropy, a term for each teacher, and their total."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xtoken_jax.data.batches import Batch, TeacherBatch
+from xtoken_jax.losses import (
+    LossConfig,
+    LossKind,
+    TeacherTerm,
+    combine_teachers,
+    distillation_loss,
+    kd_scale_capped,
+    masked_mean,
+    next_token_cross_entropy,
+    total_loss,
+    valid_chunks,
+)
+from xtoken_jax.losses.blockwise import blockwise_loss
+from xtoken_jax.losses.objective import LossTables
+from xtoken_jax.models.decoder import Model, logits
+
+Metrics = dict[str, jax.Array]
+Outputs = tuple[jax.Array, jax.Array]  # hidden states [B, T, D] and unembedding [V, D]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What is static about a teacher.
+
+    Attributes:
+        model: the network.
+        loss: its term, the kind settled (not "auto" or "none"); scaling and weights are not read here.
+        weight: alpha > 0 of its term in the sum of all.
+    """
+
+    model: Model
+    loss: LossConfig
+    weight: float = 1.0
+
+
+class Means(NamedTuple):
+    """float32 scalars.
+
+    Attributes:
+        ce: mean next-token cross-entropy.
+        kd: by teacher, the mean of its term over its chunks.
+        total: their sum by weights known beforehand; None under dynamic scaling.
+    """
+
+    ce: jax.Array
+    kd: dict[str, jax.Array]
+    total: jax.Array | None
+
+
+class _Read(NamedTuple):
+    """What a term reads of its teacher."""
+
+    teacher: Teacher
+    outputs: Outputs
+    tables: LossTables
+    batch: TeacherBatch
+
+
+@dataclass(frozen=True)
+class Objective:
+    """CE and KD = sum_m alpha_m KD_m, joined as `total_loss` does (X-Token, section 4).
+
+    Each teacher has its own rows, alignment, W and term; the student's hidden states are shared, and
+    cross-entropy is computed once.
+
+    Attributes:
+        student: the network.
+        teachers: by name; none for cross-entropy alone.
+        loss: scaling, weights and block; the terms are the teachers' own.
+        student_size: V_s of the tokenizer; logits past it do not enter.
+    """
+
+    student: Model
+    teachers: Mapping[str, Teacher]
+    loss: LossConfig
+    student_size: int
+
+    def means(
+        self,
+        of_student: Outputs,
+        of_teachers: Mapping[str, Outputs],
+        tables: Mapping[str, LossTables],
+        batch: Batch,
+    ) -> Means:
+        """The means over a batch; teachers get no gradient."""
+        one = self._blockwise if self.loss.block else self._whole
+        if not self.teachers:
+            ce, _, _ = one(of_student, None, batch, LossConfig(kind=LossKind.none), with_ce=True)
+            return Means(ce, {}, None)
+        ces: list[jax.Array] = []
+        kd, totals = {}, []
+        for name, teacher in self.teachers.items():
+            read = _Read(
+                teacher, jax.lax.stop_gradient(of_teachers[name]), tables[name], batch.teachers[name]
+            )
+            # Cross-entropy is walked with the first term, whose logits it shares.
+            ce, kd[name], total = one(of_student, read, batch, teacher.loss, with_ce=not ces)
+            ces.append(ce)
+            totals.append(total)
+        known = [total for total in totals if total is not None]
+        return Means(ces[0], kd, sum(known, jnp.float32(0)) if known else None)
+
+    def join(self, means: Means, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """The loss, and what is reported of it."""
+        ce = means.ce
+        counted = {"tokens": batch.student.targets[:, 1:].sum(dtype=jnp.int32)}
+        if not self.teachers:
+            return ce, {"loss": ce, "ce": ce, **counted}
+        loss = self.loss
+        terms = [TeacherTerm(means.kd[name], teacher.weight) for name, teacher in self.teachers.items()]
+        kd, _ = combine_teachers(terms)
+        joined, scale = total_loss(
+            ce,
+            kd,
+            dynamic_scaling=loss.dynamic_scaling,
+            max_scale=loss.max_scale,
+            kd_weight=loss.kd_weight,
+            ce_weight=loss.ce_weight,
+        )
+        total = joined if means.total is None else means.total
+        capped = loss.dynamic_scaling & kd_scale_capped(ce, kd, loss.max_scale)
+        metrics = {"loss": total, "ce": ce, "kd": kd, "kd_scale": scale, "kd_scale_capped": capped, **counted}
+        chunks = []
+        for name in self.teachers:
+            valid = valid_chunks(batch.teachers[name].alignment)
+            chunks.append(valid.sum(dtype=jnp.int32))
+            metrics[f"kd/{name}"] = means.kd[name]
+            metrics[f"chunks/{name}"] = chunks[-1]
+            metrics[f"aligned_share/{name}"] = _aligned_share(batch, name, valid)
+        return total, {**metrics, "chunks": sum(chunks, jnp.int32(0))}
+
+    def _weights(self, teacher: Teacher, with_ce: bool) -> tuple[float, float] | None:
+        """Of CE and of one teacher's KD, where they are known beforehand."""
+        if self.loss.dynamic_scaling:
+            return None
+        return self.loss.ce_weight * with_ce, self.loss.kd_weight * teacher.weight
+
+    def _blockwise(
+        self, of_student: Outputs, read: _Read | None, batch: Batch, loss: LossConfig, *, with_ce: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """CE and one teacher's KD and, with weights known beforehand, their total, a block at a time."""
+        assert self.loss.block is not None
+        common: dict[str, Any] = {
+            "student_size": self.student_size,
+            "student_softcap": self.student.config.logit_softcap,
+            "block": self.loss.block,
+        }
+        targets = batch.student.targets if with_ce else None
+        if read is None:
+            nothing = (None, None, None, None)
+            found = blockwise_loss(*of_student, *nothing, batch.student.ids, targets, loss, **common)
+        else:
+            found = blockwise_loss(
+                *of_student,
+                *read.outputs,
+                read.batch.alignment,
+                read.tables,
+                batch.student.ids,
+                targets,
+                loss,
+                teacher_ids=read.batch.rows.ids,
+                teacher_mask=read.batch.rows.mask,
+                teacher_softcap=read.teacher.model.config.logit_softcap,
+                weights=self._weights(read.teacher, with_ce),
+                **common,
+            )
+        return found.ce, found.kd, found.total
+
+    def _whole(
+        self, of_student: Outputs, read: _Read | None, batch: Batch, loss: LossConfig, *, with_ce: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The same from logits [B, T, V] of both sides."""
+        student_logits = logits(*of_student, softcap=self.student.config.logit_softcap)
+        student_logits = student_logits[..., : self.student_size]
+        ce = kd = jnp.float32(0)
+        if with_ce:
+            values = next_token_cross_entropy(student_logits, batch.student.ids, batch.student.targets)
+            ce = masked_mean(*values)
+        if read is None:
+            return ce, kd, None
+        by_chunk = distillation_loss(loss)(
+            student_logits,
+            logits(*read.outputs, softcap=read.teacher.model.config.logit_softcap),
+            read.batch.alignment,
+            read.tables,
+            read.batch.rows.mask,
+            student_ids=batch.student.ids,
+            teacher_ids=read.batch.rows.ids,
+        )
+        kd = masked_mean(by_chunk, valid_chunks(read.batch.alignment))
+        weights = self._weights(read.teacher, with_ce)
+        return ce, kd, None if weights is None else weights[0] * ce + weights[1] * kd
+
+
+def _aligned_share(batch: Batch, teacher: str, valid: jax.Array) -> jax.Array:
+    """The share of the student's tokens that are in a chunk that counts."""
+    ids, mask = jnp.asarray(batch.teachers[teacher].alignment.student_chunks), batch.student.mask
+    inside = jnp.take_along_axis(valid, jnp.maximum(ids, 0), axis=1) & (ids >= 0)
+    return inside.sum(dtype=jnp.float32) / jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)

@@ -1,0 +1,90 @@
+"""SIGTERM and Ctrl-C: told to the training between two steps, so that it can save and leave."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end, and nothing is lost.
+
+    Attributes:
+        code: what it exits with: 0 after SIGTERM, 130 after Ctrl-C.
+    """
+
+    def __init__(self, name: str, what: str = "the same command goes on from the last checkpoint") -> None:
+        """Say which signal it was, and what comes of it."""
+        super().__init__(f"stopped by {name}: {what}")
+        self.name = name
+        self.code = 130 if name == "Ctrl-C" else 0
+
+
+class StopSignals:
+    """While entered, SIGTERM and the first Ctrl-C raise `Stopped`, or wait where they are held.
+
+    A second Ctrl-C ends the process at once, which loses no more than `kill -9` does. Without being entered,
+    or outside the main thread, it changes nothing.
+
+    Attributes:
+        requested: the first signal that came, "SIGTERM" or "Ctrl-C"; None before.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is changed yet."""
+        self.requested: str | None = None
+        self._held = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, signals are only noted in `requested`."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within `held`: what can be broken off, since it is done again. Raises `Stopped`."""
+        self._held = False
+        try:
+            if self.requested is not None:
+                raise Stopped(self.requested)
+            yield
+        finally:
+            self._held = True
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            if not self._held:
+                raise Stopped(self.requested)
+            more = "; once more ends at once" if number == signal.SIGINT else ""
+            _say(f"{self.requested}: saving after this step{more}")
+        elif number == signal.SIGINT:
+            _say("ended; the same command goes on from the last checkpoint")
+            os._exit(130)
+
+
+def _say(text: str) -> None:
+    """Write to stderr past Python's buffers, which a signal may have come upon half-way."""
+    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which a progress bar hides
+    os.write(2, f"{shown}\nxtoken: {text}\n".encode())
