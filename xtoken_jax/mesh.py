@@ -124,6 +124,15 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return x if specs is None else jax.lax.with_sharding_constraint(x, specs[letters])
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """`x` in one piece along every axis, on each device; inside of a `jax.shard_map` on each of its parts.
+
+    For what would be exchanged piece by piece, such as in sorting a split vocabulary.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.auto_axes else x
+
+
 def context_specs(shapes: Mapping[str, Sequence[int]]) -> dict[str, PartitionSpec] | None:
     """The spec of each of several arrays, by their shape letters, on the mesh of `jax.set_mesh`.
 

@@ -429,23 +429,51 @@ def test_what_is_missing_is_told():
     ],
 )
 def test_sharded_equals_one_device(shape, name):
+    """Laid out as the models are; devices have different numbers of blocks."""
     config = CASES[name]
     tables = tables_of(config.kind)
-    expected = gradients(blockwise, config, tables, block=5)
-    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    rows, whole = (NamedSharding(mesh, PartitionSpec(axes)) for axes in (("data", "fsdp"), None))
-    width = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
-    hidden = jax.device_put(HIDDEN, rows)
-    unembedding = jax.device_put(UNEMBEDDING, width)
-    teacher = jax.device_put(TEACHER[0], rows), jax.device_put(TEACHER[1], whole)
-    alignment = jax.device_put(jax.tree.map(jnp.asarray, ALIGNMENT), rows)
+    expected = gradients(blockwise, config, tables, unembedding=WIDER, block=5)
+    mesh, hidden, unembedding, options = on_mesh(shape)
     with jax.set_mesh(mesh):
-        found = gradients(
-            blockwise, config, jax.device_put(tables, whole), hidden, unembedding,
-            teacher=teacher, alignment=alignment, block=5,
-        )  # fmt: skip
-    assert found[1][0].sharding.is_equivalent_to(rows, 3)
+        tables = jax.device_put(tables, NamedSharding(mesh, PartitionSpec()))
+        found = gradients(blockwise, config, tables, hidden, unembedding, block=5, **options)
+    assert found[1][0].sharding.is_equivalent_to(hidden.sharding, 3)
     assert_close(found, expected)
+
+
+WIDER = jnp.pad(UNEMBEDDING, ((0, 1), (0, 0)))  # its 16 rows can be split, V_s = 13 cannot
+
+
+def on_mesh(shape):
+    """The mesh, hidden states, unembedding, and the options that hold the rest."""
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    vocabulary = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+    teacher = TEACHER[0], jax.device_put(TEACHER[1], NamedSharding(mesh, PartitionSpec("tensor")))
+    options = {
+        "teacher": (jax.device_put(teacher[0], rows), teacher[1]),
+        "alignment": jax.device_put(jax.tree.map(jnp.asarray, ALIGNMENT), rows),
+    }
+    return mesh, jax.device_put(HIDDEN, rows), jax.device_put(WIDER, vocabulary), options
+
+
+@pytest.mark.parametrize("name", ["none", "p_kl", "gold", "uld", "alm", "prefix_kl"])
+def test_devices_with_other_blocks_are_not_waited_for(name):
+    """Within the loops, whose lengths differ, there is no exchange that all devices take part in."""
+    config = CASES[name]
+    mesh, hidden, unembedding, options = on_mesh((2, 2, 2))
+    with jax.set_mesh(mesh):
+        tables = jax.device_put(tables_of(config.kind), NamedSharding(mesh, PartitionSpec()))
+
+        def total(hidden, unembedding):
+            return total_loss(*blockwise(config, tables, hidden, unembedding, block=5, **options))[0]
+
+        step = jax.jit(jax.grad(total, argnums=(0, 1)), compiler_options=QUICK)
+        text = step.lower(hidden, unembedding).compile().as_text()
+    inner = text.split("\nENTRY ")[0]
+    assert "collective-permute(" not in inner
+    together = set(re.findall(r"(?:all-\w+|reduce-scatter)\(.*replica_groups=(\S+), ", inner))
+    assert together == {"[4,2]<=[8]"}  # four groups of two neighbours, which share their rows
 
 
 def test_rows_stay_on_their_devices():

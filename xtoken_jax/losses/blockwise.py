@@ -9,6 +9,7 @@ through twice: first its parts are added up, then each part gets its gradient.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -110,9 +111,14 @@ def blockwise_loss(
         teacher_hidden, teacher_unembedding, alignment, tables, student_ids, student_targets, config,
         teacher_ids, teacher_mask, ce_count, kd_count,
     )  # fmt: skip
-    sizes = (student_size, student_unembedding.shape[0])
+    student_size, teacher_size = _tokenizer_sizes(student_size, student_unembedding, inputs)
+    # Cut here and not block by block: over a split vocabulary that is an exchange between all devices, and
+    # those that split the batch go through different numbers of blocks.
+    student_unembedding = student_unembedding[:student_size]
+    if inputs.teacher_unembedding is not None:
+        inputs = replace(inputs, teacher_unembedding=inputs.teacher_unembedding[:teacher_size])
     caps = _cap("student_softcap", student_softcap), _cap("teacher_softcap", teacher_softcap)
-    setting = _setting(config, inputs, sizes, caps, (block, teacher_block), mesh, data_axes)
+    setting = _setting(config, inputs, caps, (block, teacher_block), mesh, data_axes)
     arguments = student_hidden, student_unembedding, learnt, inputs
     total = None
     if weights is not None:
@@ -168,18 +174,25 @@ def _inputs(
     return jax.tree.map(jax.lax.stop_gradient, jax.tree.map(jnp.asarray, inputs)), learnt
 
 
+def _tokenizer_sizes(given: int | None, unembedding: jax.Array, inputs: Inputs) -> tuple[int, int | None]:
+    """V_s and V_t; None for all that there are, or for no teacher."""
+    if inputs.tables is None:
+        return unembedding.shape[0] if given is None else given, None
+    student_size, teacher_size = _sizes(inputs.tables)
+    if given not in (None, student_size):
+        raise ValueError(f"student_size={given}, but the tables are for {student_size} tokens")
+    return student_size, teacher_size
+
+
 def _setting(
     config: LossConfig,
     inputs: Inputs,
-    sizes: tuple[int | None, int],
     caps: tuple[float | None, float | None],
     blocks: tuple[int, int | None],
     mesh: Mesh | AbstractMesh | None,
     data_axes: tuple[str, ...],
 ) -> Setting:
-    term, teacher_size = None, 0
-    given, rows = sizes
-    student_size = rows if given is None else given
+    term = None
     block, teacher_block = blocks
     if inputs.alignment is not None and inputs.teacher_unembedding is not None:
         term = TermSetting(
@@ -187,11 +200,6 @@ def _setting(
             config.beta, config.merge.value, config.common_weight, config.uncommon_weight,
             config.likelihood_temperature,
         )  # fmt: skip
-        of_tables = _sizes(inputs.tables)
-        student_size = of_tables[0] if given is None else given
-        if student_size != of_tables[0]:
-            raise ValueError(f"student_size={given}, but the tables are for {of_tables[0]} tokens")
-        teacher_size = inputs.teacher_unembedding.shape[0] if of_tables[1] is None else of_tables[1]
         lengths = inputs.alignment.student_chunks.shape[1], inputs.alignment.teacher_chunks.shape[1]
         if teacher_block is None:
             teacher_block = -(-9 * block * lengths[1] // (8 * lengths[0]))
@@ -200,8 +208,6 @@ def _setting(
     inside = isinstance(mesh, AbstractMesh) and set(axes) <= set(mesh.manual_axes)
     return Setting(
         term,
-        student_size,
-        teacher_size,
         *caps,
         block,
         teacher_block or block,

@@ -27,6 +27,7 @@ from xtoken_jax.losses.prefix_kl import divergence
 from xtoken_jax.losses.projection_kl import chunk_values, highest, projected_softmax
 from xtoken_jax.losses.rank import sorted_l1
 from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax, soft_capped
+from xtoken_jax.mesh import whole
 from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition
 
@@ -52,10 +53,9 @@ class TeacherRows:
 
     Attributes:
         hidden: [N_t, D_t].
-        unembedding: [>= V_t, D_t].
+        unembedding: [V_t, D_t].
         next_ids: int32 [N_t], the token that each position predicts; None where no merge needs it.
         real: bool [N_t], positions that choose columns; None for all.
-        size: V_t of the tokenizer.
         softcap: of the logits, None for none.
         block: positions at a time.
         axes: mesh axes that the batch is split over, inside `jax.shard_map`.
@@ -65,14 +65,18 @@ class TeacherRows:
     unembedding: jax.Array
     next_ids: jax.Array | None
     real: jax.Array | None
-    size: int
     softcap: float | None
     block: int
     axes: tuple[str, ...]
 
+    @property
+    def size(self) -> int:
+        """V_t."""
+        return len(self.unembedding)
+
     def logits(self, positions: jax.Array, temperature: float) -> jax.Array:
         """float32 [n, V_t]; position N_t, an empty one, has logits of 0."""
-        logits = logits_of(rows_at(self.hidden, positions), self.unembedding)[:, : self.size]
+        logits = logits_of(rows_at(self.hidden, positions), self.unembedding)
         return soft_capped(logits, self.softcap) / temperature
 
     def next(self, positions: jax.Array) -> jax.Array | None:
@@ -196,7 +200,7 @@ def _uld(setting: TermSetting, teacher: TeacherRows) -> Term:
         teacher=lambda block: _merged(teacher, block, tau, False),
         target=jnp.exp,
         student=lambda z, ids, block, _: merged_log_softmax(z, None, block.merging),
-        values=lambda merged, target: sorted_l1(jnp.exp(merged), target) * tau**2,
+        values=lambda merged, target: sorted_l1(whole(jnp.exp(merged)), whole(target)) * tau**2,
         whole_rows=True,
     )
 
@@ -342,5 +346,5 @@ def _choose(teacher: TeacherRows, tau: float, top_k: int) -> _Chosen:
     if teacher.axes:
         top = jax.lax.pmax(top, teacher.axes)
     columns = jax.lax.top_k(top, top_k)[1].astype(jnp.int32)
-    narrow = replace(teacher, unembedding=rows_at(teacher.unembedding, columns), size=top_k, next_ids=None)
+    narrow = replace(teacher, unembedding=rows_at(teacher.unembedding, columns), next_ids=None)
     return _Chosen(columns, narrow, tau, log_actual)

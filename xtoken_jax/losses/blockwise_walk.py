@@ -58,7 +58,6 @@ class Setting(NamedTuple):
 
     Attributes:
         term: of the distillation term, None for cross-entropy alone.
-        student_size, teacher_size: V_s and V_t.
         student_softcap, teacher_softcap: of the logits, None for none.
         block, teacher_block: positions at a time.
         axes: mesh axes that split the batch.
@@ -66,8 +65,6 @@ class Setting(NamedTuple):
     """
 
     term: TermSetting | None
-    student_size: int
-    teacher_size: int
     student_softcap: float | None
     teacher_softcap: float | None
     block: int
@@ -77,7 +74,7 @@ class Setting(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """float32 [B, T_s, D_s], [>= V_s, D_s], and that of the learnt weights or None."""
+    """float32 [B, T_s, D_s], [V_s, D_s], and that of the learnt weights or None."""
 
     hidden: jax.Array
     unembedding: jax.Array
@@ -178,7 +175,6 @@ def _teacher_rows(setting: Setting, inputs: Inputs) -> TeacherRows:
         inputs.teacher_unembedding,
         None if inputs.teacher_ids is None else next_tokens(inputs.teacher_ids),
         None if inputs.teacher_mask is None else jnp.asarray(inputs.teacher_mask, bool).reshape(-1),
-        setting.teacher_size,
         setting.teacher_softcap,
         setting.block,
         setting.axes,
@@ -200,7 +196,7 @@ class _Student(NamedTuple):
     ) -> tuple[jax.Array, jax.Array, jax.Array, Callable[[jax.Array], tuple[jax.Array]]]:
         """Hidden states [n, D], logits float32 [n, V_s], next ids [n]; a slope's way back below the cap."""
         rows = rows_at(self.hidden, positions)
-        raw = logits_of(rows, self.unembedding)[:, : self.setting.student_size]
+        raw = logits_of(rows, self.unembedding)
         # The losses see capped logits, hidden states and unembedding get the slope by the raw ones.
         logits, pull = _vjp(
             self.slopes is not None, lambda z: soft_capped(z, self.setting.student_softcap), raw
@@ -246,7 +242,6 @@ class _Student(NamedTuple):
 
     def add(self, gradient: Gradient, slope: jax.Array, rows: jax.Array, positions: jax.Array) -> Gradient:
         """With a block's share, from its slope by the raw logits [n, V_s]."""
-        slope = jnp.pad(slope, ((0, 0), (0, len(self.unembedding) - slope.shape[1])))
         by_rows = gradient.hidden.at[positions].set(pull_to_hidden(slope, self.unembedding), mode="drop")
         return Gradient(by_rows, add_outer(gradient.unembedding, slope, rows), gradient.learnt)
 
@@ -354,7 +349,7 @@ def _over_groups(
 
     part = jax.eval_shape(
         lambda z, i, b, w: term.student(z, i, b, w)[0],
-        jax.ShapeDtypeStruct((size, setting.student_size), jnp.float32),
+        jax.ShapeDtypeStruct((size, len(student.unembedding)), jnp.float32),
         jax.ShapeDtypeStruct((size,), jnp.int32),
         side.block(jnp.int32(0), jnp.int32(0), size, jnp.int32(0), chunks),
         learnt,
