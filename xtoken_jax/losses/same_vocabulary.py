@@ -25,10 +25,12 @@ def next_token_cross_entropy(
     Returns:
         values float32 [B, T - 1] in nats, and the bool [B, T - 1] mask of those that count.
     """
-    logits = centred(jnp.asarray(logits[:, :-1], jnp.float32))
-    labels = token_ids[:, 1:, None]
+    # The last position is left out of the values, not of the logits: that would copy them.
+    logits = centred(jnp.asarray(logits, jnp.float32))
+    labels = jnp.roll(token_ids, -1, axis=1)[..., None]
     chosen = jnp.take_along_axis(logits, labels, axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.asarray(token_mask[:, 1:], bool)
+    values = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return values[:, :-1], jnp.asarray(token_mask[:, 1:], bool)
 
 
 def same_vocabulary_kl(

@@ -294,7 +294,7 @@ def _plain(
 ) -> jax.Array:
     """For XLA: query [B, T, N, H], key and value [B, S, G, H], allowed bool [B or 1, 1, T, S]."""
     batch, length, _, width = query.shape
-    slots, groups = key.shape[1:3]
+    groups = key.shape[2]
     # A group's heads as the rows of one product; with an axis of their own, CPUs take 1.8 times as long
     # for the gradient. bfloat16 says so, or the backward pass multiplies in float32.
     split = query.reshape(batch, length, groups, -1, width).transpose(0, 2, 3, 1, 4)
@@ -307,8 +307,9 @@ def _plain(
     )
     if setting.softcap is not None:
         scores = setting.softcap * jnp.tanh(scores / setting.softcap)
-    scores = scores.reshape(batch, groups, -1, length, slots)
+    # All in the product's shape: the backward pass keeps what is reshaped between the two a second time.
+    seen = jnp.tile(allowed, (1, 1, query.shape[2] // groups, 1))
     least = jnp.finfo(jnp.float32).min  # not -inf: a row that may see nothing gets a mean, not NaN
-    shares = jax.nn.softmax(jnp.where(allowed[:, :, None], scores, least), axis=-1).astype(value.dtype)
-    mixed = jnp.matmul(shares.reshape(batch, groups, -1, slots), value.swapaxes(1, 2))
+    shares = jax.nn.softmax(jnp.where(seen, scores, least), axis=-1).astype(value.dtype)
+    mixed = jnp.matmul(shares, value.swapaxes(1, 2))
     return mixed.reshape(batch, groups, -1, length, width).transpose(0, 3, 1, 2, 4).reshape(query.shape)

@@ -200,8 +200,7 @@ class FeedForward(Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = self.product(x, "gate", "d", "f"), self.product(x, "up", "d", "f")
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return self.product(gate * up, "down", "f", "d")
+        return self.product(_gated(self.activation, gate, up), "down", "f", "d")
 
 
 class Layer(nnx.Module):
@@ -333,6 +332,14 @@ def _choose(sliding: jax.Array | bool, without: Any, within: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(sliding, b, a), without, within)
 
 
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """[B, T, F]; recomputed for the backward pass, which would keep three more arrays of that size."""
+    gate = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return gate * up
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def _rms_norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
     """x [..., D] over its last axis in float32, times weight [D], or 1 + weight."""
     wide = x.astype(jnp.float32)
