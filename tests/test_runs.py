@@ -151,6 +151,18 @@ def test_what_earlier_versions_wrote_is_taken_over(words, tmp_path):
     assert json.loads(path.read_text()) == settings
 
 
+def test_settings_that_came_up_since_are_as_by_default(words, tmp_path):
+    claimed(words)
+    path = tmp_path / "run" / "run.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("teachers") == {}
+    path.write_text(json.dumps(settings))
+    assert claimed(words) == []
+    path.write_text(json.dumps(settings | {"teacher_force": 1}))
+    with pytest.raises(UserError, match=r"run.json: teacher_force is no setting of this version"):
+        claimed(words)
+
+
 def test_a_start_that_was_killed_leaves_a_folder_that_can_be_taken(words, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.json.partial").write_text('{"name"')

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import to_disk
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_files import INDEX, WEIGHTS
-from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE, is_weights, save_weights, stored_dtypes, to_disk
+from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE, is_weights, save_weights, stored_dtypes
 from xtoken_jax.models.lora import merge_lora
 
 CONFIG = "config.json"

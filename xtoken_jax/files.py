@@ -21,9 +21,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
     try:
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())  # else a machine that dies may keep the name without the content
+        to_disk(partial)  # else a machine that dies may keep the name without the content
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, would survive a loss of power."""
+    if os.name != "posix":  # elsewhere neither folders nor files opened for reading can be flushed
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from xtoken_jax.checksum import checksum
 from xtoken_jax.config import Experiment
@@ -86,15 +87,12 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
         UserError: it holds something else (what differs is named), or cannot be written.
     """
     mine = experiment.to_dict()
-    for key in ("run_dir", "resume"):
-        mine.pop(key)
     path = run / RUN_FILE
     different: list[Difference] = []
     changes: list[str] = []
     if path.is_file():
-        theirs = _read(path)
-        there, changes = theirs.pop(CONTENTS, None), theirs.pop(CHANGES, [])
-        different = [*differences(theirs, mine), *_flat_differences(there or made_of, made_of)]
+        begun, there, changes = _read(path)
+        different = [*differences(begun.to_dict(), mine), *_flat_differences(there or made_of, made_of)]
         refused = [d for d in different if not covers(experiment.resume.allow, d.key)]
         if refused:
             keys = [d.key for d in refused]
@@ -111,7 +109,8 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
     try:
         run.mkdir(parents=True, exist_ok=True)
         changes += [str(d) for d in different]
-        content = mine | {CONTENTS: dict(made_of)} | ({CHANGES: changes} if changes else {})
+        settings = {key: value for key, value in mine.items() if key not in ("run_dir", "resume")}
+        content = settings | {CONTENTS: dict(made_of)} | ({CHANGES: changes} if changes else {})
         write_whole(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error.strerror}); choose another run_dir=...") from error
@@ -123,14 +122,23 @@ def _flat_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list
     return [Difference(k, there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[Experiment, dict[str, str] | None, list[str]]:
+    """Settings, contents and changes; a setting that came up after the run began is as by default."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); choose another run_dir=...") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no settings of a run; choose another run_dir=...")
-    return found
+    made_of, changes = found.pop(CONTENTS, None), found.pop(CHANGES, [])
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(Experiment), found)
+        return cast(Experiment, OmegaConf.to_object(typed)), made_of, changes
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or path.name
+        raise UserError(
+            f"{path}: {key} is no setting of this version of xtoken; choose another run_dir=..."
+        ) from error
 
 
 def export_checkpoint(
@@ -159,9 +167,7 @@ def export_checkpoint(
     path = run / RUN_FILE
     if not path.is_file():
         raise UserError(f"{run}: not a run's folder, it has no {RUN_FILE}")
-    settings = {key: value for key, value in _read(path).items() if key not in (CONTENTS, CHANGES)}
-    typed = OmegaConf.merge(OmegaConf.structured(Experiment), settings)
-    experiment = cast(Experiment, OmegaConf.to_object(typed))
+    experiment, _, _ = _read(path)
     dtype = experiment.export_dtype.value if dtype is None else dtype
     folder = resolve_folder(str(experiment.student.path), weights=dtype == SOURCE)
     mesh = single_device_mesh()

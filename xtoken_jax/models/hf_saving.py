@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import partial_path, to_disk
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_files import DTYPES, INDEX, WEIGHTS, TensorFiles
 from xtoken_jax.models.hf_layout import Layout, flat, layouts, own_name, pieces, tensor_shapes
@@ -73,7 +74,7 @@ def save_weights(
     try:
         by_path, by_name = flat(params), pieces(of_model)
         for file, names in shards.items():
-            with open(_partial(folder, file), "wb") as out:
+            with open(partial_path(folder / file), "wb") as out:
                 out.write(_header({name: shapes[name] for name in names}, dtypes))
                 for name in names:
                     for layout, layer in by_name[name]:
@@ -81,13 +82,13 @@ def save_weights(
                             tensor = _narrowed(layout.to_file(rows), dtypes[name], name)
                             # as bytes, because bfloat16 has no buffer interface of its own
                             out.write(tensor.reshape(-1).view(np.uint8).data)
-            to_disk(_partial(folder, file))
+            to_disk(partial_path(folder / file))
         if len(shards) > 1:
             where = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            _partial(folder, INDEX).write_text(text, encoding="utf-8")
-            to_disk(_partial(folder, INDEX))
+            partial_path(folder / INDEX).write_text(text, encoding="utf-8")
+            to_disk(partial_path(folder / INDEX))
         _swap_in(folder, list(shards))
     finally:
         _remove_partials(folder)
@@ -112,17 +113,6 @@ def stored_dtypes(folder: str | Path, model: Model) -> dict[str, str]:
 def is_weights(name: str) -> bool:
     """Whether `save_weights` writes a file of this name."""
     return name in (WEIGHTS, INDEX) or _SHARD.fullmatch(name) is not None
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, would survive a loss of power."""
-    if os.name != "posix":  # elsewhere neither folders nor files opened for reading can be flushed
-        return
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _shards(sizes: dict[str, int], limit: int, folder: Path) -> dict[str, list[str]]:
@@ -151,22 +141,18 @@ def _swap_in(folder: Path, files: list[str]) -> None:
     They look for model.safetensors first, then for the index; files that it does not name are nothing.
     """
     for name in files:
-        os.replace(_partial(folder, name), folder / name)
+        os.replace(partial_path(folder / name), folder / name)
     to_disk(folder)
     if files == [WEIGHTS]:
         (folder / INDEX).unlink(missing_ok=True)
     else:
-        os.replace(_partial(folder, INDEX), folder / INDEX)
+        os.replace(partial_path(folder / INDEX), folder / INDEX)
         to_disk(folder)
         (folder / WEIGHTS).unlink(missing_ok=True)
     to_disk(folder)
     for path in list(folder.iterdir()):
         if _SHARD.fullmatch(path.name) and path.name not in files:
             path.unlink()
-
-
-def _partial(folder: Path, name: str) -> Path:
-    return folder / f".{name}.partial"
 
 
 def _remove_partials(folder: Path) -> None:

@@ -9,7 +9,8 @@ import jax
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model
 
-# Dense bfloat16 operations a second by `jax.Device.device_kind`, from the vendors' data sheets.
+# Dense bfloat16 operations a second by `jax.Device.device_kind`, as the vendors publish them (NVIDIA's tables
+# for Hopper count twice, with sparsity).
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -32,11 +33,8 @@ def forward_flops(config: DecoderConfig, length: int) -> int:
     heads = c.num_heads * c.head_dim
     attention = c.hidden_size * (2 * heads + 2 * c.num_kv_heads * c.head_dim)
     layers = c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-    seen = 0
-    for layer in range(c.num_layers):
-        slides = c.layer_types is None or c.layer_types[layer] == "sliding_attention"
-        window = c.sliding_window if slides else None
-        seen += length if window is None else min(length, window)
+    window = min(length, c.sliding_window or length)
+    seen = sum(window if slides else length for slides in c.sliding)
     return 2 * (layers + c.vocab_size * c.hidden_size) + 4 * heads * seen
 
 
