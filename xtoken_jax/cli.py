@@ -234,10 +234,17 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
 
     with StopSignals() as stop:  # before the imports, which take seconds
         from xtoken_jax.config import load_experiment
-        from xtoken_jax.distill import distill
+        from xtoken_jax.hosts import is_first, joined
 
         experiment = load_experiment(options.overrides)
-        result = distill(experiment, Console(stderr=options.json, highlight=False, soft_wrap=True), stop)
+        with joined(experiment.hosts):  # before anything touches a device
+            from xtoken_jax.distill import distill
+
+            first = is_first()  # which alone shows anything
+            shown = Console(stderr=options.json, highlight=False, soft_wrap=True, quiet=not first)
+            result = distill(experiment, shown, stop)
+    if not first:
+        return
     if options.json:
         _print_json({"loss": result.loss.value, "figures": result.figures, "student": str(result.student)})
         return

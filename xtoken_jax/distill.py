@@ -32,10 +32,11 @@ from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.export import export_hf
 from xtoken_jax.files import write_whole
+from xtoken_jax.hosts import from_first
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind, loss_tables
 from xtoken_jax.losses.objective import LossTables, VocabularySizes
-from xtoken_jax.mesh import make_mesh, replicated
+from xtoken_jax.mesh import make_mesh, place, replicated
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
@@ -44,7 +45,7 @@ from xtoken_jax.projection.files import load_projection
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
-from xtoken_jax.runs import claim, contents
+from xtoken_jax.runs import agree, agree_on, claim, contents
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.flops import peak_flops, step_flops
 from xtoken_jax.train.loop import train
@@ -113,6 +114,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         Stopped: one of the signals came.
     """
     started = time.perf_counter()
+    stop = StopSignals() if stop is None else stop
+    agree(experiment)
     run = Path(experiment.run_dir).expanduser()
     mesh = make_mesh(experiment.mesh)
     devices, parts = mesh.shape["data"] * mesh.shape["fsdp"], experiment.train.accumulate
@@ -152,7 +155,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             {_key(name, "projection"): projection for name, projection in teachers.projections.items()},
             {"train": windows, "validation": held_out.windows},
         )
-        for change in claim(run, experiment, made_of):
+        agree_on(made_of)
+        for change in from_first(lambda: [str(d) for d in claim(run, experiment, made_of)]):
             console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
         records_of = batch_records(windows, experiment.data)
 
@@ -173,7 +177,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 batches(),
                 teacher_params=teachers.params,
                 tables=teachers.tables,
-                evaluate=partial(held_out.of_student, student),
+                evaluate=partial(held_out.of_student, student, between=stop.check),
                 config=experiment.train,
                 folder=folder,
                 mesh=mesh,
@@ -184,9 +188,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 stop=stop,
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
-            rows = read_metrics(folder / METRICS_FILE)
-            measured = [row["validation"] for row in rows if "validation" in row]
-            return join_lora(state.params, frozen), measured[0], measured[-1]
+            begin, end = from_first(lambda: _ends(folder))
+            return join_lora(state.params, frozen), begin, end
 
         figures = {}
         for name, teacher in teachers.static.items():
@@ -212,9 +215,20 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
     result: dict[str, object] = {"loss": kind.value, "figures": figures}
     if len(kinds) > 1:
         result["losses"] = {name: kind.value for name, kind in kinds.items()}
-    write_whole(run / RESULT_FILE, json.dumps(result, indent=2) + "\n")
-    picture = draw_curves(run)
+
+    def write() -> str:
+        write_whole(run / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+        return str(draw_curves(run))
+
+    picture = Path(from_first(write))
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
+
+
+def _ends(folder: Path) -> tuple[Figures, Figures]:
+    """The first and the last held-out figures of a run."""
+    rows = read_metrics(folder / METRICS_FILE)
+    measured = [row["validation"] for row in rows if "validation" in row]
+    return measured[0], measured[-1]
 
 
 def _seconds_at_peak(
@@ -288,7 +302,7 @@ def _load_teachers(
         console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
         found.static[name] = Teacher(model, loss, config.weight)
         found.params[name] = params
-        found.tables[name] = jax.device_put(term.tables, replicated(mesh))
+        found.tables[name] = place(term.tables, replicated(mesh))
         if term.projection is not None:
             found.projections[name] = term.projection
     return found
@@ -328,10 +342,12 @@ class _HeldOut:
     windows: Texts
     problems: dict[str, list[arithmetic.Problem]]
 
-    def of_student(self, model: Model, params: Params) -> Figures:
-        """Figures of a model with the student's tokenizer."""
+    def of_student(
+        self, model: Model, params: Params, *, between: Callable[[], None] | None = None
+    ) -> Figures:
+        """Figures of a model with the student's tokenizer; what `between` raises now and then breaks off."""
         rows = {name: [student_of(w).ids for w in part] for name, part in self.windows.items()}
-        return self._figures(model, params, self.student, rows, self.data.student_length)
+        return self._figures(model, params, self.student, rows, self.data.student_length, between)
 
     def of_teacher(self, teacher: str, model: Model, params: Params) -> Figures:
         """Figures of a model with a teacher's tokenizer."""
@@ -345,15 +361,24 @@ class _HeldOut:
         tokenizer: Tokenizer,
         texts: dict[str, list[np.ndarray]],
         length: int,
+        between: Callable[[], None] | None = None,
     ) -> Figures:
         """Bits per byte of each text and accuracy on each set of problems."""
         found = {
             f"{name} bits/byte": bits_per_byte(
-                model, params, tokenizer, rows, batch_size=self.data.batch_size, length=length
+                model,
+                params,
+                tokenizer,
+                rows,
+                batch_size=self.data.batch_size,
+                length=length,
+                between=between,
             )
             for name, rows in texts.items()
         }
         for name, problems in self.problems.items():
+            if between is not None:
+                between()
             accuracy = exact_match(model, params, tokenizer, problems, batch_size=_PROMPTS_AT_ONCE)
             found[f"{name} accuracy"] = accuracy
         return found

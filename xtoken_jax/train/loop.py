@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grain
-import jax
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xtoken_jax.data.batches import Batch, Record
 from xtoken_jax.errors import UserError
+from xtoken_jax.hosts import from_first
 from xtoken_jax.losses.objective import LossTables
-from xtoken_jax.mesh import batch_sharding
+from xtoken_jax.mesh import batch_sharding, place
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.checkpoint import Checkpoints
@@ -162,7 +162,9 @@ def train(
 
             shown = ""
             # One that a signal broke off is made up for.
-            evaluated = any(row["step"] == first and "validation" in row for row in log.kept)
+            evaluated = from_first(
+                lambda: any(row["step"] == first and "validation" in row for row in log.kept)
+            )
             if not evaluated and (first == 0 or due(first, config.evaluate_every)):
                 evaluate_at(first)
             pending: Metrics | None = None
@@ -170,7 +172,7 @@ def train(
             for number in range(first + 1, config.steps + 1):
                 batch: Batch = next(batches)
                 tokens += int(batch.student.mask.sum())
-                batch = jax.device_put(batch, sharding)
+                batch = place(batch, sharding)
                 state, metrics = step(state, teacher_params, tables, batch, frozen)
                 # The step before has ended by now: reading its metrics does not hold up this one.
                 look_at(number - 1, pending)
@@ -195,7 +197,7 @@ def train(
                 if due(number, config.evaluate_every):
                     with contextlib.suppress(Stopped):
                         evaluate_at(number)
-                leaving = stop.requested
+                leaving = stop.agreed(now=number == config.steps)
                 if due(number, config.save_every) or leaving:
                     look_at(number, pending)
                     pending = None
