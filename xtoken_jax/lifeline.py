@@ -1,13 +1,15 @@
 """Signs of life between the processes of a run: where one ends, or is lost, all others end too.
 
-jax.distributed ends the others as well, with an abort and a stack of C++ frames, and cannot be told to say
-it in one line; it stays behind this as the second guard.
+jax.distributed ends the others as well, with an abort and a stack of C++ frames, and cannot be told otherwise.
+Its patience is set above that of this module; only where the process that keeps its board dies, it is at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -41,6 +43,10 @@ class Lifeline:
         self._ending = threading.Lock()  # of this process, taken once
         self._beats = {other: ("", time.monotonic()) for other in range(count) if other != index}
         self._reached = time.monotonic()  # the board
+        _say_at_abort(
+            "jax ended this process, and says why above, as it does where process 0 is lost; the same command "
+            "on all goes on from the last checkpoint"
+        )
         for work in (self._show, self._watch):
             threading.Thread(target=work, name=f"xtoken{work.__name__}", daemon=True).start()
 
@@ -125,6 +131,20 @@ def _exit(code: int, line: str) -> NoReturn:
     """Past whatever the main thread is doing, and past jax's own shutdown, which waits for the others."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which a progress bar hides
+    _exit_at_once(code, line)
+
+
+def _exit_at_once(code: int, line: str) -> NoReturn:
+    shown = "\x1b[?25h\n" if os.isatty(2) else ""  # the cursor, which a progress bar hides
     os.write(2, f"{shown}xtoken: {line}\n".encode())
     os._exit(code)
+
+
+_kept: list[Any] = []  # what C code calls must not be collected
+
+
+def _say_at_abort(line: str) -> None:
+    """From now on, have an abort, which Python's own handlers do not see, end with a line."""
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _exit_at_once(LOST, line))
+    _kept.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
