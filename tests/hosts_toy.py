@@ -10,10 +10,10 @@ STEPS = 12
 
 
 class Batches:
-    """Batch n holds the number n, from 1, in each of 4 rows."""
+    """Row r of batch n, from 1, holds the number n + r."""
 
-    def __init__(self):
-        self.drawn = 0
+    def __init__(self, rows):
+        self.rows, self.drawn = rows, 0
 
     def __next__(self):
         import numpy as np
@@ -22,14 +22,15 @@ class Batches:
         from xtoken_jax.data.batches import Batch
 
         self.drawn += 1
-        ids = np.arange(4, dtype=np.int32)[:, None] + np.full((4, 2), self.drawn, np.int32)
+        ids = np.array(self.rows, np.int32)[:, None] + np.full((1, 2), self.drawn, np.int32)
         return Batch(TokenRows(ids, ids > 0, ids > 0, ids), {})
 
     def get_state(self):
-        return {"drawn": self.drawn}
+        return {"lanes": {str(row): self.drawn for row in self.rows}}
 
     def set_state(self, state):
-        self.drawn = state["drawn"]
+        assert sorted(state["lanes"]) == ["0", "1", "2", "3"]
+        self.drawn = state["lanes"][str(self.rows[0])]
 
 
 def run(folder, steps, stop, step_seconds=0.0):
@@ -41,7 +42,7 @@ def run(folder, steps, stop, step_seconds=0.0):
     from jax.sharding import NamedSharding, PartitionSpec
     from rich.console import Console
 
-    from xtoken_jax.mesh import MeshConfig, make_mesh, place, replicated
+    from xtoken_jax.mesh import MeshConfig, make_mesh, place, replicated, rows_here
     from xtoken_jax.train.loop import TrainConfig, train
     from xtoken_jax.train.step import TrainState
 
@@ -66,7 +67,7 @@ def run(folder, steps, stop, step_seconds=0.0):
             state,
             abstract,
             step,
-            Batches(),
+            Batches(rows_here(mesh, 4)),
             teacher_params={},
             tables={},
             evaluate=lambda params: {"w": float(params["w"].sum())},

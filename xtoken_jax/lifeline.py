@@ -1,7 +1,7 @@
 """Signs of life between the processes of a run: where one ends, or is lost, all others end too.
 
-jax.distributed ends the others as well, with an abort and a stack of C++ frames, and cannot be told otherwise.
-Its patience is set above that of this module; only where the process that keeps its board dies, it is at once.
+jax.distributed ends the others as well, with an abort and a stack of C++ frames, and cannot be told
+otherwise. Its patience is set above that of this module; but where process 0 dies, it aborts at once.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Lifeline:
         self._beats = {other: ("", time.monotonic()) for other in range(count) if other != index}
         self._reached = time.monotonic()  # the board
         _say_at_abort(
-            "jax ended this process, and says why above, as it does where process 0 is lost; the same command "
-            "on all goes on from the last checkpoint"
+            "jax ended this process, and says why above, as it does where process 0 is lost; the same "
+            "command on all goes on from the last checkpoint"
         )
         for work in (self._show, self._watch):
             threading.Thread(target=work, name=f"xtoken{work.__name__}", daemon=True).start()

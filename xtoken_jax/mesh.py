@@ -129,6 +129,20 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(filled, tree)
 
 
+def rows_here(mesh: Mesh, count: int) -> list[int]:
+    """Which of the `count` rows of a batch this process's devices hold, in rising order."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return sorted({row for index in held if index is not None for row in range(count)[index[0]]})
+
+
+def place_rows(batch: Any, mesh: Mesh) -> Any:
+    """The global batch, of arrays [rows_here, ...] that each process has made for its own devices."""
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.make_array_from_process_local_data(sharding, batch)
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """Pin an intermediate value to its layout under `jax.set_mesh`; without a mesh, `x` itself.
 
