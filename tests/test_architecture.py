@@ -23,6 +23,8 @@ ALLOWED = {
     "resume": set(),
     "tokens": set(),
     "mesh": set(),
+    "lifeline": set(),
+    "hosts": {"lifeline"},
     "alignment.batch": set(),
     "alignment": {"tokens"},
     "projection.matrix": set(),
@@ -39,14 +41,14 @@ ALLOWED = {
     # It compares the tokenizer's size with the model's vocabulary.
     "models.load": {"models", "mesh", "tokens.tokenizer"},
     "losses": {"mesh", "alignment.batch", "projection.matrix", "projection.events", "projection.sharded"},
-    "train": {"models", "losses", "data", "mesh", "checksum"},
+    "train": {"models", "losses", "data", "alignment.batch", "mesh", "hosts", "checksum"},
     "evaluate": {"models", "losses", "data", "alignment", "tokens", "mesh"},
-    "export": {"models", "tokens", "mesh"},
+    "export": {"models", "tokens", "mesh", "hosts"},
     # It reads what the loop writes.
     "report": {"train.metrics"},
     # The experiment's schema is made of each part's own config.
     "config": {
-        "data.batches", "losses", "mesh", "models.load", "resume", "train.loop", "train.optimizer",
+        "data.config", "hosts", "losses", "mesh", "models.load", "resume", "train.loop", "train.optimizer",
     },
 }  # fmt: skip
 WIRING = {"__init__", "cli", "cli_generate", "distill", "runs"}  # these may import anything

@@ -234,10 +234,17 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
 
     with StopSignals() as stop:  # before the imports, which take seconds
         from xtoken_jax.config import load_experiment
-        from xtoken_jax.distill import distill
+        from xtoken_jax.hosts import is_first, joined
 
         experiment = load_experiment(options.overrides)
-        result = distill(experiment, Console(stderr=options.json, highlight=False, soft_wrap=True), stop)
+        with joined(experiment.hosts):  # before anything touches a device
+            from xtoken_jax.distill import distill
+
+            first = is_first()  # which alone shows anything
+            shown = Console(stderr=options.json, highlight=False, soft_wrap=True, quiet=not first)
+            result = distill(experiment, shown, stop)
+    if not first:
+        return
     if options.json:
         _print_json({"loss": result.loss.value, "figures": result.figures, "student": str(result.student)})
         return
@@ -369,8 +376,9 @@ def _align(options: argparse.Namespace, console: Console) -> None:
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
     import jax
 
-    from xtoken_jax.data.batches import DataConfig, read_windows, student_of
-    from xtoken_jax.data.sources import SourceConfig, SourceKind
+    from xtoken_jax.data.config import DataConfig
+    from xtoken_jax.data.encode import read_parts, student_of
+    from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
     from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
     from xtoken_jax.mesh import single_device_mesh
     from xtoken_jax.models.load import ModelConfig, open_model
@@ -396,7 +404,8 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
             ModelConfig(path=options.model), tokenizer.size, mesh=mesh, key=jax.random.key(0)
         )
         own = {"student": TokenizerPair(tokenizer, tokenizer)}
-        rows = [student_of(w).ids for w in read_windows(own, data.validation, data)["text"]]
+        parts = read_parts(own, {"text": read_documents(source)}, data)["text"]
+        rows = [student_of(part).ids for part in parts]
         with console.status(f"running the model over {len(rows)} rows"):
             value = bits_per_byte(
                 model, params, tokenizer, rows, batch_size=options.batch_size, length=options.length

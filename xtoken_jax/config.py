@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from xtoken_jax.data.batches import DataConfig
+from xtoken_jax.data.config import DataConfig
 from xtoken_jax.errors import UserError
+from xtoken_jax.hosts import HostsConfig
 from xtoken_jax.losses import LossConfig, LossKind
 from xtoken_jax.mesh import MeshConfig
 from xtoken_jax.models.load import AdapterConfig, Dtype, ModelConfig, Start
@@ -72,7 +73,7 @@ class Experiment:
         projection: a W file made by `xtoken project`; null builds it.
         export_dtype: of the weights in the student's Hugging Face folder.
         baseline: also train the same student for as long without a teacher, to compare with.
-        loss, data, optimizer, train, mesh: see the group of that name.
+        loss, data, optimizer, train, mesh, hosts: see the group of that name.
         resume: what may differ where a run goes on.
     """
 
@@ -89,6 +90,7 @@ class Experiment:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def validate(self) -> None:
@@ -106,7 +108,7 @@ class Experiment:
                 "student.lora.rank puts adapters in their place; student.compute_dtype=bfloat16 is how to "
                 "compute in half precision"
             )
-        for part in (self.loss, self.data, self.optimizer, self.train):
+        for part in (self.loss, self.data, self.optimizer, self.train, self.hosts):
             part.validate()
         self._validate_teachers()
         known = [f.name for f in dataclasses.fields(self)]

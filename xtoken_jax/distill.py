@@ -18,24 +18,20 @@ from rich.console import Console
 from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
 from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data import arithmetic
-from xtoken_jax.data.batches import (
-    DataConfig,
-    Windows,
-    batch_records,
-    read_windows,
-    student_of,
-    training_batches,
-)
-from xtoken_jax.data.sources import SourceKind
+from xtoken_jax.data.batches import training_batches
+from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.encode import Part, read_parts, student_of
+from xtoken_jax.data.sources import SourceKind, digest, read_sources
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.export import export_hf
 from xtoken_jax.files import write_whole
+from xtoken_jax.hosts import from_first
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind, loss_tables
 from xtoken_jax.losses.objective import LossTables, VocabularySizes
-from xtoken_jax.mesh import make_mesh, replicated
+from xtoken_jax.mesh import make_mesh, place, replicated, rows_here
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
@@ -44,7 +40,7 @@ from xtoken_jax.projection.files import load_projection
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
-from xtoken_jax.runs import claim, contents
+from xtoken_jax.runs import agree, agree_on, claim, contents
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.flops import peak_flops, step_flops
 from xtoken_jax.train.loop import train
@@ -58,7 +54,7 @@ STUDENT_FOLDER = "student"
 _PROMPTS_AT_ONCE = 256
 
 Figures = dict[str, float]
-Texts = dict[str, Windows]
+Documents = dict[str, list[str]]
 Pairs = dict[str, TokenizerPair]
 
 
@@ -113,6 +109,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         Stopped: one of the signals came.
     """
     started = time.perf_counter()
+    stop = StopSignals() if stop is None else stop
+    agree(experiment)
     run = Path(experiment.run_dir).expanduser()
     mesh = make_mesh(experiment.mesh)
     devices, parts = mesh.shape["data"] * mesh.shape["fsdp"], experiment.train.accumulate
@@ -140,21 +138,28 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         kinds = {name: teacher.loss.kind for name, teacher in teachers.static.items()}
         # Without a teacher the student's own boundaries are those that rows are cut at.
         pairs = pairs or {"student": TokenizerPair(tokenizer, tokenizer)}
-        with console.status("tokenizing and aligning the text"):
-            windows = read_windows(pairs, experiment.data.train, experiment.data)
-            held_out = _held_out(experiment, tokenizer, pairs)
-        batches = partial(training_batches, pairs, windows, experiment.data)
+        with console.status("reading the text"):
+            train_text = read_sources(experiment.data.train)
+            held_out_text = read_sources(
+                {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
+            )
+            held_out = _held_out(experiment, tokenizer, pairs, held_out_text)
+        rows = rows_here(mesh, experiment.data.batch_size)
+        batches = partial(training_batches, pairs, train_text, experiment.data, rows=rows)
         batches()  # too little text is said before anything is written
-        tokens = sum(len(student_of(w)) for part in windows.values() for w in part)
-        console.print(f"text     {sum(map(len, windows.values())):,} rows, {tokens:,} student tokens")
+        counts = ", ".join(f"{len(documents):,} of {name}" for name, documents in train_text.items())
+        console.print(f"text     documents: {counts}", markup=False)
         made_of = contents(
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
             {_key(name, "projection"): projection for name, projection in teachers.projections.items()},
-            {"train": windows, "validation": held_out.windows},
+            {
+                part: {name: digest(documents) for name, documents in texts.items()}
+                for part, texts in (("train", train_text), ("validation", held_out_text))
+            },
         )
-        for change in claim(run, experiment, made_of):
+        agree_on(made_of)
+        for change in from_first(lambda: [str(d) for d in claim(run, experiment, made_of)]):
             console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
-        records_of = batch_records(windows, experiment.data)
 
         def one_run(
             params: Params, folder: Path, teachers: _Teachers, title: str
@@ -164,29 +169,30 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             step = make_step(
                 student, teachers.static, experiment.loss, optimizer,
                 student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
+                packed=experiment.data.pack,
                 schedule=make_schedule(experiment.optimizer, experiment.train.steps),
             )  # fmt: skip
+            made = batches()
             state = train(
                 init_state(student, params, optimizer, mesh),
                 abstract_state(student, optimizer, mesh),
                 jax.jit(step, donate_argnums=0),
-                batches(),
+                made,
                 teacher_params=teachers.params,
                 tables=teachers.tables,
-                evaluate=partial(held_out.of_student, student),
+                evaluate=partial(held_out.of_student, student, between=stop.check),
                 config=experiment.train,
                 folder=folder,
                 mesh=mesh,
                 title=title,
                 console=console,
                 frozen=frozen,
-                records=lambda number: records_of(number - 1),
+                records=made.records_of,
                 stop=stop,
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
-            rows = read_metrics(folder / METRICS_FILE)
-            measured = [row["validation"] for row in rows if "validation" in row]
-            return join_lora(state.params, frozen), measured[0], measured[-1]
+            begin, end = from_first(lambda: _ends(folder))
+            return join_lora(state.params, frozen), begin, end
 
         figures = {}
         for name, teacher in teachers.static.items():
@@ -212,9 +218,20 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
     result: dict[str, object] = {"loss": kind.value, "figures": figures}
     if len(kinds) > 1:
         result["losses"] = {name: kind.value for name, kind in kinds.items()}
-    write_whole(run / RESULT_FILE, json.dumps(result, indent=2) + "\n")
-    picture = draw_curves(run)
+
+    def write() -> str:
+        write_whole(run / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+        return str(draw_curves(run))
+
+    picture = Path(from_first(write))
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
+
+
+def _ends(folder: Path) -> tuple[Figures, Figures]:
+    """The first and the last held-out figures of a run."""
+    rows = read_metrics(folder / METRICS_FILE)
+    measured = [row["validation"] for row in rows if "validation" in row]
+    return measured[0], measured[-1]
 
 
 def _seconds_at_peak(
@@ -288,7 +305,7 @@ def _load_teachers(
         console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
         found.static[name] = Teacher(model, loss, config.weight)
         found.params[name] = params
-        found.tables[name] = jax.device_put(term.tables, replicated(mesh))
+        found.tables[name] = place(term.tables, replicated(mesh))
         if term.projection is not None:
             found.projections[name] = term.projection
     return found
@@ -325,17 +342,19 @@ class _HeldOut:
     data: DataConfig
     student: Tokenizer
     pairs: Pairs
-    windows: Texts
+    parts: dict[str, list[Part]]
     problems: dict[str, list[arithmetic.Problem]]
 
-    def of_student(self, model: Model, params: Params) -> Figures:
-        """Figures of a model with the student's tokenizer."""
-        rows = {name: [student_of(w).ids for w in part] for name, part in self.windows.items()}
-        return self._figures(model, params, self.student, rows, self.data.student_length)
+    def of_student(
+        self, model: Model, params: Params, *, between: Callable[[], None] | None = None
+    ) -> Figures:
+        """Figures of a model with the student's tokenizer; what `between` raises now and then breaks off."""
+        rows = {name: [student_of(part).ids for part in parts] for name, parts in self.parts.items()}
+        return self._figures(model, params, self.student, rows, self.data.student_length, between)
 
     def of_teacher(self, teacher: str, model: Model, params: Params) -> Figures:
         """Figures of a model with a teacher's tokenizer."""
-        rows = {name: [w[teacher].teacher.ids for w in part] for name, part in self.windows.items()}
+        rows = {name: [part[teacher].teacher.ids for part in parts] for name, parts in self.parts.items()}
         return self._figures(model, params, self.pairs[teacher].teacher, rows, self.data.length_of(teacher))
 
     def _figures(
@@ -345,27 +364,34 @@ class _HeldOut:
         tokenizer: Tokenizer,
         texts: dict[str, list[np.ndarray]],
         length: int,
+        between: Callable[[], None] | None = None,
     ) -> Figures:
         """Bits per byte of each text and accuracy on each set of problems."""
         found = {
             f"{name} bits/byte": bits_per_byte(
-                model, params, tokenizer, rows, batch_size=self.data.batch_size, length=length
+                model,
+                params,
+                tokenizer,
+                rows,
+                batch_size=self.data.batch_size,
+                length=length,
+                between=between,
             )
             for name, rows in texts.items()
         }
         for name, problems in self.problems.items():
+            if between is not None:
+                between()
             accuracy = exact_match(model, params, tokenizer, problems, batch_size=_PROMPTS_AT_ONCE)
             found[f"{name} accuracy"] = accuracy
         return found
 
 
-def _held_out(experiment: Experiment, student: Tokenizer, pairs: Pairs) -> _HeldOut:
-    sources = experiment.data.validation
-    texts = {name: s for name, s in sources.items() if s.kind is not SourceKind.arithmetic}
+def _held_out(experiment: Experiment, student: Tokenizer, pairs: Pairs, texts: Documents) -> _HeldOut:
     problems = {
         name: arithmetic.problems(s.documents, split=s.split, seed=s.seed)
-        for name, s in sources.items()
+        for name, s in experiment.data.validation.items()
         if s.kind is SourceKind.arithmetic
     }
-    windows = read_windows(pairs, texts, experiment.data)
-    return _HeldOut(experiment.data, student, pairs, windows, problems)
+    parts = read_parts(pairs, texts, experiment.data)
+    return _HeldOut(experiment.data, student, pairs, parts, problems)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import to_disk
+from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_files import INDEX, WEIGHTS
 from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE, is_weights, save_weights, stored_dtypes
@@ -45,8 +46,8 @@ def export_hf(
 
     Args:
         out_dir: a new or empty folder, or an earlier export.
-        params: the model's parameters, fully addressable from this process. Adapters are merged into
-            their kernels.
+        params: the model's parameters; of several processes, all must call this, and process 0 writes.
+            Adapters are merged into their kernels.
         tokenizer_folder: the student's folder; tokenizer.json, tokenizer_config.json,
             special_tokens_map.json, generation_config.json and chat_template.jinja are copied where present.
         dtype: of the stored weights: "float32", "bfloat16" or "float16"; or "source", by which each tensor
@@ -65,15 +66,14 @@ def export_hf(
     dtypes: str | Mapping[str, str] = dtype
     if dtype == SOURCE:
         dtypes = stored_dtypes(source, dataclasses.replace(model, lora=None))
-    _check_replaceable(out, source)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    try:
-        if model.lora is not None:
-            # not through bfloat16, where the file could hold more
-            wide = None if dtype == "bfloat16" else "float32"
-            model, params = merge_lora(model, params, dtype=wide, donate=donate)
+    from_first(lambda: _make_way(out, source, partial))
+    if model.lora is not None:
+        # not through bfloat16, where the file could hold more
+        wide = None if dtype == "bfloat16" else "float32"
+        model, params = merge_lora(model, params, dtype=wide, donate=donate)
+
+    def write() -> None:
         save_weights(partial, model, params, dtype=dtypes, max_shard_size=max_shard_size)
         config = model.config.to_hf()
         if dtype != SOURCE:
@@ -87,9 +87,21 @@ def export_hf(
         for path in [*partial.iterdir(), partial]:
             to_disk(path)
         _swap_in(partial, out)
+
+    if not is_first():
+        save_weights(partial, model, params, dtype=dtypes, max_shard_size=max_shard_size, writes=False)
+    try:
+        from_first(write)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(partial, ignore_errors=True)
     return Path(out_dir)
+
+
+def _make_way(out: Path, source: Path, partial: Path) -> None:
+    _check_replaceable(out, source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
 
 
 def _check_replaceable(out: Path, source: Path) -> None:

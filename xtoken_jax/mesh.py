@@ -11,8 +11,10 @@ G key/value head, H head width, F feed-forward width, R rank of an adapter, M mi
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xtoken_jax.errors import UserError
@@ -112,6 +114,33 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every process holds whole, and alike, laid out over the devices: each fills its own."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    # `device_put` would send all of it between the hosts, to see that it is alike
+
+    def filled(x: Any) -> jax.Array:
+        content = np.asarray(x)
+        return jax.make_array_from_callback(content.shape, sharding, lambda index: content[index])
+
+    return jax.tree.map(filled, tree)
+
+
+def rows_here(mesh: Mesh, count: int) -> list[int]:
+    """Which of the `count` rows of a batch this process's devices hold, in rising order."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return sorted({row for index in held if index is not None for row in range(count)[index[0]]})
+
+
+def place_rows(batch: Any, mesh: Mesh) -> Any:
+    """The global batch, of arrays [rows_here, ...] that each process has made for its own devices."""
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.make_array_from_process_local_data(sharding, batch)
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 from omegaconf import OmegaConf
@@ -14,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from xtoken_jax.checksum import checksum
 from xtoken_jax.config import Experiment
-from xtoken_jax.data.batches import Windows
 from xtoken_jax.errors import UserError
 from xtoken_jax.export import SOURCE, export_hf
 from xtoken_jax.files import partial_path, write_whole
+from xtoken_jax.hosts import from_first, gather
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models.config import read_config
@@ -36,13 +38,90 @@ from xtoken_jax.train.step import abstract_state
 RUN_FILE = "run.json"  # the settings, and beside them:
 CONTENTS = "contents"
 CHANGES = "changes"  # what differed, one line each, where a run went on all the same
+_PATIENCE = 30.0  # seconds until what one host writes is seen by all
 _NAMED = 3  # differences that an error names
+
+
+def agree(experiment: Experiment) -> None:
+    """Refuse processes of one run that were not started alike, or do not see one folder.
+
+    Raises:
+        UserError: on all of them; what differs is named.
+    """
+    if jax.process_count() == 1:
+        return
+    settings = gather(_settings(experiment))
+    for index, theirs in enumerate(settings):
+        different = differences(settings[0], theirs)
+        if different:
+            first = different[0]
+            raise UserError(
+                f"{first.key}: {first.there} for process 0, {first.here} for process {index}; start all with "
+                "the same command, but for hosts.index"
+            )
+    run = Path(experiment.run_dir).expanduser().absolute()
+    levels, content = from_first(lambda: _leave_probe(run))
+    probe = partial_path([run, *run.parents][levels] / RUN_FILE)
+    unseen = [index for index, seen in enumerate(gather(_appears(probe, content))) if not seen]
+    from_first(lambda: probe.unlink())
+    if unseen:
+        raise UserError(
+            f"{run}: process {unseen[0]} does not see what process 0 writes there; run_dir must be a folder "
+            "that all hosts share"
+        )
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """All that has to be the same in every process."""
+    return {key: value for key, value in experiment.to_dict().items() if key != "hosts"}
+
+
+def _leave_probe(run: Path) -> tuple[int, str]:
+    """A file in the run's folder, or in the nearest above it: how far above, and what it holds."""
+    levels = next(n for n, folder in enumerate([run, *run.parents]) if folder.is_dir())
+    path, content = partial_path([run, *run.parents][levels] / RUN_FILE), secrets.token_hex(8)
+    try:
+        path.write_text(content)
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: cannot be written ({error.strerror}); choose another run_dir=..."
+        ) from error
+    return levels, content
+
+
+def _appears(path: Path, content: str) -> bool:
+    """Whether a file of another host is here, in time: network file systems may be late."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            if path.read_text() == content:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+
+
+def agree_on(made_of: Mapping[str, str]) -> None:
+    """Refuse processes whose copies of models or texts differ, by their `contents`.
+
+    Raises:
+        UserError: on all of them; names what differs.
+    """
+    every = gather(dict(made_of))
+    for index, theirs in enumerate(every):
+        if different := _flat_differences(every[0], theirs):
+            raise UserError(
+                f"{different[0].key}: process {index} reads other content than process 0; give all hosts "
+                "the same"
+            )
 
 
 def contents(
     models: Mapping[str, tuple[Model, Params | None, Tokenizer]],
     projections: Mapping[str, Projection],
-    texts: Mapping[str, Mapping[str, Windows]],
+    texts: Mapping[str, Mapping[str, str]],
 ) -> dict[str, str]:
     """What a run is made of besides its settings, as fingerprints that a change of content changes.
 
@@ -53,7 +132,7 @@ def contents(
         models: "student", "teacher", "teachers.NAME" -> the model, its parameters (None for random ones) and
             tokenizer.
         projections: each W that a loss reads, by its key in the config.
-        texts: "train" and "validation" -> the sources of each by name.
+        texts: "train" and "validation" -> the digest of each of their sources by name.
 
     Returns:
         Key, such as student.weights or data.train.NAME -> fingerprint.
@@ -67,7 +146,7 @@ def contents(
         found[f"{side}.tokenizer"] = tokenizer.fingerprint[:16]
     found |= {key: f"{checksum(projection):08x}" for key, projection in projections.items()}
     for part, sources in texts.items():
-        found |= {f"data.{part}.{name}": windows.digest for name, windows in sources.items()}
+        found |= {f"data.{part}.{name}": digest for name, digest in sources.items()}
     return found
 
 
@@ -86,13 +165,13 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
     Raises:
         UserError: it holds something else (what differs is named), or cannot be written.
     """
-    mine = experiment.to_dict()
+    mine = _settings(experiment)
     path = run / RUN_FILE
     different: list[Difference] = []
     changes: list[str] = []
     if path.is_file():
         begun, there, changes = _read(path)
-        different = [*differences(begun.to_dict(), mine), *_flat_differences(there or made_of, made_of)]
+        different = [*differences(_settings(begun), mine), *_flat_differences(there or made_of, made_of)]
         refused = [d for d in different if not covers(experiment.resume.allow, d.key)]
         if refused:
             keys = [d.key for d in refused]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ def bits_per_byte(
     *,
     batch_size: int,
     length: int,
+    between: Callable[[], None] | None = None,
 ) -> float:
     """Total -log2 p of the tokens after each row's first, over the bytes that these tokens spell.
 
@@ -33,12 +34,15 @@ def bits_per_byte(
         tokenizer: the model's; special tokens cost bits but spell no bytes.
         rows: ids of each row, int32 [<= length].
         batch_size, length: the shape of what the model is run on.
+        between: called before each batch; what it raises breaks off.
 
     Returns:
         Bits per byte of text.
     """
     nats, count = 0.0, 0
     for batch in in_batches(rows, batch_size):
+        if between is not None:
+            between()
         ids, mask = pad(batch, length, tokenizer.pad_id), row_mask(batch, length)
         nats += float(_nats(model, params, ids, mask, tokenizer.size))
         count += int((tokenizer.token_bytes.lengths[ids] * mask)[:, 1:].sum())

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import BATCH, constrain
+from xtoken_jax.mesh import BATCH, constrain, whole
 from xtoken_jax.models.decoder import Model, Params, logits
 from xtoken_jax.models.network import Cache
 from xtoken_jax.models.rope import LongRope
@@ -333,7 +333,7 @@ def _write(
         return place + 1, step, written, _laid_out(cache)
 
     _, _, written, cache = jax.lax.while_loop(wanted, one, (jnp.int32(0), step, written, cache))
-    return written, cache
+    return whole(written), cache  # each process reads all of it
 
 
 def _laid_out(cache: Cache) -> Cache:

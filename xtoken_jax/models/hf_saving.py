@@ -9,13 +9,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import partial_path, to_disk
@@ -37,7 +38,8 @@ def save_weights(
     *,
     dtype: str | Mapping[str, str] = "float32",
     max_shard_size: int | str = MAX_SHARD_SIZE,
-) -> Path:
+    writes: bool = True,
+) -> Path | None:
     """Writes the parameters under Hugging Face's names, tied weights once.
 
     What fits into `max_shard_size` becomes model.safetensors; else there are files
@@ -47,14 +49,15 @@ def save_weights(
 
     Args:
         folder: made where it does not exist.
-        params: fully addressable from this process; they are gathered one tensor at a time.
+        params: gathered one tensor at a time; of several processes, all must call this.
         dtype: of the stored tensors, "float32", "bfloat16" or "float16": one for all or, by name, one for
             each, as `stored_dtypes` reads them.
         max_shard_size: bytes of tensors in a file, a number or such as "5GB" or "500MB"; a tensor that
             is larger has a file of its own.
+        writes: of several processes one alone; the others give their shards and touch no file.
 
     Returns:
-        The path of model.safetensors, or of the index.
+        The path of model.safetensors, or of the index; None where it does not write.
 
     Raises:
         UserError: another dtype, a size that cannot be read, or a weight that float16 cannot hold.
@@ -67,12 +70,18 @@ def save_weights(
     shapes = tensor_shapes(of_model)
     dtypes = _dtypes(shapes, dtype)
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    by_path, by_name = flat(params), pieces(of_model)
+    if not writes:
+        for name in shapes:
+            for layout, layer in by_name[name]:
+                for _ in _gathered(by_path[layout.path], layout, layer):
+                    pass
+        return None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(sizes, limit, folder)
     _remove_partials(folder)
     try:
-        by_path, by_name = flat(params), pieces(of_model)
         for file, names in shards.items():
             with open(partial_path(folder / file), "wb") as out:
                 out.write(_header({name: shapes[name] for name in names}, dtypes))
@@ -178,18 +187,28 @@ def _gathered(param: jax.Array, layout: Layout, layer: int) -> Iterator[np.ndarr
 
     Slices rather than the parameter itself, which would keep its gathered copy for as long as it lives.
     """
+    take: Callable[[jax.Array, np.int32, int], jax.Array] = _rows
+    if not getattr(param, "is_fully_addressable", True):
+        take = _rows_everywhere(param.sharding)
     if layout.stacked:
-        yield np.asarray(_rows(param, np.int32(layer), 1))[0]
+        yield np.asarray(take(param, np.int32(layer), 1))[0]
         return
     count = max(1, _ROWS_BYTES * param.shape[0] // max(1, param.nbytes))
     for start in range(0, param.shape[0], count):
         size = min(count, param.shape[0] - start)
-        yield np.asarray(_rows(param, np.int32(start), size))
+        yield np.asarray(take(param, np.int32(start), size))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _rows(param: jax.Array, start: jax.Array, count: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(param, start, count)
+
+
+@functools.cache
+def _rows_everywhere(sharding: NamedSharding) -> Callable[[jax.Array, np.int32, int], jax.Array]:
+    """The same for parameters that are laid out so, with the rows on all devices of all processes."""
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=everywhere)
 
 
 def _narrowed(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

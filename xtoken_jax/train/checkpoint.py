@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from xtoken_jax.checksum import checksum
 from xtoken_jax.errors import UserError
+from xtoken_jax.hosts import from_first, gather, is_first
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.train.quiet import without_orbax_reports
 from xtoken_jax.train.step import TrainState
@@ -31,7 +33,8 @@ class Checkpoints:
     """The checkpoints of one run, the last `keep` of them.
 
     A save that was killed half-way leaves no step behind: `latest` is the last complete one. Each carries a
-    checksum of its arrays and one of the rest, since orbax returns some damaged bytes as numbers.
+    checksum of its arrays and one of the rest, since orbax returns some damaged bytes as numbers. Of several
+    processes all call every method; each writes and reads its shards, the first one does the rest.
     """
 
     def __init__(
@@ -51,7 +54,8 @@ class Checkpoints:
         """
         self.folder = folder
         self._frozen = checksum(frozen) if frozen else None
-        self._lock = None if read_only else _lock(folder)
+        lock = None if read_only else from_first(lambda: _lock(folder))
+        self._lock = lock if is_first() else None
         without_orbax_reports()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -98,24 +102,30 @@ class Checkpoints:
             UnusableCheckpointError: it is damaged, or cannot be read into this state.
             UserError: no such step, or its adapters were trained on other weights.
         """
-        steps = self._manager.all_steps()
+        steps = self._steps()
         if step not in steps:
-            known = ", ".join(map(str, sorted(steps))) or "none"
+            known = ", ".join(map(str, steps)) or "none"
             raise UserError(f"{self.folder}: holds no checkpoint of step {step}; it has {known}")
+        cause: Exception | None = None
+        fault: str | None = None
+        content: dict[str, Any] = {}
+        state: Any = None
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-                ),
+            # not the manager's restore, in which a process that fails would leave the others waiting
+            path = self.path(step).resolve()
+            state = ocp.StandardCheckpointHandler().restore(
+                path / "state", args=ocp.args.StandardRestore(abstract)
             )
+            content = dict(ocp.JsonCheckpointHandler().restore(path / "data", args=ocp.args.JsonRestore()))
+            whole = content.pop("checksum", None) == _crc(content)
+            fault = None if whole else "its checksum does not fit"
         except Exception as error:  # orbax and TensorStore raise bare Exception too
-            raise UnusableCheckpointError(
-                f"{self.path(step)}: is damaged, or is not of this student ({_said(error)})"
-            ) from error
-        state, content = restored["state"], dict(restored["data"])
-        if content.pop("checksum", None) != _crc(content) or content["state"] != checksum(state):
-            raise UnusableCheckpointError(f"{self.path(step)}: is damaged, its checksum does not fit")
+            cause, fault = error, f"or is not of this student ({_said(error)})"
+        faults = [fault for fault in gather(fault) if fault is not None]
+        if not faults and content["state"] != checksum(state):
+            faults = ["its checksum does not fit"]
+        if faults:
+            raise UnusableCheckpointError(f"{self.path(step)}: is damaged, {faults[0]}") from cause
         if content["frozen"] != self._frozen:
             raise UserError(
                 f"{self.path(step)}: its adapters were trained on other weights than the student's folder "
@@ -139,7 +149,7 @@ class Checkpoints:
             UserError: none of them can be used; they stay as they are.
         """
         faults: dict[int, UnusableCheckpointError] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self._steps()):
             try:
                 found = self.restore(step, abstract)
             except UnusableCheckpointError as error:
@@ -158,7 +168,16 @@ class Checkpoints:
             f"{self.folder} to begin anew"
         )
 
+    def _steps(self) -> list[int]:
+        """Of all complete checkpoints, in order."""
+        return from_first(lambda: sorted(self._manager.all_steps()))
+
     def _move_aside(self, step: int) -> Path:
+        aside = Path(from_first(lambda: str(self._moved(step))))
+        self._manager.reload()
+        return aside
+
+    def _moved(self, step: int) -> Path:
         folder = self.folder.with_name(f"{self.folder.name}-damaged")
         aside = folder / str(step)
         number = 1
@@ -167,7 +186,6 @@ class Checkpoints:
             aside = folder / f"{step}-{number}"
         folder.mkdir(exist_ok=True)
         os.rename(self.path(step), aside)
-        self._manager.reload()
         return aside
 
     def check(self) -> None:
@@ -204,11 +222,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish saves under way, however the run ends.
+        """Finish saves under way, however the run ends; but not those that wait for a process that is lost.
 
         Raises:
             UserError: one could not be written, unless something else is being raised.
         """
+        if kind is not None and jax.process_count() > 1:
+            return  # the process is about to end
         try:
             with contextlib.nullcontext() if kind is None else contextlib.suppress(UserError):
                 self.wait()

@@ -8,21 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import grain
-import jax
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xtoken_jax.data.batches import Batch, Record
+from xtoken_jax.data.batches import Batch, Batches, join_states
 from xtoken_jax.errors import UserError
+from xtoken_jax.hosts import from_first, gather
 from xtoken_jax.losses.objective import LossTables
-from xtoken_jax.mesh import batch_sharding
+from xtoken_jax.mesh import place_rows
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.checkpoint import Checkpoints
 from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog
-from xtoken_jax.train.non_finite import NonFinite, NonFiniteLossError, Skips
+from xtoken_jax.train.non_finite import NonFinite, NonFiniteLossError, RecordsOf, Skips
 from xtoken_jax.train.signals import Stopped, StopSignals
 from xtoken_jax.train.step import Metrics, Step, TrainState
 
@@ -71,7 +70,7 @@ def train(
     state: TrainState,
     abstract: TrainState,
     step: Step,
-    batches: grain.DatasetIterator,
+    batches: Batches,
     *,
     teacher_params: dict[str, Params],
     tables: dict[str, LossTables],
@@ -82,7 +81,7 @@ def train(
     title: str,
     console: Console,
     frozen: Params | None = None,
-    records: Callable[[int], list[Record]] | None = None,
+    records: RecordsOf | None = None,
     stop: StopSignals | None = None,
     seconds_at_peak: float | None = None,
 ) -> TrainState:
@@ -92,13 +91,13 @@ def train(
         state: the state at step 0.
         abstract: its shapes and shardings, to restore into.
         step: the jitted step.
-        batches: endless; its position is saved and restored.
+        batches: endless, of the rows that this process makes; its position is saved and restored.
         teacher_params, tables: by teacher.
         evaluate: student parameters -> named figures on the validation text.
         folder: gets metrics.jsonl, checkpoints/ and, after a loss that was not finite, non_finite.jsonl.
         title: of the progress bar.
         frozen: the student's parameters that do not train, as `split_lora` returns them.
-        records: step, from 1 -> where the rows of its batch come from, for non_finite.jsonl.
+        records: step, from 1 -> where the parts of each row of its batch come from, for non_finite.jsonl.
         stop: signals to leave at, with a checkpoint.
         seconds_at_peak: what a step would take if the devices did nothing but its models' arithmetic, at
             their peak; None where that is not known.
@@ -125,7 +124,6 @@ def train(
         first = int(state.step)
         log = MetricsLog(folder / METRICS_FILE, first)
         skips = Skips(folder, first, config.non_finite, config.max_skips, records, *skipped)
-        sharding = batch_sharding(mesh)
 
         def due(number: int, every: int) -> bool:
             return number == config.steps or (every > 0 and number % every == 0)
@@ -162,15 +160,18 @@ def train(
 
             shown = ""
             # One that a signal broke off is made up for.
-            evaluated = any(row["step"] == first and "validation" in row for row in log.kept)
+            evaluated = from_first(
+                lambda: any(row["step"] == first and "validation" in row for row in log.kept)
+            )
             if not evaluated and (first == 0 or due(first, config.evaluate_every)):
                 evaluate_at(first)
             pending: Metrics | None = None
             warned = False
             for number in range(first + 1, config.steps + 1):
-                batch: Batch = next(batches)
-                tokens += int(batch.student.mask.sum())
-                batch = jax.device_put(batch, sharding)
+                own: Batch = next(batches)
+                batch: Batch = place_rows(own, mesh)
+                # of several processes, each counts its own rows and takes the others' for alike
+                tokens += int(own.student.mask.sum()) * len(batch.student.mask) // len(own.student.mask)
                 state, metrics = step(state, teacher_params, tables, batch, frozen)
                 # The step before has ended by now: reading its metrics does not hold up this one.
                 look_at(number - 1, pending)
@@ -195,12 +196,14 @@ def train(
                 if due(number, config.evaluate_every):
                     with contextlib.suppress(Stopped):
                         evaluate_at(number)
-                leaving = stop.requested
+                leaving = stop.agreed(now=number == config.steps)
                 if due(number, config.save_every) or leaving:
                     look_at(number, pending)
                     pending = None
                     log.sync()
-                    beside = {"position": batches.get_state(), "skips": [skips.total, skips.streak]}
+                    states = gather(batches.get_state())
+                    position = join_states(states) if len(states) > 1 else states[0]
+                    beside = {"position": position, "skips": [skips.total, skips.streak]}
                     checkpoints.save(number, state, beside)
                 if leaving:
                     checkpoints.wait()

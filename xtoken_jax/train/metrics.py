@@ -10,6 +10,7 @@ from typing import Any
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import write_whole
+from xtoken_jax.hosts import is_first
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,8 +18,10 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends rows; those past the step that a run goes on from are dropped first.
 
+    Of several processes, the first one does; the others do nothing.
+
     Attributes:
-        kept: the rows of earlier starts that stay.
+        kept: the rows of earlier starts that stay, known to the first process.
     """
 
     def __init__(self, path: Path, first: int) -> None:
@@ -29,6 +32,9 @@ class MetricsLog:
         """
         self._path = path
         self.kept: list[dict[str, Any]] = []
+        self._writes = is_first()
+        if not self._writes:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file():
@@ -43,6 +49,8 @@ class MetricsLog:
         Raises:
             UserError: it cannot be written.
         """
+        if not self._writes:
+            return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
             with self._path.open("a") as file:
@@ -52,7 +60,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Have the rows on the disk, as a checkpoint will be that goes on behind them."""
-        if self._path.is_file():
+        if self._writes and self._path.is_file():
             with self._path.open("a") as file:
                 os.fsync(file.fileno())
 

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: told to the training between two steps, so that it can save and leave."""
+"""SIGTERM and Ctrl-C: told to the training between two steps, so that it can save and leave.
+
+Of several processes, one that gets a signal while training tells the others, and all leave at the same step.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jax
+
+_SIGNALS = (None, "SIGTERM", "Ctrl-C")  # numbered, for `largest`
 
 
 class Stopped(KeyboardInterrupt):
@@ -41,6 +49,7 @@ class StopSignals:
         self.requested: str | None = None
         self._held = False
         self._before: dict[int, Any] = {}
+        self._asked: jax.Array | None = None  # of all processes, what they got
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -63,7 +72,13 @@ class StopSignals:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within `held`: what can be broken off, since it is done again. Raises `Stopped`."""
+        """Within `held`: what can be broken off, since it is done again. Raises `Stopped`.
+
+        Of several processes none can break off alone: it is left where all call `check`.
+        """
+        if _several():
+            yield
+            return
         self._held = False
         try:
             if self.requested is not None:
@@ -71,6 +86,26 @@ class StopSignals:
             yield
         finally:
             self._held = True
+
+    def agreed(self, *, now: bool = False) -> str | None:
+        """The signal that this process or another got, the same answer on all, which must all ask.
+
+        Args:
+            now: wait for the others' answers; else, with several processes, those of the time before are
+                returned, which are there, and a signal is known one call later.
+        """
+        if not _several():
+            return self.requested
+        from xtoken_jax.hosts import largest
+
+        before, self._asked = self._asked, largest(_SIGNALS.index(self.requested))
+        found = self._asked if now else before
+        return None if found is None else _SIGNALS[int(found)]
+
+    def check(self) -> None:
+        """In between what `at_once` lets be broken off: raises `Stopped` on all processes, or on none."""
+        if _several() and (name := self.agreed(now=True)) is not None:
+            raise Stopped(name)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.requested is None:
@@ -82,6 +117,12 @@ class StopSignals:
         elif number == signal.SIGINT:
             _say("ended; the same command goes on from the last checkpoint")
             os._exit(130)
+
+
+def _several() -> bool:
+    import jax  # here: a handler is wanted before the seconds that this takes
+
+    return jax.process_count() > 1
 
 
 def _say(text: str) -> None:
