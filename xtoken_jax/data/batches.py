@@ -10,7 +10,7 @@ import grain
 import jax
 
 from xtoken_jax.alignment.align import collate, token_rows
-from xtoken_jax.alignment.batch import Alignment, TokenRows
+from xtoken_jax.alignment.batch import Alignment, StoredRows, TokenRows
 from xtoken_jax.alignment.rows import cut_together, with_document_marks
 from xtoken_jax.alignment.spans import Side, Spans, align_texts_together
 from xtoken_jax.data.sources import SourceConfig, digest, read_documents
@@ -79,10 +79,12 @@ class TeacherBatch:
     Attributes:
         rows: TokenRows of [B, T_t].
         alignment: chunk ids of its tokens and of the student's, and which chunks count.
+        stored: its distributions, where they are cached.
     """
 
     rows: TokenRows
     alignment: Alignment
+    stored: StoredRows | None = None
 
 
 @jax.tree_util.register_dataclass

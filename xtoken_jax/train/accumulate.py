@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from xtoken_jax.data.batches import Batch
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import constrain
-from xtoken_jax.models.decoder import Params
+from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.objective import Metrics, Objective
 
@@ -41,7 +41,7 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
     """
     if micro_batches == 1:
         return _at_once(objective)
-    student, teachers = objective.student, objective.teachers
+    student, teachers = objective.student, _live(objective)
 
     def by_parts(
         trained: Params,
@@ -58,16 +58,13 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
 
         def forward(_: None, part: Any) -> tuple[None, Any]:
             own, others = part
-            read = {
-                name: teacher.model(teacher_params[name], others[name])[0]
-                for name, teacher in teachers.items()
-            }
+            read = {name: model(teacher_params[name], others[name])[0] for name, model in teachers.items()}
             return None, (hidden_of(trained, own), read)
 
         _, (hidden, read) = jax.lax.scan(forward, None, (own_ids, ids))
         of_teachers = {
-            name: (join(read[name]), teacher.model(teacher_params[name], ids[name][0])[1])
-            for name, teacher in teachers.items()
+            name: (join(read[name]), model(teacher_params[name], ids[name][0])[1])
+            for name, model in teachers.items()
         }
         # What is asked for is the unembedding alone; the compiler drops the rest.
         unembedding, pull_unembedding = jax.vjp(
@@ -104,12 +101,17 @@ def _at_once(objective: Objective) -> GradientOf:
         # Rows are padded on the right, so causality alone keeps padding out of sight.
         of_student = objective.student(join_lora(trained, frozen), batch.student.ids)
         of_teachers = {
-            name: teacher.model(teacher_params[name], batch.teachers[name].rows.ids)
-            for name, teacher in objective.teachers.items()
+            name: model(teacher_params[name], batch.teachers[name].rows.ids)
+            for name, model in _live(objective).items()
         }
         return objective.join(objective.means(of_student, of_teachers, tables, batch), batch)
 
     return jax.value_and_grad(loss_of, has_aux=True)
+
+
+def _live(objective: Objective) -> dict[str, Model]:
+    """The teachers that run, by name."""
+    return {name: t.model for name, t in objective.teachers.items() if t.model is not None}
 
 
 def split(rows: jax.Array, parts: int) -> jax.Array:
