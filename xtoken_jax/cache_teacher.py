@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xtoken_jax.alignment.align import pad
-from xtoken_jax.cache_contents import of_teacher, of_text
+from xtoken_jax.cache_contents import of_held_out, of_teacher, of_text
 from xtoken_jax.config import Experiment
-from xtoken_jax.data.batches import Windows, read_windows
 from xtoken_jax.data.cache_shards import Entry, Form, PartRows, packed
+from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.encode import Document, cut_parts, encode
+from xtoken_jax.data.sources import SourceKind, read_sources
 from xtoken_jax.data.teacher_cache import Index, ShardInfo, add_shard, is_whole, read_index
-from xtoken_jax.distill import held_out_texts
+from xtoken_jax.distill import held_out_parts
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep, Kept, Lost, distributions
 from xtoken_jax.mesh import batch_sharding, make_mesh
@@ -30,6 +34,7 @@ from xtoken_jax.models.load import open_model
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 SHARD_BYTES = 64 * 2**20  # about as many, before compression
+_AT_ONCE = 64  # documents encoded in one call
 _SHORTEST = 16  # rows of fewer tokens are not worth a program of their own
 _BINS = 16  # of a histogram, to a factor of 2
 
@@ -102,12 +107,16 @@ def cache_teacher(
     size = pairs[teacher].teacher.size
     if keep.top_k is not None and keep.top_k >= size:
         keep = keep._replace(top_k=None)
-    with console.status("tokenizing and aligning the text"):
-        windows = read_windows(pairs, experiment.data.train, experiment.data)
-    held_out = held_out_texts(experiment, student, pairs)
-    made_of = {**of_teacher(experiment, teacher, pairs), **of_text(windows)}
-    texts = held_out.contents()
-    index = _begin(out, Index(made_of, keep._asdict(), size, list(windows)))
+    with console.status("reading the text"):
+        train = read_sources(experiment.data.train)
+        validation = read_sources(
+            {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
+        )
+        texts = of_held_out(experiment, validation)
+    made_of = {**of_teacher(experiment, teacher, pairs), **of_text(train)}
+    index = _begin(
+        out, Index(made_of, {**keep._asdict(), "temperatures": list(keep.temperatures)}, size, list(train))
+    )
     if index.complete and not all(is_whole(out, shard) for shard in index.shards):
         index.complete = False
     rate = None
@@ -115,10 +124,11 @@ def cache_teacher(
         with jax.set_mesh(mesh):
             model, params = open_model(configs[teacher], size, mesh=mesh, key=jax.random.key(0))
             if not index.complete:
+                text = _Text(pairs, train, experiment.data, teacher)
                 run = _Run(model, params, mesh, keep, index.form, experiment.data.batch_size)
-                length = experiment.data.length_of(teacher)
-                rate = _fill(out, index, run, _documents(windows, teacher), length, shard_bytes, console)
+                rate = _fill(out, index, run, text, run.tokens_of(shard_bytes), console)
             with console.status("measuring the teacher on the held-out text"):
+                held_out = held_out_parts(experiment, student, pairs, validation)
                 index.figures = held_out.of_teacher(teacher, model, params)
             index.held_out, index.complete = texts, True
             index.write(out)
@@ -129,15 +139,15 @@ def _begin(out: Path, mine: Index) -> Index:
     """The folder's index where it is of this very cache, else a new one."""
     there = read_index(out)
     if there is not None:
-        theirs = {**there.made_of, **{f"keep.{name}": value for name, value in there.keep.items()}}
-        ours = {**mine.made_of, **{f"keep.{name}": value for name, value in mine.keep.items()}}
+        theirs, ours = (
+            {**index.made_of, **{f"keep.{name}": value for name, value in index.keep.items()}}
+            for index in (there, mine)
+        )
         for key in dict.fromkeys([*theirs, *ours]):
-            a, b = theirs.get(key), ours.get(key)
-            if a != b and (a is None or not isinstance(a, list) or a != list(b or ())):
-                raise UserError(
-                    f"{out}: holds another teacher cache ({key}={a} there, {b} here); choose another --out, or "
-                    "delete that folder"
-                )
+            if theirs.get(key) != ours.get(key):
+                found = f"{key}={theirs.get(key)} there, {ours.get(key)} here"
+                what = "choose another --out, or delete that folder"
+                raise UserError(f"{out}: holds another teacher cache ({found}); {what}")
         return there
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -147,73 +157,76 @@ def _begin(out: Path, mine: Index) -> Index:
     return mine
 
 
-def _documents(windows: Mapping[str, Windows], teacher: str) -> Iterator[list[_Part]]:
-    """The parts of each document, in order."""
-    for number, source in enumerate(windows.values()):
-        parts: list[_Part] = []
-        for record, row in zip(source.records, source, strict=True):
-            if parts and parts[-1].key[1] != record.document:
-                yield parts
-                parts = []
-            parts.append(_Part((number, record.document, record.part), row[teacher].teacher.ids))
-        yield parts
+@dataclass(frozen=True)
+class _Text:
+    """The documents, by source, and how they become the teacher's parts."""
 
+    pairs: Mapping[str, TokenizerPair]
+    documents: Mapping[str, Sequence[Document]]
+    config: DataConfig
+    teacher: str
 
-def _fill(
-    out: Path,
-    index: Index,
-    run: _Run,
-    documents: Iterator[list[_Part]],
-    length: int,
-    shard_bytes: int,
-    console: Console,
-) -> float:
-    """Write the shards that are not there or not whole; the teacher's tokens a second."""
-    import time
+    @property
+    def length(self) -> int:
+        """T_t."""
+        return self.config.length_of(self.teacher)
 
-    shards = list(_shards(documents, run.tokens_of(shard_bytes)))
-    total = sum(len(part.ids) for shard in shards for part in shard)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-    )  # fmt: skip
-    started, done, done_here = time.perf_counter(), 0, 0
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("caching", total=total, shown="")
-        for number, parts in enumerate(shards):
-            first = parts[0].key[:2]
-            following = shards[number + 1][0].key[:2] if number + 1 < len(shards) else (len(index.sources), 0)
-            tokens = sum(len(part.ids) for part in parts)
-            done += tokens
-            known = index.shards[number] if number < len(index.shards) else None
-            if known is not None and (known.first, known.next) == (first, following) and is_whole(out, known):
-                progress.update(bar, completed=done)
+    def parts(self, first: tuple[int, int], tokens: int) -> tuple[list[_Part], tuple[int, int]]:
+        """Those of whole documents from (source, document) on, up to so many tokens or more; the next one."""
+        found: list[_Part] = []
+        held = 0
+        for source, texts in enumerate(self.documents.values()):
+            if source < first[0]:
                 continue
-            entries, raw, width, lost = run.shard(parts, length)
-            if not np.isfinite(lost["divergence"]["sum"]):
-                where = f"{index.sources[first[0]]} documents from {first[1]} on"
-                raise UserError(f"the teacher's outputs are not finite at {where}; is its dtype too narrow?")
-            index.width = max(index.width, width)
-            add_shard(out, index, number, entries, first=first, next=following, raw_bytes=raw, lost=lost)
-            done_here += tokens
-            rate = done_here / (time.perf_counter() - started)
-            progress.update(bar, completed=done, shown=f"{rate:,.0f} tokens/s")
-    del index.shards[len(shards) :]
-    return done_here / (time.perf_counter() - started)
+            begin = first[1] if source == first[0] else 0
+            for start in range(begin, len(texts), _AT_ONCE):
+                rows = encode(self.pairs, texts[start : start + _AT_ONCE])
+                for document, row in enumerate(rows, start):
+                    for number, part in enumerate(cut_parts(row, self.config)):
+                        ids = part[self.teacher].teacher.ids
+                        found.append(_Part((source, document, number), ids))
+                        held += len(ids)
+                    if held >= tokens:
+                        last = document + 1 == len(texts)
+                        return found, (source + 1, 0) if last else (source, document + 1)
+        return found, (len(self.documents), 0)
 
 
-def _shards(documents: Iterator[list[_Part]], tokens: int) -> Iterator[list[_Part]]:
-    """Whole documents, as many as make `tokens` or more."""
-    shard: list[_Part] = []
-    held = 0
-    for document in documents:
-        shard += document
-        held += sum(len(part.ids) for part in document)
-        if held >= tokens:
-            yield shard
-            shard, held = [], 0
-    if shard:
-        yield shard
+def _fill(out: Path, index: Index, run: _Run, text: _Text, tokens: int, console: Console) -> float:
+    """Write the shards that are not there or not whole; the teacher's tokens a second."""
+    sizes = [len(texts) for texts in text.documents.values()]
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"),
+        TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
+    )  # fmt: skip
+    place, number, done = (0, 0), 0, 0
+    started = time.perf_counter()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("caching", total=sum(sizes), shown="")
+        while place[0] < len(sizes):
+            known = index.shards[number] if number < len(index.shards) else None
+            if known is not None and known.first == place and is_whole(out, known):
+                following = known.next
+            else:
+                parts, following = text.parts(place, tokens)
+                if not parts:
+                    break
+                entries, raw, width, lost = run.shard(parts, text.length)
+                if not math.isfinite(lost["divergence"]["sum"]):
+                    source = index.sources[place[0]]
+                    raise UserError(
+                        f"the teacher's outputs are not finite somewhere from {source} document {place[1]} "
+                        "on; is teacher.compute_dtype too narrow for it?"
+                    )
+                index.width = max(index.width, width)
+                add_shard(out, index, number, entries, first=place, next=following, raw_bytes=raw, lost=lost)
+                done += sum(len(part.ids) for part in parts)
+                rate = done / (time.perf_counter() - started)
+                progress.update(bar, shown=f"{rate:,.0f} tokens/s")
+            place, number = following, number + 1
+            progress.update(bar, completed=sum(sizes[: place[0]]) + place[1])
+    del index.shards[number:]
+    return done / (time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
@@ -279,7 +292,7 @@ class _Run:
 
 def _rows(kept: Kept, inside: slice, ids: np.ndarray, form: Form) -> PartRows:
     """Of one part, with the entries that are there alone."""
-    tails, normalizers = kept.tails[:, inside], kept.normalizers[inside]
+    tails, normalizers = np.asarray(kept.tails[:, inside]), np.asarray(kept.normalizers[inside])
     values = np.asarray(kept.log_probabilities[inside])
     if kept.ids is None:
         return PartRows(None, None, values.reshape(-1), tails, normalizers)
@@ -333,8 +346,14 @@ def summarized(index: Index, rate: float | None = None) -> Summary:
     labels = sum(shard.lost["labels"] for shard in shards)
     lost["cross_entropy"] = sum(shard.lost["label"] for shard in shards) / max(labels, 1)
     lost["label_among_kept"] = sum(shard.lost["found"] for shard in shards) / max(labels, 1)
-    sums = (sum(asdict(shard)[name] for shard in shards) for name in ("tokens", "bytes", "raw_bytes"))
-    return Summary(index, *sums, lost, rate)
+    return Summary(
+        index,
+        sum(shard.tokens for shard in shards),
+        sum(shard.bytes for shard in shards),
+        sum(shard.raw_bytes for shard in shards),
+        lost,
+        rate,
+    )
 
 
 def _percentile(shards: list[ShardInfo], name: str, tokens: int) -> float:

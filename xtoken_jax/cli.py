@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from xtoken_jax import __version__, cli_generate
+from xtoken_jax import __version__, cli_cache, cli_generate
 from xtoken_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(words)
-    if rest and options.command != "distill":
+    takes_settings = options.command in ("distill", "cache-teacher")
+    if rest and not takes_settings:
         name = f" {options.command}" if options.command else ""
         parser.error(f"unknown argument {rest[0]!r}; see xtoken{name} --help")
     if options.command is None:
@@ -51,13 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     console = Console(stderr=options.command != "distill", highlight=False, soft_wrap=True)
     try:
-        if options.command == "distill":
+        if takes_settings:
             options.overrides += [word for word in rest if not word.startswith("-")]
             unknown = [word for word in rest if word.startswith("-")]
             if unknown:
-                raise UserError(
-                    f"unknown option {unknown[0]}; settings are key=value, see xtoken distill --help"
-                )
+                see = f"see xtoken {options.command} --help"
+                raise UserError(f"unknown option {unknown[0]}; settings are key=value, {see}")
         options.run(options, console)
     except (UserError, OSError) as error:  # a full disk or a read-only folder is no fault of the program
         Console(stderr=True, highlight=False, soft_wrap=True).print(
@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("distill", _distill, "train a student with a teacher, from a config", _DISTILL_HELP)
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     sub.add_argument("--json", action="store_true", help="print the final figures as JSON on stdout")
+
+    sub = command("cache-teacher", cli_cache.run, cli_cache.TEXT, cli_cache.HELP)
+    cli_cache.add_arguments(sub)
 
     sub = command(
         "audit",
@@ -369,8 +372,9 @@ def _align(options: argparse.Namespace, console: Console) -> None:
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
     import jax
 
-    from xtoken_jax.data.batches import DataConfig, read_windows, student_of
-    from xtoken_jax.data.sources import SourceConfig, SourceKind
+    from xtoken_jax.data.config import DataConfig
+    from xtoken_jax.data.encode import read_parts, student_of
+    from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
     from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
     from xtoken_jax.mesh import single_device_mesh
     from xtoken_jax.models.load import ModelConfig, open_model
@@ -396,7 +400,8 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
             ModelConfig(path=options.model), tokenizer.size, mesh=mesh, key=jax.random.key(0)
         )
         own = {"student": TokenizerPair(tokenizer, tokenizer)}
-        rows = [student_of(w).ids for w in read_windows(own, data.validation, data)["text"]]
+        parts = read_parts(own, {"text": read_documents(source)}, data)["text"]
+        rows = [student_of(part).ids for part in parts]
         with console.status(f"running the model over {len(rows)} rows"):
             value = bits_per_byte(
                 model, params, tokenizer, rows, batch_size=options.batch_size, length=options.length

@@ -15,18 +15,15 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from xtoken_jax.cache_contents import of_held_out, of_teacher, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
 from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data import arithmetic
-from xtoken_jax.data.batches import (
-    DataConfig,
-    Windows,
-    batch_records,
-    read_windows,
-    student_of,
-    training_batches,
-)
-from xtoken_jax.data.sources import SourceKind
+from xtoken_jax.data.batches import training_batches
+from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.encode import Part, read_parts, student_of
+from xtoken_jax.data.sources import SourceKind, digest, read_sources
+from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
@@ -58,7 +55,7 @@ STUDENT_FOLDER = "student"
 _PROMPTS_AT_ONCE = 256
 
 Figures = dict[str, float]
-Texts = dict[str, Windows]
+Documents = dict[str, list[str]]
 Pairs = dict[str, TokenizerPair]
 
 
@@ -89,6 +86,7 @@ class _Teachers:
     params: dict[str, Params] = field(default_factory=dict)
     tables: dict[str, LossTables] = field(default_factory=dict)
     projections: dict[str, Projection] = field(default_factory=dict)  # W, where the tables are made of it
+    caches: dict[str, TeacherCache] = field(default_factory=dict)  # of those that are not in memory
 
 
 class _Term(NamedTuple):
@@ -136,25 +134,34 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         if student.lora is not None:
             console.print(_adapters(student.lora, start, params))
         del params
-        teachers = _load_teachers(configs, pairs, mesh, console)
+        teachers = _load_teachers(experiment, pairs, mesh, console)
         kinds = {name: teacher.loss.kind for name, teacher in teachers.static.items()}
         # Without a teacher the student's own boundaries are those that rows are cut at.
         pairs = pairs or {"student": TokenizerPair(tokenizer, tokenizer)}
-        with console.status("tokenizing and aligning the text"):
-            windows = read_windows(pairs, experiment.data.train, experiment.data)
-            held_out = _held_out(experiment, tokenizer, pairs)
-        batches = partial(training_batches, pairs, windows, experiment.data)
-        batches()  # too little text is said before anything is written
-        tokens = sum(len(student_of(w)) for part in windows.values() for w in part)
-        console.print(f"text     {sum(map(len, windows.values())):,} rows, {tokens:,} student tokens")
+        with console.status("reading the text"):
+            train_text = read_sources(experiment.data.train)
+            held_out_text = read_sources(
+                {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
+            )
+            held_out = held_out_parts(experiment, tokenizer, pairs, held_out_text)
+        for cache in teachers.caches.values():
+            cache.check(of_text(train_text))
+        batches = partial(training_batches, pairs, train_text, experiment.data)
+        batches(caches=teachers.caches)  # too little text is said before anything is written
+        counts = ", ".join(f"{len(documents):,} of {name}" for name, documents in train_text.items())
+        console.print(f"text     documents: {counts}", markup=False)
         made_of = contents(
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
             {_key(name, "projection"): projection for name, projection in teachers.projections.items()},
-            {"train": windows, "validation": held_out.windows},
+            {
+                part: {name: digest(documents) for name, documents in texts.items()}
+                for part, texts in (("train", train_text), ("validation", held_out_text))
+            },
         )
+        for name, cache in teachers.caches.items():
+            made_of |= {_key(name, "cache"): cache.index.checksum}
         for change in claim(run, experiment, made_of):
             console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
-        records_of = batch_records(windows, experiment.data)
 
         def one_run(
             params: Params, folder: Path, teachers: _Teachers, title: str
@@ -164,13 +171,15 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             step = make_step(
                 student, teachers.static, experiment.loss, optimizer,
                 student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
+                packed=experiment.data.pack,
                 schedule=make_schedule(experiment.optimizer, experiment.train.steps),
             )  # fmt: skip
+            made = batches(caches=teachers.caches)
             state = train(
                 init_state(student, params, optimizer, mesh),
                 abstract_state(student, optimizer, mesh),
                 jax.jit(step, donate_argnums=0),
-                batches(),
+                made,
                 teacher_params=teachers.params,
                 tables=teachers.tables,
                 evaluate=partial(held_out.of_student, student),
@@ -180,7 +189,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 title=title,
                 console=console,
                 frozen=frozen,
-                records=lambda number: records_of(number - 1),
+                records=made.records_of,
                 stop=stop,
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
@@ -191,6 +200,15 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         figures = {}
         for name, teacher in teachers.static.items():
             row = "teacher" if name == FIRST_TEACHER else f"teacher {name}"
+            if teacher.model is None:
+                known = teachers.caches[name].index
+                if known.held_out == of_held_out(experiment, held_out_text):
+                    figures[row] = known.figures
+                else:
+                    console.print(
+                        f"warning  {row}: cached with other held-out text, no figures of it are shown"
+                    )
+                continue
             with console.status(f"measuring {row} on the held-out text"):
                 figures[row] = held_out.of_teacher(name, teacher.model, teachers.params[name])
         plain = None
@@ -222,7 +240,8 @@ def _seconds_at_peak(
 ) -> float | None:
     """Of a step; None where the devices' peak is not known."""
     peak = peak_flops(list(mesh.devices.flat))
-    read = [(teacher.model, data.length_of(name)) for name, teacher in teachers.items()]
+    live = {name: teacher.model for name, teacher in teachers.items() if teacher.model is not None}
+    read = [(model, data.length_of(name)) for name, model in live.items()]
     return None if peak is None else step_flops(student, read, data.batch_size, data.student_length) / peak
 
 
@@ -251,10 +270,15 @@ def _models(
     start: Params,
     teachers: _Teachers,
 ) -> dict[str, tuple[Model, Params | None, Tokenizer]]:
-    """What `contents` takes: a student's random start is not content, its seed is a setting."""
+    """What `contents` takes: a student's random start is not content, its seed is a setting.
+
+    Of a cached teacher nothing is there; the cache is content.
+    """
     given = None if experiment.student.init is Start.random else start
     found: dict[str, tuple[Model, Params | None, Tokenizer]] = {"student": (student, given, tokenizer)}
     for name, teacher in teachers.static.items():
+        if teacher.model is None:
+            continue
         key = FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
         found[key] = teacher.model, teachers.params[name], pairs[name].teacher
     return found
@@ -270,24 +294,32 @@ _WITHOUT_W: dict[LossKind, Callable[[TokenizerPair], LossTables]] = {
 }  # fmt: skip
 
 
-def _load_teachers(
-    configs: dict[str, FurtherTeacherConfig], pairs: Pairs, mesh: Mesh, console: Console
-) -> _Teachers:
+def _load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Console) -> _Teachers:
     """The teachers with what their terms read, and the terms, which the audit chooses for "auto"."""
-    found = _Teachers()
+    found, configs = _Teachers(), experiment.every_teacher()
     if not configs:
         console.print("loss     next-token cross-entropy, no teacher")
     for name, config in configs.items():
         pair = pairs[name]
         _name(console, "teacher", pair.teacher)
-        model, params = open_model(config, pair.teacher.size, mesh=mesh, key=jax.random.key(0))
+        model = None
+        if config.cache is None:
+            model, found.params[name] = open_model(
+                config, pair.teacher.size, mesh=mesh, key=jax.random.key(0)
+            )
         term = _term(name, config, pair)
         loss = replace(config.loss, kind=term.kind)
         loss.validate_merge()
+        if config.cache is not None:
+            cache = TeacherCache(
+                Path(config.cache).expanduser(), loss.logit_temperature, key=_key(name, "cache")
+            )
+            cache.check(of_teacher(experiment, name, pairs))
+            console.print(f"cache    {config.cache}", markup=False)
+            found.caches[name] = cache
         weight = f", weight {config.weight:g}" if len(configs) > 1 else ""
         console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
         found.static[name] = Teacher(model, loss, config.weight)
-        found.params[name] = params
         found.tables[name] = jax.device_put(term.tables, replicated(mesh))
         if term.projection is not None:
             found.projections[name] = term.projection
@@ -319,23 +351,23 @@ def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term
 
 
 @dataclass(frozen=True)
-class _HeldOut:
+class HeldOut:
     """The validation sources, ready for models of either side."""
 
     data: DataConfig
     student: Tokenizer
     pairs: Pairs
-    windows: Texts
+    parts: dict[str, list[Part]]
     problems: dict[str, list[arithmetic.Problem]]
 
     def of_student(self, model: Model, params: Params) -> Figures:
         """Figures of a model with the student's tokenizer."""
-        rows = {name: [student_of(w).ids for w in part] for name, part in self.windows.items()}
+        rows = {name: [student_of(part).ids for part in parts] for name, parts in self.parts.items()}
         return self._figures(model, params, self.student, rows, self.data.student_length)
 
     def of_teacher(self, teacher: str, model: Model, params: Params) -> Figures:
         """Figures of a model with a teacher's tokenizer."""
-        rows = {name: [w[teacher].teacher.ids for w in part] for name, part in self.windows.items()}
+        rows = {name: [part[teacher].teacher.ids for part in parts] for name, parts in self.parts.items()}
         return self._figures(model, params, self.pairs[teacher].teacher, rows, self.data.length_of(teacher))
 
     def _figures(
@@ -359,13 +391,12 @@ class _HeldOut:
         return found
 
 
-def _held_out(experiment: Experiment, student: Tokenizer, pairs: Pairs) -> _HeldOut:
-    sources = experiment.data.validation
-    texts = {name: s for name, s in sources.items() if s.kind is not SourceKind.arithmetic}
+def held_out_parts(experiment: Experiment, student: Tokenizer, pairs: Pairs, texts: Documents) -> HeldOut:
+    """Of an experiment whose validation texts have been read."""
     problems = {
         name: arithmetic.problems(s.documents, split=s.split, seed=s.seed)
-        for name, s in sources.items()
+        for name, s in experiment.data.validation.items()
         if s.kind is SourceKind.arithmetic
     }
-    windows = read_windows(pairs, texts, experiment.data)
-    return _HeldOut(experiment.data, student, pairs, windows, problems)
+    parts = read_parts(pairs, texts, experiment.data)
+    return HeldOut(experiment.data, student, pairs, parts, problems)

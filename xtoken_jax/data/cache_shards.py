@@ -132,7 +132,7 @@ def write_shard(path: Path, entries: Sequence[Entry]) -> tuple[bytes, int]:
     from safetensors.numpy import save
 
     sizes = [len(entry.content) for entry in entries]
-    tables = {
+    tables: dict[str, np.ndarray] = {
         "keys": np.array([entry.key for entry in entries], np.int64).reshape(-1, 3),
         "tokens": np.array([len(entry.ids) for entry in entries], np.int32),
         "ids_crc32": np.array([tokens_checksum(entry.ids) for entry in entries], np.uint32),

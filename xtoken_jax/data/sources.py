@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -42,6 +42,8 @@ class SourceConfig:
             many single problems to measure accuracy on.
         wrong_share: share of wrong results in [0, 1]; for arithmetic.
         seed: for arithmetic.
+        weight: share of the training tokens that come from here, relative to the other sources'; the
+            documents then repeat at their own pace. null: all documents of all sources equally often.
     """
 
     kind: SourceKind = SourceKind.jsonl
@@ -52,6 +54,7 @@ class SourceConfig:
     documents: int = 1000
     wrong_share: float = 0.0
     seed: int = 0
+    weight: float | None = None
 
     def validate(self, where: str) -> None:
         """Raise UserError for values that make no sense; `where` names the config key."""
@@ -77,6 +80,11 @@ def read_documents(config: SourceConfig) -> list[str]:
     if not documents:
         raise UserError(f"{config.path}: holds no text")
     return documents
+
+
+def read_sources(sources: Mapping[str, SourceConfig]) -> dict[str, list[str]]:
+    """`read_documents` of each source, by its name."""
+    return {name: read_documents(source) for name, source in sources.items()}
 
 
 def digest(documents: list[str]) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.data.cache_shards import DTYPES, Entry, Form, PartRows, Shard, write_shard
+from xtoken_jax.data.lanes import Row
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import partial_path, write_whole
 
@@ -83,6 +84,12 @@ class Index:
         keep = self.keep
         everything = keep["top_k"] is None and keep["top_p"] == 1
         return Form(self.size, keep["dtype"], tuple(keep["temperatures"]), everything)
+
+    @property
+    def checksum(self) -> str:
+        """Of all that is in it, but for figures."""
+        content = [self.made_of, self.keep, [shard.crc32 for shard in self.shards]]
+        return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
     def write(self, folder: Path) -> None:
         """To disk, whole or not at all."""
@@ -218,6 +225,16 @@ class TeacherCache:
             shard = self.index.shards[where]
             self._shards[where] = Shard(self.folder / shard.file, shard.bytes, shard.tables_crc32)
         return self._shards[where].read((number, document, part), ids, self._form, name)
+
+    def parts(self, row: Row, teacher: str) -> list[PartRows]:
+        """The rows of each part of a row, as a teacher of this name reads it."""
+        side = row.tokens[teacher].teacher
+        # Each part is a segment; one may have no token on this side.
+        ends = np.searchsorted(side.segments, np.arange(len(row.records) + 1))
+        return [
+            self.part(record.source, record.document, record.part, side.ids[begin:end])
+            for record, begin, end in zip(row.records, ends[:-1], ends[1:], strict=True)
+        ]
 
     def rows(self, rows: Sequence[Sequence[PartRows]], length: int) -> StoredRows:
         """What a batch of B rows holds, each of one or more parts behind one another.
