@@ -159,7 +159,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             },
         )
         for name, cache in teachers.caches.items():
-            made_of |= {_key(name, "cache"): cache.index.checksum}
+            made_of |= {f"{_group(name)}.cache": cache.index.checksum}
         for change in claim(run, experiment, made_of):
             console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
 
@@ -257,9 +257,14 @@ def _adapters(lora: LoraConfig, adapters: Params, params: Params) -> str:
     return f"lora     rank {lora.rank} on {names}: {trained:,} of {every:,} parameters train"
 
 
+def _group(name: str) -> str:
+    """Where a teacher stands in the config."""
+    return FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
+
+
 def _key(name: str, key: str) -> str:
-    """What a key of a teacher's is called in the config."""
-    return key if name == FIRST_TEACHER else f"teachers.{name}.{key}"
+    """What a key is called in the config that the experiment itself has for the first teacher."""
+    return key if name == FIRST_TEACHER else f"{_group(name)}.{key}"
 
 
 def _models(
@@ -279,8 +284,7 @@ def _models(
     for name, teacher in teachers.static.items():
         if teacher.model is None:
             continue
-        key = FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
-        found[key] = teacher.model, teachers.params[name], pairs[name].teacher
+        found[_group(name)] = teacher.model, teachers.params[name], pairs[name].teacher
     return found
 
 
@@ -312,7 +316,7 @@ def _load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Co
         loss.validate_merge()
         if config.cache is not None:
             cache = TeacherCache(
-                Path(config.cache).expanduser(), loss.logit_temperature, key=_key(name, "cache")
+                Path(config.cache).expanduser(), loss.logit_temperature, key=f"{_group(name)}.cache"
             )
             cache.check(of_teacher(experiment, name, pairs))
             console.print(f"cache    {config.cache}", markup=False)
