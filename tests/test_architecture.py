@@ -51,7 +51,10 @@ ALLOWED = {
         "data.config", "hosts", "losses", "mesh", "models.load", "resume", "train.loop", "train.optimizer",
     },
 }  # fmt: skip
-WIRING = {"__init__", "cli", "cli_generate", "distill", "runs"}  # these may import anything
+# These may import anything.
+WIRING = {
+    "__init__", "cache_contents", "cache_teacher", "cli", "cli_cache", "cli_generate", "distill", "runs",
+}  # fmt: skip
 
 # Anyone's code can use these with nothing but jax.
 JAX_ONLY = ("losses", "alignment.batch", "projection.matrix", "projection.events")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from xtoken_jax import __version__, cli_generate
+from xtoken_jax import __version__, cli_cache, cli_generate
 from xtoken_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(words)
-    if rest and options.command != "distill":
+    takes_settings = options.command in ("distill", "cache-teacher")
+    if rest and not takes_settings:
         name = f" {options.command}" if options.command else ""
         parser.error(f"unknown argument {rest[0]!r}; see xtoken{name} --help")
     if options.command is None:
@@ -51,13 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     console = Console(stderr=options.command != "distill", highlight=False, soft_wrap=True)
     try:
-        if options.command == "distill":
+        if takes_settings:
             options.overrides += [word for word in rest if not word.startswith("-")]
             unknown = [word for word in rest if word.startswith("-")]
             if unknown:
-                raise UserError(
-                    f"unknown option {unknown[0]}; settings are key=value, see xtoken distill --help"
-                )
+                see = f"see xtoken {options.command} --help"
+                raise UserError(f"unknown option {unknown[0]}; settings are key=value, {see}")
         options.run(options, console)
     except (UserError, OSError) as error:  # a full disk or a read-only folder is no fault of the program
         Console(stderr=True, highlight=False, soft_wrap=True).print(
@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("distill", _distill, "train a student with a teacher, from a config", _DISTILL_HELP)
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     sub.add_argument("--json", action="store_true", help="print the final figures as JSON on stdout")
+
+    sub = command("cache-teacher", cli_cache.run, cli_cache.TEXT, cli_cache.HELP)
+    cli_cache.add_arguments(sub)
 
     sub = command(
         "audit",

@@ -38,9 +38,11 @@ class TeacherConfig(ModelConfig):
 
     Attributes:
         weight: alpha of its term in the sum of all teachers' terms.
+        cache: a folder that `xtoken cache-teacher` wrote; the model is then not loaded.
     """
 
     weight: float = 1.0
+    cache: str | None = None
 
 
 @dataclass

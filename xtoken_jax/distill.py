@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from xtoken_jax.cache_contents import of_held_out, of_teacher, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
 from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data import arithmetic
@@ -22,6 +23,7 @@ from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Part, read_parts, student_of
 from xtoken_jax.data.sources import SourceKind, digest, read_sources
+from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
@@ -85,6 +87,7 @@ class _Teachers:
     params: dict[str, Params] = field(default_factory=dict)
     tables: dict[str, LossTables] = field(default_factory=dict)
     projections: dict[str, Projection] = field(default_factory=dict)  # W, where the tables are made of it
+    caches: dict[str, TeacherCache] = field(default_factory=dict)  # of those that are not in memory
 
 
 class _Term(NamedTuple):
@@ -134,7 +137,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         if student.lora is not None:
             console.print(_adapters(student.lora, start, params))
         del params
-        teachers = _load_teachers(configs, pairs, mesh, console)
+        teachers = _load_teachers(experiment, pairs, mesh, console)
         kinds = {name: teacher.loss.kind for name, teacher in teachers.static.items()}
         # Without a teacher the student's own boundaries are those that rows are cut at.
         pairs = pairs or {"student": TokenizerPair(tokenizer, tokenizer)}
@@ -143,10 +146,12 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             held_out_text = read_sources(
                 {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
             )
-            held_out = _held_out(experiment, tokenizer, pairs, held_out_text)
+            held_out = held_out_parts(experiment, tokenizer, pairs, held_out_text)
+        for cache in teachers.caches.values():
+            cache.check(of_text(train_text))
         rows = rows_here(mesh, experiment.data.batch_size)
         batches = partial(training_batches, pairs, train_text, experiment.data, rows=rows)
-        batches()  # too little text is said before anything is written
+        batches(caches=teachers.caches)  # too little text is said before anything is written
         counts = ", ".join(f"{len(documents):,} of {name}" for name, documents in train_text.items())
         console.print(f"text     documents: {counts}", markup=False)
         made_of = contents(
@@ -157,6 +162,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 for part, texts in (("train", train_text), ("validation", held_out_text))
             },
         )
+        for name, cache in teachers.caches.items():
+            made_of |= {f"{_group(name)}.cache": cache.index.checksum}
         agree_on(made_of)
         for change in from_first(lambda: [str(d) for d in claim(run, experiment, made_of)]):
             console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
@@ -172,7 +179,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 packed=experiment.data.pack,
                 schedule=make_schedule(experiment.optimizer, experiment.train.steps),
             )  # fmt: skip
-            made = batches()
+            made = batches(caches=teachers.caches)
             state = train(
                 init_state(student, params, optimizer, mesh),
                 abstract_state(student, optimizer, mesh),
@@ -197,6 +204,15 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         figures = {}
         for name, teacher in teachers.static.items():
             row = "teacher" if name == FIRST_TEACHER else f"teacher {name}"
+            if teacher.model is None:
+                known = teachers.caches[name].index
+                if known.held_out == of_held_out(experiment, held_out_text):
+                    figures[row] = known.figures
+                else:
+                    console.print(
+                        f"warning  {row}: cached with other held-out text, no figures of it are shown"
+                    )
+                continue
             with console.status(f"measuring {row} on the held-out text"):
                 figures[row] = held_out.of_teacher(name, teacher.model, teachers.params[name])
         plain = None
@@ -239,7 +255,8 @@ def _seconds_at_peak(
 ) -> float | None:
     """Of a step; None where the devices' peak is not known."""
     peak = peak_flops(list(mesh.devices.flat))
-    read = [(teacher.model, data.length_of(name)) for name, teacher in teachers.items()]
+    live = {name: teacher.model for name, teacher in teachers.items() if teacher.model is not None}
+    read = [(model, data.length_of(name)) for name, model in live.items()]
     return None if peak is None else step_flops(student, read, data.batch_size, data.student_length) / peak
 
 
@@ -255,9 +272,14 @@ def _adapters(lora: LoraConfig, adapters: Params, params: Params) -> str:
     return f"lora     rank {lora.rank} on {names}: {trained:,} of {every:,} parameters train"
 
 
+def _group(name: str) -> str:
+    """Where a teacher stands in the config."""
+    return FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
+
+
 def _key(name: str, key: str) -> str:
-    """What a key of a teacher's is called in the config."""
-    return key if name == FIRST_TEACHER else f"teachers.{name}.{key}"
+    """What a key is called in the config that the experiment itself has for the first teacher."""
+    return key if name == FIRST_TEACHER else f"{_group(name)}.{key}"
 
 
 def _models(
@@ -268,12 +290,16 @@ def _models(
     start: Params,
     teachers: _Teachers,
 ) -> dict[str, tuple[Model, Params | None, Tokenizer]]:
-    """What `contents` takes: a student's random start is not content, its seed is a setting."""
+    """What `contents` takes: a student's random start is not content, its seed is a setting.
+
+    Of a cached teacher nothing is there; the cache is content.
+    """
     given = None if experiment.student.init is Start.random else start
     found: dict[str, tuple[Model, Params | None, Tokenizer]] = {"student": (student, given, tokenizer)}
     for name, teacher in teachers.static.items():
-        key = FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
-        found[key] = teacher.model, teachers.params[name], pairs[name].teacher
+        if teacher.model is None:
+            continue
+        found[_group(name)] = teacher.model, teachers.params[name], pairs[name].teacher
     return found
 
 
@@ -287,24 +313,32 @@ _WITHOUT_W: dict[LossKind, Callable[[TokenizerPair], LossTables]] = {
 }  # fmt: skip
 
 
-def _load_teachers(
-    configs: dict[str, FurtherTeacherConfig], pairs: Pairs, mesh: Mesh, console: Console
-) -> _Teachers:
+def _load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Console) -> _Teachers:
     """The teachers with what their terms read, and the terms, which the audit chooses for "auto"."""
-    found = _Teachers()
+    found, configs = _Teachers(), experiment.every_teacher()
     if not configs:
         console.print("loss     next-token cross-entropy, no teacher")
     for name, config in configs.items():
         pair = pairs[name]
         _name(console, "teacher", pair.teacher)
-        model, params = open_model(config, pair.teacher.size, mesh=mesh, key=jax.random.key(0))
+        model = None
+        if config.cache is None:
+            model, found.params[name] = open_model(
+                config, pair.teacher.size, mesh=mesh, key=jax.random.key(0)
+            )
         term = _term(name, config, pair)
         loss = replace(config.loss, kind=term.kind)
         loss.validate_merge()
+        if config.cache is not None:
+            cache = TeacherCache(
+                Path(config.cache).expanduser(), loss.logit_temperature, key=f"{_group(name)}.cache"
+            )
+            cache.check(of_teacher(experiment, name, pairs))
+            console.print(f"cache    {config.cache}", markup=False)
+            found.caches[name] = cache
         weight = f", weight {config.weight:g}" if len(configs) > 1 else ""
         console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
         found.static[name] = Teacher(model, loss, config.weight)
-        found.params[name] = params
         found.tables[name] = place(term.tables, replicated(mesh))
         if term.projection is not None:
             found.projections[name] = term.projection
@@ -336,7 +370,7 @@ def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term
 
 
 @dataclass(frozen=True)
-class _HeldOut:
+class HeldOut:
     """The validation sources, ready for models of either side."""
 
     data: DataConfig
@@ -387,11 +421,12 @@ class _HeldOut:
         return found
 
 
-def _held_out(experiment: Experiment, student: Tokenizer, pairs: Pairs, texts: Documents) -> _HeldOut:
+def held_out_parts(experiment: Experiment, student: Tokenizer, pairs: Pairs, texts: Documents) -> HeldOut:
+    """Of an experiment whose validation texts have been read."""
     problems = {
         name: arithmetic.problems(s.documents, split=s.split, seed=s.seed)
         for name, s in experiment.data.validation.items()
         if s.kind is SourceKind.arithmetic
     }
     parts = read_parts(pairs, texts, experiment.data)
-    return _HeldOut(experiment.data, student, pairs, parts, problems)
+    return HeldOut(experiment.data, student, pairs, parts, problems)

@@ -1,8 +1,8 @@
-"""The alignment of a batch, as arrays of static shape (jax only)."""
+"""The alignment of a batch and a teacher's stored distributions, as arrays of static shape (jax only)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,30 @@ class TokenRows:
     mask: jax.Array
     targets: jax.Array
     segments: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StoredRows:
+    """What a teacher cache holds of a batch: at each position the likeliest tokens, and what is beyond them.
+
+    Attributes:
+        ids: int32 [B, T, k], tokens that are kept, in any order, `size` or more where there are fewer; None
+            where all are kept, in the order of their ids.
+        log_probabilities: float [B, T, k], log_softmax of the teacher's logits; k = V_t without ids.
+        others: float32 [B, T], log p^(1 / tau) of each token not kept, as if they were equally likely:
+            the sum of their p^(1 / tau) is the teacher's own. Not read without ids.
+        normalizers: float32 [B, T], logsumexp of the logits, which log-probabilities have lost.
+        size: V_t of the tokenizer.
+        temperature: tau.
+    """
+
+    ids: jax.Array | None
+    log_probabilities: jax.Array
+    others: jax.Array
+    normalizers: jax.Array
+    size: int = field(metadata={"static": True})
+    temperature: float = field(metadata={"static": True})
 
 
 def next_token_chunks(chunks: jax.Array) -> jax.Array:

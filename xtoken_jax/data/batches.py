@@ -16,10 +16,12 @@ from typing import Any
 import jax
 
 from xtoken_jax.alignment.align import collate, token_rows
-from xtoken_jax.alignment.batch import Alignment, TokenRows
+from xtoken_jax.alignment.batch import Alignment, StoredRows, TokenRows
+from xtoken_jax.data.cache_shards import PartRows
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Document, Part, Record, check_text, encode, student_of
 from xtoken_jax.data.lanes import Lane, Row, State, spread, streams_of
+from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 _AHEAD = 4  # rows of each lane that are ready or being made
@@ -35,10 +37,12 @@ class TeacherBatch:
     Attributes:
         rows: TokenRows of [B, T_t].
         alignment: chunk ids of its tokens and of the student's, and which chunks count.
+        stored: its distributions, where they are cached.
     """
 
     rows: TokenRows
     alignment: Alignment
+    stored: StoredRows | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +59,20 @@ class Batch:
     teachers: dict[str, TeacherBatch]
 
 
-def make_batch(pairs: Mapping[str, TokenizerPair], rows: Sequence[Part], config: DataConfig) -> Batch:
-    """Pad and stack rows; numpy arrays until they are put on devices."""
+def make_batch(
+    pairs: Mapping[str, TokenizerPair],
+    rows: Sequence[Part],
+    config: DataConfig,
+    stored: Mapping[str, StoredRows] | None = None,
+) -> Batch:
+    """Pad and stack rows; numpy arrays until they are put on devices.
+
+    Args:
+        pairs: by teacher.
+        rows: B of them.
+        config: lengths.
+        stored: of those teachers that are cached, what is stored of these rows.
+    """
     student = next(iter(pairs.values())).student
     teachers = {}
     for name, pair in pairs.items():
@@ -64,6 +80,7 @@ def make_batch(pairs: Mapping[str, TokenizerPair], rows: Sequence[Part], config:
         teachers[name] = TeacherBatch(
             token_rows([s.teacher for s in spans], length, pair.teacher.pad_id),
             collate(spans, config.student_length, length),
+            None if stored is None else stored.get(name),
         )
     own = token_rows([student_of(row) for row in rows], config.student_length, student.pad_id)
     return Batch(own, teachers)
@@ -74,6 +91,7 @@ def training_batches(
     documents: Mapping[str, Sequence[Document]],
     config: DataConfig,
     *,
+    caches: Mapping[str, TeacherCache] | None = None,
     rows: slice | Sequence[int] = slice(None),
     threads: int | None = None,
 ) -> Batches:
@@ -83,6 +101,7 @@ def training_batches(
         pairs: by teacher; the student's tokenizer is one. Without a teacher, the student's with itself.
         documents: of each training source, by its name.
         config: lengths, batch size, packing, seed and the sources' weights.
+        caches: by teacher, of those whose outputs are cached.
         rows: which rows of the global batch are made here; they are the same whoever makes them.
         threads: that make them; None for as many as there are processors, up to 8.
 
@@ -100,7 +119,8 @@ def training_batches(
     slots = range(*rows.indices(config.batch_size)) if isinstance(rows, slice) else rows
     if not slots:
         raise ValueError(f"rows={rows}: none of a batch of {config.batch_size}")
-    return Batches(pairs, lane, slots, config, threads or min(8, os.cpu_count() or 1))
+    threads = threads or min(8, os.cpu_count() or 1)
+    return Batches(pairs, lane, slots, config, threads, caches or {})
 
 
 def join_states(states: Sequence[State]) -> State:
@@ -123,9 +143,11 @@ class Batches:
         slots: Sequence[int],
         config: DataConfig,
         threads: int,
+        caches: Mapping[str, TeacherCache],
     ) -> None:
         """Of some rows of the global batch and what makes the lane of each, at its beginning."""
         self._pairs, self._lane, self._config, self._threads = pairs, lane, config, threads
+        self._caches = caches
         self._number = 0
         self._states = {slot: lane(slot).get_state() for slot in slots}
         self._records: deque[tuple[int, list[tuple[Record, ...]]]] = deque(maxlen=_KEPT)
@@ -137,7 +159,7 @@ class Batches:
     def __next__(self) -> Batch:
         if self._ahead is None:
             lanes = [self._lane(slot) for slot in self._states]  # threads of before may be at the others
-            self._ahead = _Ahead(self._pairs, lanes, self._states, self._config, self._threads)
+            self._ahead = _Ahead(self._pairs, lanes, self._states, self._config, self._threads, self._caches)
             weakref.finalize(self, self._ahead.close)
         made = self._ahead.take()
         self._number += 1
@@ -206,12 +228,13 @@ class _Ahead:
         states: Mapping[int, State],
         config: DataConfig,
         threads: int,
+        caches: Mapping[str, TeacherCache],
     ) -> None:
-        self._pairs, self._config = pairs, config
+        self._pairs, self._config, self._caches = pairs, config, caches
         self._makers = ThreadPoolExecutor(threads, "xtoken-rows")
         self._stacker = ThreadPoolExecutor(1, "xtoken-batches")
         self._slots = [*states]
-        self._queues = [_LaneQueue(*both) for both in zip(lanes, states.values(), strict=True)]
+        self._queues = [_LaneQueue(*both, caches) for both in zip(lanes, states.values(), strict=True)]
         for _ in range(_AHEAD):
             for rows in self._queues:
                 self._makers.submit(rows.make)
@@ -225,12 +248,17 @@ class _Ahead:
         return made
 
     def _stack(self) -> _Made:
-        rows, states = [], {}
+        rows, found, states = [], [], {}
         for slot, made in zip(self._slots, self._queues, strict=True):
-            row, states[slot] = made.take()
+            row, of_caches, states[slot] = made.take()
             rows.append(row)
+            found.append(of_caches)
             self._makers.submit(made.make)
-        batch = make_batch(self._pairs, [row.tokens for row in rows], self._config)
+        stored = {
+            name: cache.rows([of_caches[name] for of_caches in found], self._config.length_of(name))
+            for name, cache in self._caches.items()
+        }
+        batch = make_batch(self._pairs, [row.tokens for row in rows], self._config, stored)
         return _Made(batch, [row.records for row in rows], states)
 
     def close(self) -> None:
@@ -241,14 +269,18 @@ class _Ahead:
         self._stacker.shutdown(wait=False, cancel_futures=True)
 
 
+# A row, what each cache has of its parts, and the lane's state behind it.
+_Ready = tuple[Row, dict[str, list[PartRows]], State]
+
+
 class _LaneQueue:
     """Rows of one lane that are ready, in its order, whichever thread made them."""
 
-    def __init__(self, lane: Lane, state: State) -> None:
-        self._lane, self._state = lane, state
+    def __init__(self, lane: Lane, state: State, caches: Mapping[str, TeacherCache]) -> None:
+        self._lane, self._state, self._caches = lane, state, caches
         self._begun = False
         self._lock = threading.Lock()
-        self._ready: queue.SimpleQueue[tuple[Row, State] | BaseException] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Ready | BaseException] = queue.SimpleQueue()
 
     def make(self) -> None:
         """One row more."""
@@ -257,13 +289,15 @@ class _LaneQueue:
                 if not self._begun:
                     self._lane.set_state(self._state)
                     self._begun = True
-                made: Any = next(self._lane), self._lane.get_state()
+                row = next(self._lane)
+                stored = {name: cache.parts(row, name) for name, cache in self._caches.items()}
+                made: Any = row, stored, self._lane.get_state()
             except BaseException as error:
                 made = error
             self._ready.put(made)
 
-    def take(self) -> tuple[Row, State]:
-        """The next row and the lane's state behind it; waits for it."""
+    def take(self) -> _Ready:
+        """The next row, what caches have of it, and the lane's state behind it; waits for it."""
         made = self._ready.get()
         if isinstance(made, BaseException):
             raise made

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.alignment.batch import Alignment, StoredRows
 from xtoken_jax.losses.blockwise_terms import TermSetting
 from xtoken_jax.losses.blockwise_walk import Inputs, Setting, walk
 from xtoken_jax.losses.chunks import valid_chunks
@@ -53,6 +53,7 @@ def blockwise_loss(
     student_targets: jax.Array | None,
     config: LossConfig,
     *,
+    teacher_stored: StoredRows | None = None,
     teacher_ids: jax.Array | None = None,
     teacher_mask: jax.Array | None = None,
     student_size: int | None = None,
@@ -82,12 +83,13 @@ def blockwise_loss(
         student_hidden: float32 or bfloat16 [B, T_s, D_s].
         student_unembedding: [>= V_s, D_s]; rows past the tokenizer's do not count.
         teacher_hidden, teacher_unembedding: [B, T_t, D_t] and [>= V_t, D_t]; no gradient. None with
-            `LossKind.none`, as alignment and tables.
+            `LossKind.none`, as alignment and tables, and with `teacher_stored`.
         alignment: chunk ids of tokens and `valid` [B, C].
         tables: what `loss_tables` returned for this kind.
         student_ids: int32 [B, T_s].
         student_targets: bool [B, T_s], tokens that count as labels; None for no cross-entropy (0).
         config: the term and its settings; weights and scaling are not read here.
+        teacher_stored: the teacher's distributions from a cache, in the place of its hidden states.
         teacher_ids: int32 [B, T_t], for merges "first" and "last", and for ALM.
         teacher_mask: bool [B, T_t], real positions; others do not choose columns. None: all do.
         student_size: V_s; None: what the tables say, or all rows of the unembedding.
@@ -105,16 +107,18 @@ def blockwise_loss(
 
     Raises:
         ValueError: "auto", a missing argument, a mean-normalized or other merge that the kind lacks,
-            a cap that is not a number above 0.
+            a cap that is not a number above 0, stored rows of another vocabulary or temperature.
     """
     inputs, learnt = _inputs(
-        teacher_hidden, teacher_unembedding, alignment, tables, student_ids, student_targets, config,
-        teacher_ids, teacher_mask, ce_count, kd_count,
+        teacher_hidden, teacher_unembedding, teacher_stored, alignment, tables, student_ids, student_targets,
+        config, teacher_ids, teacher_mask, ce_count, kd_count,
     )  # fmt: skip
     student_size, teacher_size = _tokenizer_sizes(student_size, student_unembedding, inputs)
     # Cut here and not block by block: over a split vocabulary that is an exchange between all devices, and
     # those that split the batch go through different numbers of blocks.
     student_unembedding = student_unembedding[:student_size]
+    if teacher_stored is not None and teacher_size not in (None, teacher_stored.size):
+        raise ValueError(f"rows of {teacher_stored.size} tokens, but the tables are for {teacher_size}")
     if inputs.teacher_unembedding is not None:
         inputs = replace(inputs, teacher_unembedding=inputs.teacher_unembedding[:teacher_size])
     caps = _cap("student_softcap", student_softcap), _cap("teacher_softcap", teacher_softcap)
@@ -136,6 +140,7 @@ def blockwise_loss(
 def _inputs(
     teacher_hidden: jax.Array | None,
     teacher_unembedding: jax.Array | None,
+    teacher_stored: StoredRows | None,
     alignment: Alignment | None,
     tables: Any,
     student_ids: jax.Array,
@@ -156,9 +161,11 @@ def _inputs(
         ce_count = 0.0 if labelled is None else labelled.sum(dtype=jnp.float32)
     if config.kind is LossKind.none:
         teacher_hidden = teacher_unembedding = alignment = tables = teacher_ids = teacher_mask = None
+        teacher_stored = None
         kd_count = 0.0 if kd_count is None else kd_count
     else:
-        if teacher_hidden is None or teacher_unembedding is None or alignment is None or tables is None:
+        live = teacher_hidden is not None and teacher_unembedding is not None
+        if live == (teacher_stored is not None) or alignment is None or tables is None:
             raise ValueError(f"{config.kind} needs a teacher, an alignment and tables")
         config.validate_merge()
         if not config.needs_ids:
@@ -168,8 +175,9 @@ def _inputs(
         kd_count = valid_chunks(alignment).sum(dtype=jnp.float32) if kd_count is None else kd_count
         learnt = jnp.asarray(tables.logits) if isinstance(tables, LearnableProjection) else None
     inputs = Inputs(
-        teacher_hidden, alignment, jnp.asarray(student_ids), labelled, teacher_ids, teacher_mask,
-        teacher_unembedding, tables, jnp.asarray(ce_count, jnp.float32), jnp.asarray(kd_count, jnp.float32),
+        teacher_hidden, teacher_stored, alignment, jnp.asarray(student_ids), labelled, teacher_ids,
+        teacher_mask, teacher_unembedding, tables, jnp.asarray(ce_count, jnp.float32),
+        jnp.asarray(kd_count, jnp.float32),
     )  # fmt: skip
     return jax.tree.map(jax.lax.stop_gradient, jax.tree.map(jnp.asarray, inputs)), learnt
 
@@ -194,7 +202,7 @@ def _setting(
 ) -> Setting:
     term = None
     block, teacher_block = blocks
-    if inputs.alignment is not None and inputs.teacher_unembedding is not None:
+    if inputs.alignment is not None:
         term = TermSetting(
             config.kind, config.temperature, config.top_k, config.uncommon_top_k, config.direction.value,
             config.beta, config.merge.value, config.common_weight, config.uncommon_weight,

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.blockwise_plan import Block, logits_of, rows_at
+from xtoken_jax.losses.blockwise_plan import Block
 from xtoken_jax.losses.blockwise_prefix import PrefixBatch
+from xtoken_jax.losses.blockwise_teacher import TeacherRows
 from xtoken_jax.losses.chunks import Merging
 from xtoken_jax.losses.config import LossKind
 from xtoken_jax.losses.divergence import kl_terms
@@ -26,7 +27,7 @@ from xtoken_jax.losses.likelihood import likelihood_kl
 from xtoken_jax.losses.prefix_kl import divergence
 from xtoken_jax.losses.projection_kl import chunk_values, highest, projected_softmax
 from xtoken_jax.losses.rank import sorted_l1
-from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax, soft_capped
+from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax
 from xtoken_jax.mesh import whole
 from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition
@@ -45,43 +46,6 @@ class TermSetting(NamedTuple):
     common_weight: float | None
     uncommon_weight: float | None
     likelihood_temperature: float
-
-
-@dataclass(frozen=True)
-class TeacherRows:
-    """The teacher of a batch, positions flattened.
-
-    Attributes:
-        hidden: [N_t, D_t].
-        unembedding: [V_t, D_t].
-        next_ids: int32 [N_t], the token that each position predicts; None where no merge needs it.
-        real: bool [N_t], positions that choose columns; None for all.
-        softcap: of the logits, None for none.
-        block: positions at a time.
-        axes: mesh axes that the batch is split over, inside `jax.shard_map`.
-    """
-
-    hidden: jax.Array
-    unembedding: jax.Array
-    next_ids: jax.Array | None
-    real: jax.Array | None
-    softcap: float | None
-    block: int
-    axes: tuple[str, ...]
-
-    @property
-    def size(self) -> int:
-        """V_t."""
-        return len(self.unembedding)
-
-    def logits(self, positions: jax.Array, temperature: float) -> jax.Array:
-        """float32 [n, V_t]; position N_t, an empty one, has logits of 0."""
-        logits = logits_of(rows_at(self.hidden, positions), self.unembedding)
-        return soft_capped(logits, self.softcap) / temperature
-
-    def next(self, positions: jax.Array) -> jax.Array | None:
-        """int32 [n]."""
-        return None if self.next_ids is None else self.next_ids.at[positions].get(mode="clip")
 
 
 @dataclass(frozen=True)
@@ -318,7 +282,7 @@ def _choose(teacher: TeacherRows, tau: float, top_k: int) -> _Chosen:
     """One pass over the teacher's positions, which keeps the maximum of each column."""
     if top_k >= teacher.size:
         return _Chosen(None, teacher, tau, None)
-    length, block = len(teacher.hidden), teacher.block
+    length, block = teacher.length, teacher.block
     real = jnp.ones(length, bool) if teacher.real is None else teacher.real
     everywhere = teacher.next_ids is not None or teacher.real is None
     wanted = jnp.ones(length, bool) if everywhere else real
@@ -337,6 +301,7 @@ def _choose(teacher: TeacherRows, tau: float, top_k: int) -> _Chosen:
             actual = _log_actual(logits, cast(jax.Array, teacher.next(positions)))
             log_actual = log_actual.at[positions].set(actual, mode="drop")
         votes = real.at[positions].get(mode="fill", fill_value=False)
+        logits = logits + teacher.offsets(positions, tau)[:, None]
         top = jnp.maximum(top, highest(jnp.where(votes[:, None], logits, -jnp.inf)))
         return place + block, top, log_actual
 
@@ -346,5 +311,4 @@ def _choose(teacher: TeacherRows, tau: float, top_k: int) -> _Chosen:
     if teacher.axes:
         top = jax.lax.pmax(top, teacher.axes)
     columns = jax.lax.top_k(top, top_k)[1].astype(jnp.int32)
-    narrow = replace(teacher, unembedding=rows_at(teacher.unembedding, columns), next_ids=None)
-    return _Chosen(columns, narrow, tau, log_actual)
+    return _Chosen(columns, teacher.at_columns(columns), tau, log_actual)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.alignment.batch import Alignment, StoredRows
 from xtoken_jax.losses.blockwise_plan import (
     Block,
     Groups,
@@ -20,8 +20,8 @@ from xtoken_jax.losses.blockwise_plan import (
     pull_to_hidden,
     rows_at,
 )
+from xtoken_jax.losses.blockwise_teacher import HiddenStates, Stored, TeacherRows
 from xtoken_jax.losses.blockwise_terms import (
-    TeacherRows,
     Term,
     TermSetting,
     make_term,
@@ -35,13 +35,14 @@ from xtoken_jax.losses.softmax import centred, soft_capped
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
-    """All that gets no gradient; the first six are split over devices as the batch is.
+    """All that gets no gradient; the first seven are split over devices as the batch is.
 
     `labelled`: bool [B, T_s], positions whose next token counts in cross-entropy, None for none. The
     others as in `blockwise_loss`; without a distillation term all of the teacher's are None.
     """
 
     teacher_hidden: jax.Array | None
+    teacher_stored: StoredRows | None
     alignment: Alignment | None
     student_ids: jax.Array
     labelled: jax.Array | None
@@ -100,7 +101,7 @@ def walk(
     if setting.mesh is None:
         return _local(setting, *arguments)
     rows, whole = PartitionSpec(setting.axes), PartitionSpec()
-    by_input = Inputs(*[rows] * 6, *[whole] * 4)  # type: ignore[arg-type]
+    by_input = Inputs(*[rows] * 7, *[whole] * 4)  # type: ignore[arg-type]
     return jax.shard_map(
         lambda *args: _local(setting, *args),
         mesh=setting.mesh,
@@ -169,13 +170,17 @@ def _local(
 
 
 def _teacher_rows(setting: Setting, inputs: Inputs) -> TeacherRows:
-    assert inputs.teacher_hidden is not None and inputs.teacher_unembedding is not None  # noqa: PT018
+    source: HiddenStates | Stored
+    if inputs.teacher_stored is not None:
+        source = Stored.of(inputs.teacher_stored)
+    else:
+        assert inputs.teacher_hidden is not None and inputs.teacher_unembedding is not None  # noqa: PT018
+        hidden = inputs.teacher_hidden.reshape(-1, inputs.teacher_hidden.shape[-1])
+        source = HiddenStates(hidden, inputs.teacher_unembedding, setting.teacher_softcap)
     return TeacherRows(
-        inputs.teacher_hidden.reshape(-1, inputs.teacher_hidden.shape[-1]),
-        inputs.teacher_unembedding,
+        source,
         None if inputs.teacher_ids is None else next_tokens(inputs.teacher_ids),
         None if inputs.teacher_mask is None else jnp.asarray(inputs.teacher_mask, bool).reshape(-1),
-        setting.teacher_softcap,
         setting.block,
         setting.axes,
     )

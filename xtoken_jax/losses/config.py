@@ -112,6 +112,11 @@ class LossConfig:
         """Whether the term reads which token came at a position, and so the ids of both sides."""
         return self.kind in (LossKind.alm, LossKind.prefix_kl) or self.merge in (Merge.first, Merge.last)
 
+    @property
+    def logit_temperature(self) -> float:
+        """Of the logits on both sides; ALM has one of chunks instead."""
+        return 1.0 if self.kind is LossKind.alm else self.temperature
+
     def _validate_combinations(self) -> None:
         kinds = _CHOICES.get(self.kind, (self.kind,))
         for name, readers in _READ_BY.items():

@@ -22,7 +22,7 @@ from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.data.batches import Batch
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import constrain
-from xtoken_jax.models.decoder import Params
+from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.objective import Metrics, Objective
 
@@ -43,7 +43,7 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
     """
     if micro_batches == 1:
         return _at_once(objective)
-    student, teachers = objective.student, objective.teachers
+    student, teachers = objective.student, _live(objective)
 
     def by_parts(
         trained: Params,
@@ -64,8 +64,8 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
         def forward(_: None, part: Any) -> tuple[None, Any]:
             own, others = part
             read = {
-                name: teacher.model(teacher_params[name], others[name][0], segments=others[name][1])[0]
-                for name, teacher in teachers.items()
+                name: model(teacher_params[name], others[name][0], segments=others[name][1])[0]
+                for name, model in teachers.items()
             }
             return None, (hidden_of(trained, own), read)
 
@@ -74,8 +74,8 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
         _, (hidden, read) = jax.lax.scan(forward, None, (own, others))
         # What is asked for is the unembedding alone; the compiler drops the rest.
         of_teachers = {
-            name: (join(read[name]), teacher.model(teacher_params[name], others[name][0][0])[1])
-            for name, teacher in teachers.items()
+            name: (join(read[name]), model(teacher_params[name], others[name][0][0])[1])
+            for name, model in teachers.items()
         }
         unembedding, pull_unembedding = jax.vjp(
             lambda trained: student(join_lora(trained, frozen), own[0][0])[1], trained
@@ -111,14 +111,17 @@ def _at_once(objective: Objective) -> GradientOf:
         own, others = batch.student, {name: batch.teachers[name].rows for name in objective.teachers}
         of_student = objective.student(join_lora(trained, frozen), own.ids, segments=objective.segments(own))
         of_teachers = {
-            name: objective.teachers[name].model(
-                teacher_params[name], rows.ids, segments=objective.segments(rows)
-            )
-            for name, rows in others.items()
+            name: model(teacher_params[name], others[name].ids, segments=objective.segments(others[name]))
+            for name, model in _live(objective).items()
         }
         return objective.join(objective.means(of_student, of_teachers, tables, batch), batch)
 
     return jax.value_and_grad(loss_of, has_aux=True)
+
+
+def _live(objective: Objective) -> dict[str, Model]:
+    """The teachers that run, by name."""
+    return {name: t.model for name, t in objective.teachers.items() if t.model is not None}
 
 
 def split(rows: jax.Array, parts: int) -> jax.Array:

@@ -24,6 +24,7 @@ from xtoken_jax.losses import (
     valid_chunks,
 )
 from xtoken_jax.losses.blockwise import blockwise_loss
+from xtoken_jax.losses.blockwise_teacher import stored_logits
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.models.decoder import Model, logits
 
@@ -36,12 +37,12 @@ class Teacher:
     """What is static about a teacher.
 
     Attributes:
-        model: the network.
+        model: the network; None where its distributions come with the batch, from a cache.
         loss: its term, the kind settled (not "auto" or "none"); scaling and weights are not read here.
         weight: alpha > 0 of its term in the sum of all.
     """
 
-    model: Model
+    model: Model | None
     loss: LossConfig
     weight: float = 1.0
 
@@ -64,7 +65,7 @@ class _Read(NamedTuple):
     """What a term reads of its teacher."""
 
     teacher: Teacher
-    outputs: Outputs
+    outputs: Outputs | None  # None for a cached teacher
     tables: LossTables
     batch: TeacherBatch
 
@@ -102,7 +103,7 @@ class Objective:
         tables: Mapping[str, LossTables],
         batch: Batch,
     ) -> Means:
-        """The means over a batch; teachers get no gradient."""
+        """The means over a batch; teachers get no gradient, and of cached ones there are no outputs."""
         one = self._blockwise if self.loss.block else self._whole
         if not self.teachers:
             ce, _, _ = one(of_student, None, batch, LossConfig(kind=LossKind.none), with_ce=True)
@@ -110,9 +111,8 @@ class Objective:
         ces: list[jax.Array] = []
         kd, totals = {}, []
         for name, teacher in self.teachers.items():
-            read = _Read(
-                teacher, jax.lax.stop_gradient(of_teachers[name]), tables[name], batch.teachers[name]
-            )
+            outputs = None if teacher.model is None else jax.lax.stop_gradient(of_teachers[name])
+            read = _Read(teacher, outputs, tables[name], batch.teachers[name])
             # Cross-entropy is walked with the first term, whose logits it shares.
             ce, kd[name], total = one(of_student, read, batch, teacher.loss, with_ce=not ces)
             ces.append(ce)
@@ -170,17 +170,20 @@ class Objective:
             nothing = (None, None, None, None)
             found = blockwise_loss(*of_student, *nothing, batch.student.ids, targets, loss, **common)
         else:
+            hidden, unembedding = (None, None) if read.outputs is None else read.outputs
             found = blockwise_loss(
                 *of_student,
-                *read.outputs,
+                hidden,
+                unembedding,
                 read.batch.alignment,
                 read.tables,
                 batch.student.ids,
                 targets,
                 loss,
+                teacher_stored=read.batch.stored if read.outputs is None else None,
                 teacher_ids=read.batch.rows.ids,
                 teacher_mask=read.batch.rows.mask,
-                teacher_softcap=read.teacher.model.config.logit_softcap,
+                teacher_softcap=_softcap(read.teacher),
                 weights=self._weights(read.teacher, with_ce),
                 **common,
             )
@@ -200,7 +203,7 @@ class Objective:
             return ce, kd, None
         by_chunk = distillation_loss(loss)(
             student_logits,
-            logits(*read.outputs, softcap=read.teacher.model.config.logit_softcap),
+            _logits(read, loss),
             read.batch.alignment,
             read.tables,
             read.batch.rows.mask,
@@ -210,6 +213,19 @@ class Objective:
         kd = masked_mean(by_chunk, valid_chunks(read.batch.alignment))
         weights = self._weights(read.teacher, with_ce)
         return ce, kd, None if weights is None else weights[0] * ce + weights[1] * kd
+
+
+def _softcap(teacher: Teacher) -> float | None:
+    """Of its logits; stored ones have theirs."""
+    return None if teacher.model is None else teacher.model.config.logit_softcap
+
+
+def _logits(read: _Read, loss: LossConfig) -> jax.Array:
+    """float32 [B, T, >= V_t] of a teacher."""
+    if read.outputs is not None:
+        return logits(*read.outputs, softcap=_softcap(read.teacher))
+    assert read.batch.stored is not None
+    return stored_logits(read.batch.stored, loss.logit_temperature)
 
 
 def _aligned_share(batch: Batch, teacher: str, valid: jax.Array) -> jax.Array:

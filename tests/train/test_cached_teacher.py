@@ -1,0 +1,169 @@
+"""Training from a teacher cache: the same as with the teacher, without it; and what is refused."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from kills import killed
+from rich.console import Console
+
+from xtoken_jax import distill as distill_module
+from xtoken_jax.cache_teacher import cache_teacher
+from xtoken_jax.cli import main
+from xtoken_jax.config import load_experiment
+from xtoken_jax.data.teacher_cache import INDEX_FILE, read_index
+from xtoken_jax.distill import distill
+from xtoken_jax.errors import UserError
+from xtoken_jax.evaluate.distributions import Keep
+from xtoken_jax.models.load import open_model
+from xtoken_jax.train.metrics import read_metrics
+
+ALL = Keep(None, 1.0, "float32", (1.0,))
+SOME = Keep(24, 1.0, "float16", (1.0, 2.0))
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=300)
+
+
+def cached(words, out, keep=ALL, **options):
+    return cache_teacher(load_experiment(words), "teacher", keep, out, quiet(), **options)
+
+
+def run(words, folder, *more):
+    """Figures, and the metrics of the steps."""
+    steps = ["train.steps=2", "train.log_every=1", "train.save_every=0", f"run_dir={folder}"]
+    result = distill(load_experiment([*words, *steps, *more]), quiet())
+    return result.figures, [row for row in read_metrics(result.metrics) if "loss" in row]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_run_without_the_teacher_is_the_run_with_it(words, tmp_path, monkeypatch):
+    words = [*words, "loss.block=16", "loss.top_k=100"]
+    summary = cached(words, tmp_path / "cache")
+    assert summary.lost["mean_mass"] == 0
+    assert summary.lost["p99_divergence"] < 1e-5
+    figures, live = run(words, tmp_path / "live")
+    loaded = []
+
+    def opened(config, *arguments, **options):
+        loaded.append(config.path)
+        return open_model(config, *arguments, **options)
+
+    monkeypatch.setattr(distill_module, "open_model", opened)
+    found, rows = run(words, tmp_path / "run", f"teacher.cache={tmp_path / 'cache'}")
+    assert loaded == [load_experiment(words).student.path]
+    assert found["teacher"] == figures["teacher"]
+    assert live[0]["kd"] > 0.01
+    for ours, theirs in zip(rows, live, strict=True):
+        for name in ("loss", "ce", "kd", "kd_scale", "gradient_norm", "chunks", "aligned_share/teacher"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-6, err_msg=name)
+    known = json.loads((tmp_path / "run" / "run.json").read_text())["contents"]
+    assert known["teacher.cache"] == summary.index.checksum
+    assert "teacher.weights" not in known
+
+
+def test_an_interrupted_cache_comes_out_the_same_to_the_byte(words, tmp_path):
+    options = {"keep": SOME, "shard_bytes": 24 * 4 * 700}
+    summary = cached(words, tmp_path / "whole", **options)
+    assert len(summary.index.shards) >= 3
+    whole = contents(tmp_path / "whole")
+    out = tmp_path / "cache"
+    for moment in (2, 5, 9):  # the folder, then two changes a file and two of the index
+        assert killed(moment, lambda: cached(words, out, **options))
+        assert not (out / INDEX_FILE).is_file() or not read_index(out).complete
+        with pytest.raises(UserError, match=r"no teacher cache there|an unfinished teacher cache"):
+            distill(load_experiment([*words, f"teacher.cache={out}", f"run_dir={tmp_path / 'run'}"]), quiet())
+    again = cached(words, out, **options)
+    assert contents(out) == whole
+    assert again.tokens == summary.tokens
+    assert cached(words, out, **options).tokens_per_second is None  # nothing was left to do
+
+    name = read_index(out).shards[1].file
+    content = bytearray((out / name).read_bytes())
+    content[-40] ^= 1
+    (out / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: damaged"):
+        run([*words, f"teacher.cache={out}"], tmp_path / "run", "train.steps=40")
+    cached(words, out, **options)
+    assert contents(out) == whole
+
+
+def test_what_does_not_belong_together_is_refused(words, pair_folders, tmp_path):
+    out = tmp_path / "cache"
+    cached(words, out, SOME)
+    student, teacher = pair_folders
+    other = shutil.copytree(teacher, tmp_path / "other")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[len(weights) // 2 :] = bytes(len(weights) - len(weights) // 2)
+    (other / "model.safetensors").write_bytes(weights)
+    text = tmp_path / "other.jsonl"
+    text.write_text(json.dumps({"text": "7+5=12, and more of it. " * 40}) + "\n")
+    for change, differs in (
+        ([f"teacher.path={other}"], "teacher.weights"),
+        ([f"teacher.path={student}"], "teacher.config"),
+        (["data.student_length=24"], "data.student_length"),
+        (["data.teacher_length=40"], "data.teacher_length"),
+        (["teacher.compute_dtype=bfloat16"], "teacher.compute_dtype"),
+        ([f"data.train.text.path={text}", "data.batch_size=1", "mesh.data=1"], "data.train.text"),
+    ):
+        with pytest.raises(UserError, match=rf"teacher\.cache=.*made of another {differs} "):
+            run([*words, f"teacher.cache={out}"], tmp_path / "run", *change)
+        if differs != "teacher.weights":
+            with pytest.raises(UserError, match=rf"holds another teacher cache \({differs}="):
+                cached([*words, *change], out, SOME)
+    with pytest.raises(UserError, match=r"holds another teacher cache \(keep\.top_k=24 there, 25 here\)"):
+        cached(words, out, SOME._replace(top_k=25))
+    with pytest.raises(UserError, match="made for temperature 1, 2, the loss has 3; take one"):
+        run([*words, f"teacher.cache={out}"], tmp_path / "run", "loss.temperature=3")
+    with pytest.raises(UserError, match="no teacher cache there"):
+        run([*words, f"teacher.cache={tmp_path / 'nothing'}"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_outputs_that_are_not_finite_are_not_kept(words, pair_folders, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(pair_folders[1], tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][:] = np.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="outputs are not finite somewhere from text document 0 on"):
+        cached([*words, f"teacher.path={folder}"], tmp_path / "cache", SOME)
+
+
+def test_the_command(words, tmp_path, capsys):
+    out = tmp_path / "cache"
+    arguments = ["cache-teacher", *words, "--out", str(out), "--top-p", "0.9", "--dtype", "bfloat16"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.01 < found["mean_mass"] < 0.12
+    assert found["mean_mass"] < found["p99_mass"] <= 0.11
+    assert (
+        found["bytes_per_token"] * found["tokens"]
+        == found["bytes"]
+        == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    )
+    assert found["bytes"] < found["raw_bytes"]
+    index = read_index(out)
+    assert index.keep == {"top_k": 1024, "top_p": 0.9, "dtype": "bfloat16", "temperatures": [1.0]}
+    assert 24 < index.width <= index.size
+    assert list(found["teacher"]) == ["text bits/byte"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().err
+    assert "all logits in float32" in shown
+    assert f"teacher.cache={out}" in shown
+    for words_, message in (
+        (["--top-k", "0"], "--top-k 0: must be a number from 1 on, or all"),
+        (["--top-p", "1.5"], "--top-p 1.5: must be above 0, and at most 1"),
+        (["--temperatures", "0"], "--temperatures 0.0: must be above 0"),
+        (["--teacher", "big"], "--teacher big: no such teacher; there is teacher"),
+    ):
+        assert main(["cache-teacher", *words, "--out", str(tmp_path / "new"), *words_]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
