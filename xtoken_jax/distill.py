@@ -40,13 +40,14 @@ from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.cache import cached_projection
-from xtoken_jax.projection.files import load_projection
+from xtoken_jax.projection.files import load_projection, save_projection
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
 from xtoken_jax.runs import claim, contents
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.flops import peak_flops, step_flops
+from xtoken_jax.train.learnt import Learnt, make_projection_optimizer, projection_of, start_learning
 from xtoken_jax.train.loop import train
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 from xtoken_jax.train.objective import Teacher
@@ -161,14 +162,17 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         ) -> tuple[Params, Figures, Figures]:
             """Parameters at the end, and the held-out figures of the start and of the end."""
             optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+            of_projections = make_projection_optimizer(experiment.optimizer)
+            learnt = start_learning(teachers.tables, of_projections, mesh)
             step = make_step(
                 student, teachers.static, experiment.loss, optimizer,
                 student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
                 schedule=make_schedule(experiment.optimizer, experiment.train.steps),
+                projection_optimizer=of_projections,
             )  # fmt: skip
             state = train(
-                init_state(student, params, optimizer, mesh),
-                abstract_state(student, optimizer, mesh),
+                init_state(student, params, optimizer, mesh, learnt),
+                abstract_state(student, optimizer, mesh, learnt),
                 jax.jit(step, donate_argnums=0),
                 batches(),
                 teacher_params=teachers.params,
@@ -184,6 +188,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 stop=stop,
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
+            _save_learnt(folder, state.projections, teachers, pairs)
             rows = read_metrics(folder / METRICS_FILE)
             measured = [row["validation"] for row in rows if "validation" in row]
             return join_lora(state.params, frozen), measured[0], measured[-1]
@@ -236,6 +241,15 @@ def _adapters(lora: LoraConfig, adapters: Params, params: Params) -> str:
     trained, every = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (adapters, params))
     names = ", ".join(lora.targets)
     return f"lora     rank {lora.rank} on {names}: {trained:,} of {every:,} parameters train"
+
+
+def _save_learnt(folder: Path, learnt: dict[str, Learnt], teachers: _Teachers, pairs: Pairs) -> None:
+    """Each W that was trained, as `projection=` and `teachers.NAME.projection=` read it."""
+    for name, own in learnt.items():
+        path = folder / ("projection" if name == FIRST_TEACHER else f"projection-{name}")
+        save_projection(
+            path.with_name(f"{path.name}.safetensors"), projection_of(teachers.tables[name], own), pairs[name]
+        )
 
 
 def _key(name: str, key: str) -> str:
@@ -299,6 +313,8 @@ def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term
     shared = pair.student.fingerprint == pair.teacher.fingerprint
     if kind is LossKind.auto and shared and config.projection is None:
         kind, reason = LossKind.same_vocabulary, "the teacher has the student's tokenizer"
+    if config.loss.learn_projection and kind not in (LossKind.auto, LossKind.p_kl):
+        raise _trains_no_projection(name, kind, reason)
     if kind in _WITHOUT_W:
         if config.projection is not None:
             raise UserError(
@@ -315,7 +331,18 @@ def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term
     if kind is LossKind.auto:
         found = audit(pair, projection)
         kind, reason = LossKind(found.recommended_loss), found.reason
-    return _Term(kind, reason, loss_tables(kind, projection), projection)
+    if not config.loss.learn_projection:
+        return _Term(kind, reason, loss_tables(kind, projection), projection)
+    if kind is not LossKind.p_kl:
+        raise _trains_no_projection(name, kind, reason)
+    return _Term(kind, f"{reason}; W trains", loss_tables(kind, projection.learnable()), projection)
+
+
+def _trains_no_projection(name: str, kind: LossKind, reason: str) -> UserError:
+    return UserError(
+        f"{_key(name, 'loss.learn_projection')}=true: auto takes {kind.value}, whose W does not train "
+        f"({reason}); choose p_kl, or leave it out"
+    )
 
 
 @dataclass(frozen=True)

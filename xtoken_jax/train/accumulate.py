@@ -12,8 +12,7 @@ there is no second copy of the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,25 @@ from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import constrain
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.models.lora import join_lora
+from xtoken_jax.train.learnt import with_learnt
 from xtoken_jax.train.objective import Metrics, Objective
 
-# (trained, frozen, teacher_params, tables, batch) -> ((loss, metrics), gradient by trained)
-GradientOf = Callable[
-    [Params, Params | None, dict[str, Params], dict[str, LossTables], Batch],
-    tuple[tuple[jax.Array, Metrics], Params],
-]
+Gradient = tuple[Params, dict[str, jax.Array]]  # by what trains of the student, and by log-weights of W
+
+
+class GradientOf(Protocol):
+    """What `gradient_of` returns."""
+
+    def __call__(
+        self,
+        trained: Params,
+        frozen: Params | None,
+        teacher_params: dict[str, Params],
+        tables: dict[str, LossTables],
+        batch: Batch,
+        projections: dict[str, jax.Array] | None = None,
+    ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
+        """((loss, metrics), gradient); `projections` are the log-weights of each W that trains."""
 
 
 def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
@@ -49,7 +60,8 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
         teacher_params: dict[str, Params],
         tables: dict[str, LossTables],
         batch: Batch,
-    ) -> tuple[tuple[jax.Array, Metrics], Params]:
+        projections: dict[str, jax.Array] | None = None,
+    ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
         ids = {name: split(batch.teachers[name].rows.ids, micro_batches) for name in teachers}
         own_ids = split(batch.student.ids, micro_batches)
 
@@ -74,12 +86,16 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
             lambda trained: student(join_lora(trained, frozen), own_ids[0])[1], trained
         )
 
-        def loss_of(hidden: jax.Array, unembedding: jax.Array) -> tuple[jax.Array, Metrics]:
-            means = objective.means((hidden, unembedding), of_teachers, tables, batch)
+        def loss_of(
+            hidden: jax.Array, unembedding: jax.Array, projections: dict[str, jax.Array]
+        ) -> tuple[jax.Array, Metrics]:
+            read = with_learnt(tables, projections)
+            means = objective.means((hidden, unembedding), of_teachers, read, batch)
             return objective.join(means, batch)
 
-        slopes = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        value, (by_hidden, by_unembedding) = slopes(join(hidden), unembedding)
+        slopes = jax.value_and_grad(loss_of, argnums=(0, 1, 2), has_aux=True)
+        value, found = slopes(join(hidden), unembedding, projections or {})
+        by_hidden, by_unembedding, by_projection = found
 
         def backward(gradient: Params, part: tuple[jax.Array, jax.Array]) -> tuple[Params, None]:
             own, slope = part
@@ -88,7 +104,7 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
 
         start = pull_unembedding(by_unembedding)[0]
         gradient, _ = jax.lax.scan(backward, start, (own_ids, split(by_hidden, micro_batches)))
-        return value, gradient
+        return value, (gradient, by_projection)
 
     return by_parts
 
@@ -96,6 +112,7 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
 def _at_once(objective: Objective) -> GradientOf:
     def loss_of(
         trained: Params,
+        projections: dict[str, jax.Array],
         frozen: Params | None,
         teacher_params: dict[str, Params],
         tables: dict[str, LossTables],
@@ -107,9 +124,22 @@ def _at_once(objective: Objective) -> GradientOf:
             name: teacher.model(teacher_params[name], batch.teachers[name].rows.ids)
             for name, teacher in objective.teachers.items()
         }
-        return objective.join(objective.means(of_student, of_teachers, tables, batch), batch)
+        read = with_learnt(tables, projections)
+        return objective.join(objective.means(of_student, of_teachers, read, batch), batch)
 
-    return jax.value_and_grad(loss_of, has_aux=True)
+    slopes = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+
+    def at_once(
+        trained: Params,
+        frozen: Params | None,
+        teacher_params: dict[str, Params],
+        tables: dict[str, LossTables],
+        batch: Batch,
+        projections: dict[str, jax.Array] | None = None,
+    ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
+        return slopes(trained, projections or {}, frozen, teacher_params, tables, batch)
+
+    return at_once
 
 
 def split(rows: jax.Array, parts: int) -> jax.Array:
