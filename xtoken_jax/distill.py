@@ -42,6 +42,7 @@ from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.files import load_projection, save_projection
 from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.projection.partners import partners_of_teacher
 from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
 from xtoken_jax.runs import claim, contents
@@ -168,7 +169,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 student, teachers.static, experiment.loss, optimizer,
                 student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
                 schedule=make_schedule(experiment.optimizer, experiment.train.steps),
-                projection_optimizer=of_projections,
+                projection_optimizer=of_projections, logged=experiment.train.logged,
             )  # fmt: skip
             state = train(
                 init_state(student, params, optimizer, mesh, learnt),
@@ -300,7 +301,7 @@ def _load_teachers(
         loss.validate_merge()
         weight = f", weight {config.weight:g}" if len(configs) > 1 else ""
         console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
-        found.static[name] = Teacher(model, loss, config.weight)
+        found.static[name] = Teacher(model, loss, config.weight, partners_of_teacher(pair))
         found.params[name] = params
         found.tables[name] = jax.device_put(term.tables, replicated(mesh))
         if term.projection is not None:

@@ -39,8 +39,13 @@ class GradientOf(Protocol):
         tables: dict[str, LossTables],
         batch: Batch,
         projections: dict[str, jax.Array] | None = None,
+        measure: jax.Array | bool = True,
     ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
-        """((loss, metrics), gradient); `projections` are the log-weights of each W that trains."""
+        """((loss, metrics), gradient).
+
+        `projections` are the log-weights of each W that trains; `measure` says whether the agreement with
+        teachers is wanted in the metrics.
+        """
 
 
 def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
@@ -61,6 +66,7 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
         tables: dict[str, LossTables],
         batch: Batch,
         projections: dict[str, jax.Array] | None = None,
+        measure: jax.Array | bool = True,
     ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
         ids = {name: split(batch.teachers[name].rows.ids, micro_batches) for name in teachers}
         own_ids = split(batch.student.ids, micro_batches)
@@ -90,8 +96,9 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
             hidden: jax.Array, unembedding: jax.Array, projections: dict[str, jax.Array]
         ) -> tuple[jax.Array, Metrics]:
             read = with_learnt(tables, projections)
-            means = objective.means((hidden, unembedding), of_teachers, read, batch)
-            return objective.join(means, batch)
+            of_student = hidden, unembedding
+            total, metrics = objective.join(objective.means(of_student, of_teachers, read, batch), batch)
+            return total, metrics | objective.agreement(of_student, of_teachers, batch, measure)
 
         slopes = jax.value_and_grad(loss_of, argnums=(0, 1, 2), has_aux=True)
         value, found = slopes(join(hidden), unembedding, projections or {})
@@ -117,6 +124,7 @@ def _at_once(objective: Objective) -> GradientOf:
         teacher_params: dict[str, Params],
         tables: dict[str, LossTables],
         batch: Batch,
+        measure: jax.Array | bool,
     ) -> tuple[jax.Array, Metrics]:
         # Rows are padded on the right, so causality alone keeps padding out of sight.
         of_student = objective.student(join_lora(trained, frozen), batch.student.ids)
@@ -125,7 +133,8 @@ def _at_once(objective: Objective) -> GradientOf:
             for name, teacher in objective.teachers.items()
         }
         read = with_learnt(tables, projections)
-        return objective.join(objective.means(of_student, of_teachers, read, batch), batch)
+        total, metrics = objective.join(objective.means(of_student, of_teachers, read, batch), batch)
+        return total, metrics | objective.agreement(of_student, of_teachers, batch, measure)
 
     slopes = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
 
@@ -136,8 +145,9 @@ def _at_once(objective: Objective) -> GradientOf:
         tables: dict[str, LossTables],
         batch: Batch,
         projections: dict[str, jax.Array] | None = None,
+        measure: jax.Array | bool = True,
     ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
-        return slopes(trained, projections or {}, frozen, teacher_params, tables, batch)
+        return slopes(trained, projections or {}, frozen, teacher_params, tables, batch, measure)
 
     return at_once
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -104,6 +104,7 @@ def make_step(
     micro_batches: int = 1,
     schedule: optax.Schedule | None = None,
     projection_optimizer: optax.GradientTransformation | None = None,
+    logged: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Step:
     """The step of one objective; jit it with the state donated.
 
@@ -116,6 +117,7 @@ def make_step(
         micro_batches: parts of a batch that go through the student one by one, for less memory; see
             `accumulate`.
         schedule: the optimizer's learning rate, to report; it follows the updates made.
+        logged: step, from 1 -> whether its metrics are looked at; those that cost much are left out else.
         projection_optimizer: of each W in the state; its gradient has no part in the student's clipping.
 
     Returns:
@@ -134,8 +136,9 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         logits = {name: learnt.logits for name, learnt in state.projections.items()}
         (value, metrics), (gradient, by_projection) = gradient_by(
-            state.params, frozen, teacher_params, tables, batch, logits
-        )
+            state.params, frozen, teacher_params, tables, batch, logits,
+            True if logged is None else logged(state.step + 1),
+        )  # fmt: skip
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         projections: dict[str, Learnt] = {}
