@@ -41,7 +41,10 @@ ALLOWED = {
     # It compares the tokenizer's size with the model's vocabulary.
     "models.load": {"models", "mesh", "tokens.tokenizer"},
     "losses": {"mesh", "alignment.batch", "projection.matrix", "projection.events", "projection.sharded"},
-    "train": {"models", "losses", "data", "alignment.batch", "mesh", "hosts", "checksum"},
+    # Where W trains, it is part of the state.
+    "train": {
+        "models", "losses", "data", "alignment.batch", "mesh", "hosts", "checksum", "projection.matrix",
+    },
     "evaluate": {"models", "losses", "data", "alignment", "tokens", "mesh"},
     "export": {"models", "tokens", "mesh", "hosts"},
     # It reads what the loop writes.

@@ -28,6 +28,7 @@ from xtoken_jax.train.optimizer import OptimizerConfig
 
 PACKAGE = Path(__file__).parent
 _DEFAULT_LOSS = LossConfig()
+_PROJECTION_RATE = OptimizerConfig.projection_learning_rate
 # A wheel carries the configs inside the package; a checkout has them beside it.
 CONFIG_FOLDER = next(f for f in (PACKAGE / "configs", PACKAGE.parent / "configs") if f.is_dir())
 
@@ -113,6 +114,11 @@ class Experiment:
         for part in (self.loss, self.data, self.optimizer, self.train, self.hosts):
             part.validate()
         self._validate_teachers()
+        rate, teachers = self.optimizer.projection_learning_rate, self.every_teacher().values()
+        if rate != _PROJECTION_RATE and not any(teacher.loss.learn_projection for teacher in teachers):
+            raise UserError(
+                f"optimizer.projection_learning_rate={rate}: no W trains; loss.learn_projection=true would"
+            )
         known = [f.name for f in dataclasses.fields(self)]
         for key in self.resume.allow:
             if key.split(".")[0] not in known:

@@ -38,13 +38,15 @@ from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.cache import cached_projection
-from xtoken_jax.projection.files import load_projection
+from xtoken_jax.projection.files import load_projection, save_projection
 from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.projection.partners import partners_of_teacher
 from xtoken_jax.projection.prefixes import prefix_tables
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
 from xtoken_jax.runs import agree, agree_on, claim, contents
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.flops import peak_flops, step_flops
+from xtoken_jax.train.learnt import Learnt, make_projection_optimizer, projection_of, start_learning
 from xtoken_jax.train.loop import train
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 from xtoken_jax.train.objective import Teacher
@@ -173,16 +175,19 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         ) -> tuple[Params, Figures, Figures]:
             """Parameters at the end, and the held-out figures of the start and of the end."""
             optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+            of_projections = make_projection_optimizer(experiment.optimizer)
+            learnt = start_learning(teachers.tables, of_projections, mesh)
             step = make_step(
                 student, teachers.static, experiment.loss, optimizer,
                 student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
                 packed=experiment.data.pack,
                 schedule=make_schedule(experiment.optimizer, experiment.train.steps),
+                projection_optimizer=of_projections, logged=experiment.train.logged,
             )  # fmt: skip
             made = batches(caches=teachers.caches)
             state = train(
-                init_state(student, params, optimizer, mesh),
-                abstract_state(student, optimizer, mesh),
+                init_state(student, params, optimizer, mesh, learnt),
+                abstract_state(student, optimizer, mesh, learnt),
                 jax.jit(step, donate_argnums=0),
                 made,
                 teacher_params=teachers.params,
@@ -198,6 +203,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 stop=stop,
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
+            from_first(lambda: _save_learnt(folder, state.projections, teachers, pairs))
             begin, end = from_first(lambda: _ends(folder))
             return join_lora(state.params, frozen), begin, end
 
@@ -277,6 +283,15 @@ def _group(name: str) -> str:
     return FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
 
 
+def _save_learnt(folder: Path, learnt: dict[str, Learnt], teachers: _Teachers, pairs: Pairs) -> None:
+    """Each W that was trained, as `projection=` and `teachers.NAME.projection=` read it."""
+    for name, own in learnt.items():
+        path = folder / ("projection" if name == FIRST_TEACHER else f"projection-{name}")
+        save_projection(
+            path.with_name(f"{path.name}.safetensors"), projection_of(teachers.tables[name], own), pairs[name]
+        )
+
+
 def _key(name: str, key: str) -> str:
     """What a key is called in the config that the experiment itself has for the first teacher."""
     return key if name == FIRST_TEACHER else f"{_group(name)}.{key}"
@@ -338,7 +353,7 @@ def _load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Co
             found.caches[name] = cache
         weight = f", weight {config.weight:g}" if len(configs) > 1 else ""
         console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
-        found.static[name] = Teacher(model, loss, config.weight)
+        found.static[name] = Teacher(model, loss, config.weight, partners_of_teacher(pair))
         found.tables[name] = place(term.tables, replicated(mesh))
         if term.projection is not None:
             found.projections[name] = term.projection
@@ -350,6 +365,8 @@ def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term
     shared = pair.student.fingerprint == pair.teacher.fingerprint
     if kind is LossKind.auto and shared and config.projection is None:
         kind, reason = LossKind.same_vocabulary, "the teacher has the student's tokenizer"
+    if config.loss.learn_projection and kind not in (LossKind.auto, LossKind.p_kl):
+        raise _trains_no_projection(name, kind, reason)
     if kind in _WITHOUT_W:
         if config.projection is not None:
             raise UserError(
@@ -366,7 +383,18 @@ def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term
     if kind is LossKind.auto:
         found = audit(pair, projection)
         kind, reason = LossKind(found.recommended_loss), found.reason
-    return _Term(kind, reason, loss_tables(kind, projection), projection)
+    if not config.loss.learn_projection:
+        return _Term(kind, reason, loss_tables(kind, projection), projection)
+    if kind is not LossKind.p_kl:
+        raise _trains_no_projection(name, kind, reason)
+    return _Term(kind, f"{reason}; W trains", loss_tables(kind, projection.learnable()), projection)
+
+
+def _trains_no_projection(name: str, kind: LossKind, reason: str) -> UserError:
+    return UserError(
+        f"{_key(name, 'loss.learn_projection')}=true: auto takes {kind.value}, whose W does not train "
+        f"({reason}); choose p_kl, or leave it out"
+    )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.resume import Difference, covers, differences
 from xtoken_jax.tokens.tokenizer import Tokenizer
 from xtoken_jax.train.checkpoint import Checkpoints
+from xtoken_jax.train.learnt import abstract_learnt, make_projection_optimizer
 from xtoken_jax.train.loop import CHECKPOINT_FOLDER
 from xtoken_jax.train.optimizer import make_optimizer
 from xtoken_jax.train.step import abstract_state
@@ -261,7 +262,9 @@ def export_checkpoint(
         found = checkpoints.latest if step is None else step
         if found is None:
             raise UserError(f"{run}: holds no checkpoint yet")
-        state, _ = checkpoints.restore(found, abstract_state(student, optimizer, mesh))
+        of_projections = make_projection_optimizer(experiment.optimizer)
+        learnt = abstract_learnt(checkpoints.projection_shapes(found), of_projections, mesh)
+        state, _ = checkpoints.restore(found, abstract_state(student, optimizer, mesh, learnt))
     params = join_lora(state.params, frozen)
     export_hf(out, student, params, folder, dtype=dtype, max_shard_size=max_shard_size, donate=True)
     return found

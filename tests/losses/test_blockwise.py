@@ -15,7 +15,6 @@ from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses import (
     LossConfig,
     LossKind,
-    distillation_loss,
     loss_tables,
     masked_mean,
     next_token_cross_entropy,
@@ -24,6 +23,7 @@ from xtoken_jax.losses import (
 )
 from xtoken_jax.losses.blockwise import blockwise_loss
 from xtoken_jax.losses.config import Direction, Merge
+from xtoken_jax.losses.objective import PARTS, distillation_parts
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.projection.prefixes import tables_of_pieces
 
@@ -107,19 +107,29 @@ def capped(logits, cap):
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def plain(config, tables, hidden, unembedding, teacher=TEACHER, alignment=ALIGNMENT, caps=(None, None)):
+def plain(*arguments, **options):
+    return plain_parts(*arguments, **options)[:2]
+
+
+def plain_parts(config, tables, hidden, unembedding, teacher=TEACHER, alignment=ALIGNMENT, caps=(None, None)):
     student = capped(logits(hidden, unembedding), caps[0])[..., :V_S]
     ce = masked_mean(*next_token_cross_entropy(student, IDS, TARGETS))
     if config.kind is LossKind.none:
-        return ce, jnp.float32(0)
-    values = distillation_loss(config)(
+        return ce, jnp.float32(0), {}
+    values, parts = distillation_parts(config)(
         student, capped(logits(*teacher), caps[1]), alignment, tables, TEACHER_MASK,
         student_ids=IDS, teacher_ids=TEACHER_IDS,
     )  # fmt: skip
-    return ce, masked_mean(values, valid_chunks(alignment))
+    valid = valid_chunks(alignment)
+    means = [masked_mean(part, valid) for part in parts]
+    return ce, masked_mean(values, valid), dict(zip(PARTS.get(config.kind, ()), means, strict=True))
 
 
-def blockwise(
+def blockwise(*arguments, **options):
+    return blockwise_parts(*arguments, **options)[:2]
+
+
+def blockwise_parts(
     config, tables, hidden, unembedding, teacher=TEACHER, alignment=ALIGNMENT, caps=(None, None), **options
 ):
     found = blockwise_loss(
@@ -127,7 +137,7 @@ def blockwise(
         teacher_ids=TEACHER_IDS, teacher_mask=TEACHER_MASK, student_size=V_S,
         student_softcap=caps[0], teacher_softcap=caps[1], **options,
     )  # fmt: skip
-    return found.ce, found.kd
+    return found.ce, found.kd, found.parts
 
 
 # Tests are mostly compilation.
@@ -137,11 +147,12 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 def gradients(
     function, config, tables, hidden=HIDDEN, unembedding=UNEMBEDDING, compiler_options=None, **options
 ):
-    """(CE, KD), and the gradients of the dynamically scaled total."""
+    """(CE, KD, parts), and the gradients of the dynamically scaled total."""
+    function = {plain: plain_parts, blockwise: blockwise_parts}[function]
 
     def total(hidden, unembedding):
-        ce, kd = function(config, tables, hidden, unembedding, **options)
-        return total_loss(ce, kd, max_scale=SCALE)[0], (ce, kd)
+        ce, kd, parts = function(config, tables, hidden, unembedding, **options)
+        return total_loss(ce, kd, max_scale=SCALE)[0], (ce, kd, parts)
 
     function_and_slopes = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
     (_, values), slopes = jax.jit(function_and_slopes, compiler_options=compiler_options)(hidden, unembedding)
@@ -365,7 +376,7 @@ def test_slices_of_a_large_unembedding(monkeypatch):
 
 def test_micro_batches_with_the_count_of_all_add_up():
     config, tables = CASES["gold"], tables_of(K.gold)
-    whole = gradients(blockwise, config, tables, block=5)[0]
+    whole = gradients(blockwise, config, tables, block=5)[0][:2]
     counts = {"ce_count": TARGETS[:, 1:].sum(), "kd_count": valid_chunks(ALIGNMENT).sum()}
     parts = []
     for rows in (slice(0, 3), slice(3, B)):
@@ -393,7 +404,8 @@ def test_no_chunk_at_all(chunks):
     alignment = Alignment(*none, np.ones((B, chunks), bool))
     values, slopes = gradients(blockwise, CASES["p_kl"], tables_of(K.p_kl), block=5, alignment=alignment)
     assert values[1] == 0
-    assert_close((values, slopes), expected_of("none"))
+    expected = expected_of("none")
+    assert_close((values[:2], slopes), (expected[0][:2], expected[1]))
 
 
 def test_the_teacher_gets_no_gradient():

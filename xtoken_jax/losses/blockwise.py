@@ -19,9 +19,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from xtoken_jax.alignment.batch import Alignment, StoredRows
 from xtoken_jax.losses.blockwise_terms import TermSetting
-from xtoken_jax.losses.blockwise_walk import Inputs, Setting, walk
+from xtoken_jax.losses.blockwise_walk import Inputs, Means, Setting, walk
 from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.config import LossConfig, LossKind
+from xtoken_jax.losses.objective import PARTS
 from xtoken_jax.mesh import BATCH
 from xtoken_jax.projection.matrix import LearnableProjection, Partition
 
@@ -33,6 +34,7 @@ class BlockwiseLoss(NamedTuple):
         ce, kd: the two means.
         ce_count, kd_count: how many positions and chunks they are over.
         total: their sum by the weights that were given, None without.
+        parts: of the term by name, as in `PARTS`: means over its chunks, without a gradient.
     """
 
     ce: jax.Array
@@ -40,6 +42,7 @@ class BlockwiseLoss(NamedTuple):
     ce_count: jax.Array
     kd_count: jax.Array
     total: jax.Array | None
+    parts: dict[str, jax.Array]
 
 
 def blockwise_loss(
@@ -126,15 +129,16 @@ def blockwise_loss(
     arguments = student_hidden, student_unembedding, learnt, inputs
     total = None
     if weights is not None:
-        total, ce, kd = _weighted(setting, (float(weights[0]), float(weights[1])), *arguments)
+        total, ce, kd, parts = _weighted(setting, (float(weights[0]), float(weights[1])), *arguments)
         ce, kd = jax.lax.stop_gradient((ce, kd))
     elif setting.term is None or inputs.labelled is None:  # one mean alone: its weight is known
         both = (0.0, 1.0) if inputs.labelled is None else (1.0, 0.0)
-        alone, ce, kd = _weighted(setting, both, *arguments)
+        alone, ce, kd, parts = _weighted(setting, both, *arguments)
         ce, kd = (ce, alone) if inputs.labelled is None else (alone, kd)
     else:
-        ce, kd = _recomputed(setting, *arguments)
-    return BlockwiseLoss(ce, kd, inputs.ce_count, inputs.kd_count, total)
+        ce, kd, parts = _recomputed(setting, *arguments)
+    named = dict(zip(PARTS.get(config.kind, ()), jax.lax.stop_gradient(parts), strict=True))
+    return BlockwiseLoss(ce, kd, inputs.ce_count, inputs.kd_count, total, named)
 
 
 def _inputs(
@@ -246,7 +250,7 @@ def _sizes(tables: Any) -> tuple[int, int | None]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recomputed(setting: Setting, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+def _recomputed(setting: Setting, *arguments: Any) -> Means:
     return walk(setting, None, *arguments)[0]
 
 
@@ -255,7 +259,7 @@ def _recomputed_forward(setting: Setting, *arguments: Any) -> tuple[Any, Any]:
 
 
 def _recomputed_backward(setting: Setting, arguments: Any, slopes: Any) -> tuple:
-    _, gradient = walk(setting, slopes, *arguments)
+    _, gradient = walk(setting, slopes[:2], *arguments)
     return *_cast(gradient, arguments), None
 
 
@@ -280,9 +284,8 @@ def _weighted_backward(setting: Setting, weights: Any, residuals: Any, slopes: A
 _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
-def _total(weights: tuple[float, float], values: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    ce, kd = values
-    return weights[0] * ce + weights[1] * kd, ce, kd
+def _total(weights: tuple[float, float], values: Means) -> tuple[jax.Array, ...]:
+    return weights[0] * values.ce + weights[1] * values.kd, *values
 
 
 def _likes(arguments: Any) -> list[jax.Array]:

@@ -25,7 +25,7 @@ from xtoken_jax.losses.hybrid_kl import (
 )
 from xtoken_jax.losses.likelihood import likelihood_kl
 from xtoken_jax.losses.prefix_kl import divergence
-from xtoken_jax.losses.projection_kl import chunk_values, highest, projected_softmax
+from xtoken_jax.losses.projection_kl import chunk_values, highest, lost_mass, projected_softmax
 from xtoken_jax.losses.rank import sorted_l1
 from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax
 from xtoken_jax.mesh import whole
@@ -59,7 +59,8 @@ class Term:
         target: of the complete sum, what the student's chunks are compared with.
         student: (logits float32 [n, V_s] over tau, next ids [n], the block, learnt weights or None) ->
             float32 [K, m_s].
-        values: (the complete sum, target) -> float32 [K], times tau^2.
+        values: (the complete sum, target) -> float32 [K], times tau^2; and its `PARTS`, float32 [P, K]. What
+            positions are worth by themselves falls to the last of them.
         whole_rows: whether `teacher` computes rows of V_t, so that groups must be small on its side too.
         at_positions: (logits over tau, positions) -> float32 [n], what positions are worth by themselves,
             times tau^2; None for nothing.
@@ -69,7 +70,7 @@ class Term:
     teacher: Callable[[Block], jax.Array]
     target: Callable[[jax.Array], Any]
     student: Callable[[jax.Array, jax.Array, Block, jax.Array | None], jax.Array]
-    values: Callable[[jax.Array, Any], jax.Array]
+    values: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
     whole_rows: bool
     at_positions: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     positions: jax.Array | None = None
@@ -134,7 +135,10 @@ def _p_kl(setting: TermSetting, projection: Any, teacher: TeacherRows) -> Term:
         teacher=of_teacher,
         target=partial(jax.nn.log_softmax, axis=-1) if merge == "mean_normalized" else lambda merged: merged,
         student=of_student,
-        values=lambda m, t: chunk_values(m, t, setting.direction, setting.beta) * tau**2,
+        values=lambda m, t: (
+            chunk_values(m, t, setting.direction, setting.beta) * tau**2,
+            lost_mass(m)[None],
+        ),
         whole_rows=chosen.columns is None,
     )
 
@@ -145,9 +149,10 @@ def _hybrid(setting: TermSetting, partition: Partition, teacher: TeacherRows) ->
     common_weight = matched if setting.common_weight is None else setting.common_weight
     uncommon_weight = 1 - matched if setting.uncommon_weight is None else setting.uncommon_weight
 
-    def values(merged: jax.Array, target: HybridTarget) -> jax.Array:
+    def values(merged: jax.Array, target: HybridTarget) -> tuple[jax.Array, jax.Array]:
         common, uncommon = hybrid_values(merged, target, setting.direction, setting.beta)
-        return (common_weight * common + uncommon_weight * uncommon) * tau**2
+        parts = jnp.stack([common_weight * common * tau**2, uncommon_weight * uncommon * tau**2])
+        return (common_weight * common + uncommon_weight * uncommon) * tau**2, parts
 
     return Term(
         teacher=lambda block: _merged(teacher, block, tau, by_token),
@@ -164,7 +169,7 @@ def _uld(setting: TermSetting, teacher: TeacherRows) -> Term:
         teacher=lambda block: _merged(teacher, block, tau, False),
         target=jnp.exp,
         student=lambda z, ids, block, _: merged_log_softmax(z, None, block.merging),
-        values=lambda merged, target: sorted_l1(whole(jnp.exp(merged)), whole(target)) * tau**2,
+        values=lambda merged, target: _alone(sorted_l1(whole(jnp.exp(merged)), whole(target)) * tau**2),
         whole_rows=True,
     )
 
@@ -184,7 +189,7 @@ def _alm(setting: TermSetting, teacher: TeacherRows) -> Term:
         teacher=of_teacher,
         target=lambda merged: merged,
         student=lambda z, ids, block, _: summed(z, ids, block.merging),
-        values=lambda m, t: likelihood_kl(m[:, 0], t[:, 0], setting.likelihood_temperature),
+        values=lambda m, t: _alone(likelihood_kl(m[:, 0], t[:, 0], setting.likelihood_temperature)),
         whole_rows=True,
     )
 
@@ -208,13 +213,17 @@ def _prefix(
         logits = rows(block.positions)
         return block.merging.merge(batch.teacher_events(logits, block.positions))
 
+    def values(merged: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start = divergence(target, merged, direction, beta) * tau**2
+        return start, jnp.stack([start, jnp.zeros_like(start)])
+
     return Term(
         teacher=of_teacher,
         target=lambda merged: merged,
         student=lambda z, _, block, __: block.merging.merge(
             batch.student_events(centred(z), block.positions)
         ),
-        values=lambda m, t: divergence(t, m, direction, beta) * tau**2,
+        values=values,
         whole_rows=True,
         at_positions=lambda z, positions: batch.steps(centred(z), positions, direction, beta) * tau**2,
         positions=batch.by_student.size > 0,
@@ -235,9 +244,14 @@ def _same_vocabulary(setting: TermSetting, teacher: TeacherRows) -> Term:
         teacher=lambda block: merged_log_softmax(chosen.logits(block.positions), None, block.merging),
         target=lambda merged: merged,
         student=of_student,
-        values=lambda m, t: kl_terms(t, m, setting.direction, beta=setting.beta).sum(-1) * tau**2,
+        values=lambda m, t: _alone(kl_terms(t, m, setting.direction, beta=setting.beta).sum(-1) * tau**2),
         whole_rows=chosen.columns is None,
     )
+
+
+def _alone(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A term without parts."""
+    return values, jnp.zeros((0, len(values)), jnp.float32)
 
 
 def _merged(teacher: TeacherRows, block: Block, tau: float, by_token: bool) -> jax.Array:

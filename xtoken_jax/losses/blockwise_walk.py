@@ -29,6 +29,7 @@ from xtoken_jax.losses.blockwise_terms import (
     temperature_of,
 )
 from xtoken_jax.losses.chunks import next_tokens
+from xtoken_jax.losses.objective import PARTS
 from xtoken_jax.losses.softmax import centred, soft_capped
 
 
@@ -85,6 +86,14 @@ class Gradient(NamedTuple):
 Slopes = tuple[jax.Array | float, jax.Array | float]
 
 
+class Means(NamedTuple):
+    """CE and KD, float32 scalars, and the means of the term's `PARTS`, float32 [P]."""
+
+    ce: jax.Array
+    kd: jax.Array
+    parts: jax.Array
+
+
 def walk(
     setting: Setting,
     slopes: Slopes | None,
@@ -92,8 +101,8 @@ def walk(
     unembedding: jax.Array,
     learnt: jax.Array | None,
     inputs: Inputs,
-) -> tuple[tuple[jax.Array, jax.Array], Gradient | None]:
-    """The two means CE and KD, and the gradient of slopes . (CE, KD); without slopes, none."""
+) -> tuple[Means, Gradient | None]:
+    """The means, and the gradient of slopes . (CE, KD); without slopes, none."""
     by_mean = None
     if slopes is not None:
         by_mean = jnp.asarray(slopes[0], jnp.float32), jnp.asarray(slopes[1], jnp.float32)
@@ -106,7 +115,7 @@ def walk(
         lambda *args: _local(setting, *args),
         mesh=setting.mesh,
         in_specs=(rows, whole, whole, by_input, whole),
-        out_specs=((whole, whole), None if slopes is None else Gradient(rows, whole, whole)),  # type: ignore[arg-type]
+        out_specs=(Means(whole, whole, whole), None if slopes is None else Gradient(rows, whole, whole)),  # type: ignore[arg-type]
         axis_names=set(setting.axes),
         check_vma=False,  # nothing is differentiated through it
     )(*arguments)
@@ -115,6 +124,7 @@ def walk(
 class _Sums(NamedTuple):
     ce: jax.Array
     kd: jax.Array
+    parts: jax.Array
     gradient: Gradient | None
 
 
@@ -125,7 +135,7 @@ def _local(
     learnt: jax.Array | None,
     inputs: Inputs,
     slopes: tuple[jax.Array, jax.Array] | None,
-) -> tuple[tuple[jax.Array, jax.Array], Gradient | None]:
+) -> tuple[Means, Gradient | None]:
     flat = hidden.reshape(-1, hidden.shape[-1])
     student = _Student(setting, flat, unembedding, next_tokens(inputs.student_ids), inputs, slopes)
     nothing = Gradient(
@@ -133,7 +143,9 @@ def _local(
         jnp.zeros(unembedding.shape, jnp.float32),
         None if learnt is None else jnp.zeros(learnt.shape, jnp.float32),
     )
-    sums = _Sums(jnp.float32(0), jnp.float32(0), None if slopes is None else nothing)
+    number = 0 if setting.term is None else len(PARTS.get(setting.term.kind, ()))
+    parts = jnp.zeros(number, jnp.float32)
+    sums = _Sums(jnp.float32(0), jnp.float32(0), parts, None if slopes is None else nothing)
     place = jnp.int32(0)
     term, also = None, inputs.labelled
     if setting.term is None or inputs.alignment is None or inputs.alignment.valid.shape[1] == 0:
@@ -158,15 +170,15 @@ def _local(
     if also is not None:
         sums = _over_rest(student, side, term, place, sums)
     if setting.axes:
-        ce, kd = jax.lax.psum((sums.ce, sums.kd), setting.axes)
-        sums = _Sums(ce, kd, sums.gradient)
+        ce, kd, parts = jax.lax.psum(sums[:3], setting.axes)
+        sums = _Sums(ce, kd, parts, sums.gradient)
     gradient = sums.gradient
     if gradient is not None:
         of_parameters = gradient.unembedding, gradient.learnt
         if setting.axes:
             of_parameters = jax.lax.psum(of_parameters, setting.axes)
         gradient = Gradient(gradient.hidden.reshape(hidden.shape), *of_parameters)
-    return (sums.ce, sums.kd), gradient
+    return Means(*sums[:3]), gradient
 
 
 def _teacher_rows(setting: Setting, inputs: Inputs) -> TeacherRows:
@@ -265,7 +277,8 @@ def _over_rest(student: _Student, side: Side, term: Term | None, place: jax.Arra
         if gradient is not None and slopes is not None:
             slope = student.ce_slope(logits, next_ids, normalizer, slopes[0] * weights) + pull(slopes[1])
             gradient = student.add(gradient, *below_cap(slope), rows, positions)
-        return place + size, _Sums(sums.ce + ce, sums.kd + kd, gradient)
+        parts = _with_last(sums.parts, kd, term)
+        return place + size, _Sums(sums.ce + ce, sums.kd + kd, parts, gradient)
 
     return jax.lax.while_loop(lambda carry: carry[0] < side.wanted, one, (place, sums))[1]
 
@@ -324,17 +337,19 @@ def _over_groups(
         # The first time through a long chunk nothing counts but its sum.
         counts = ~long | state.again
         compared = (jnp.arange(chunks, dtype=jnp.int32) < last - chunk) & counts
-        values, pull_values = _vjp(slopes is not None, lambda m: term.values(m, target), merged)
+        (values, by_part), pull_values = _vjp(slopes is not None, lambda m: term.values(m, target), merged)
         finished = compared & complete
-        kd = jnp.where(finished, values, 0.0).sum() / kd_count
+        kd, parts = (jnp.where(finished, x, 0.0).sum(-1) / kd_count for x in (values, by_part))
         ce, normalizer, weights = student.cross_entropy(logits, next_ids, block.positions)
         weights = jnp.where(counts, weights, 0.0)
         more, pull_more = student.by_position(term, logits, block.positions)
-        kd = kd + jnp.where(counts, more, 0.0)
+        more = jnp.where(counts, more, 0.0)
+        kd, parts = kd + more, _with_last(parts, more, term)
 
         gradient = state.sums.gradient
         if gradient is not None and slopes is not None:
-            kd_slope, by_learnt = pull(*pull_values(jnp.where(compared, slopes[1] / kd_count, 0.0)))
+            by_value = jnp.where(compared, slopes[1] / kd_count, 0.0)
+            kd_slope, by_learnt = pull(*pull_values((by_value, jnp.zeros_like(by_part))))
             ce_slope = student.ce_slope(logits, next_ids, normalizer, slopes[0] * weights)
             slope = ce_slope + jnp.where(counts, kd_slope + pull_more(slopes[1]), 0.0)
             gradient = student.add(gradient, *below_cap(slope), rows, block.positions)
@@ -349,7 +364,12 @@ def _over_groups(
             jnp.where(turn, begin, stop),
             jnp.where(long, state.again ^ complete, False),
             part,
-            _Sums(state.sums.ce + jnp.where(counts, ce, 0.0), state.sums.kd + kd, gradient),
+            _Sums(
+                state.sums.ce + jnp.where(counts, ce, 0.0),
+                state.sums.kd + kd,
+                state.sums.parts + parts,
+                gradient,
+            ),
         )
 
     part = jax.eval_shape(
@@ -362,6 +382,11 @@ def _over_groups(
     start = _State(jnp.int32(0), jnp.int32(0), jnp.zeros((), bool), jnp.zeros(part.shape, part.dtype), sums)
     state = jax.lax.while_loop(lambda state: state.chunk < groups.number, one, start)
     return state.place, state.sums
+
+
+def _with_last(parts: jax.Array, more: jax.Array, term: Term | None) -> jax.Array:
+    """The parts of a term, with what positions are worth by themselves."""
+    return parts if term is None or term.at_positions is None else parts.at[-1].add(more)
 
 
 def _vjp(needed: bool, function: Callable, *arguments: Any) -> tuple[Any, Callable]:

@@ -33,6 +33,27 @@ def valid_chunks(alignment: Alignment) -> jax.Array:
     return found
 
 
+def single_positions(alignment: Alignment) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The chunks that count and have one position on each side.
+
+    Returns:
+        int32 [B, C] twice, the position of student and teacher in the flattened batch, and bool [B, C], where
+        those hold.
+    """
+    count = alignment.valid.shape[1]
+    single = jnp.asarray(alignment.valid)
+    positions = []
+    for chunks in (alignment.student_chunks, alignment.teacher_chunks):
+        segments = _segments(chunks, count)
+        number = _by_row(jax.ops.segment_sum, jnp.ones(segments.shape, jnp.int32), segments, count)
+        single = single & (number[:, :count] == 1)
+        places = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
+        first = _by_row(jax.ops.segment_min, places, segments, count)[:, :count]
+        rows = jax.lax.broadcasted_iota(jnp.int32, first.shape, 0)
+        positions.append(jnp.where(number[:, :count] == 1, first + rows * segments.shape[1], 0))
+    return positions[0], positions[1], single
+
+
 def _segments(chunks: jax.Array | np.ndarray, count: int) -> jax.Array:
     """int32 [B, T]: the chunk of the token that each position predicts, `count` for none."""
     position_chunks = next_token_chunks(jnp.asarray(chunks))

@@ -67,6 +67,7 @@ class LossConfig:
         dynamic_scaling: scale the term to the size of cross-entropy; else the two weights hold.
         max_scale: highest dynamic factor; null for the official, unbounded one.
         kd_weight, ce_weight: without dynamic scaling.
+        learn_projection: train the weights of P-KL's W beside the student, on the entries that it has.
         block: student positions whose logits exist at a time; null for those of the whole batch,
             which is faster for small vocabularies.
     """
@@ -85,6 +86,7 @@ class LossConfig:
     max_scale: float | None = 10.0
     kd_weight: float = 1.0
     ce_weight: float = 0.1
+    learn_projection: bool = False
     block: int | None = 128
 
     def validate(self) -> None:
@@ -215,6 +217,8 @@ class TeachersConfig:
 def _shown(value: object) -> str:
     if isinstance(value, Enum):
         return str(value.value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else str(value)
 
 
@@ -247,6 +251,7 @@ _READ_BY = {
     "direction": (LossKind.p_kl, *_HYBRID, LossKind.prefix_kl, LossKind.same_vocabulary),
     "common_weight": _HYBRID,
     "uncommon_weight": _HYBRID,
+    "learn_projection": (LossKind.p_kl,),
 }
 _MERGES = {
     LossKind.p_kl: tuple(Merge),

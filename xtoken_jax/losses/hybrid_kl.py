@@ -73,10 +73,18 @@ def hybrid_kl(
         student_ids=student_ids,
         teacher_ids=teacher_ids,
     )
+    weighed = weighed_terms(terms, partition, common_weight, uncommon_weight)
+    return weighed.common + weighed.uncommon
+
+
+def weighed_terms(
+    terms: HybridTerms, partition: Partition, common_weight: float | None, uncommon_weight: float | None
+) -> HybridTerms:
+    """The two parts times their weights, which are those of `hybrid_kl`."""
     matched = partition.common_teacher.shape[0] / _sizes(partition)[1]
     common_weight = matched if common_weight is None else common_weight
     uncommon_weight = 1 - matched if uncommon_weight is None else uncommon_weight
-    return common_weight * terms.common + uncommon_weight * terms.uncommon
+    return HybridTerms(common_weight * terms.common, uncommon_weight * terms.uncommon)
 
 
 def hybrid_terms(

@@ -13,24 +13,27 @@ import numpy as np
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses.config import Direction, LossConfig, LossKind, Merge
-from xtoken_jax.losses.hybrid_kl import hybrid_kl
+from xtoken_jax.losses.hybrid_kl import hybrid_terms, weighed_terms
 from xtoken_jax.losses.likelihood import likelihood_matching
-from xtoken_jax.losses.prefix_kl import prefix_kl
-from xtoken_jax.losses.projection_kl import projection_kl
+from xtoken_jax.losses.prefix_kl import prefix_parts
+from xtoken_jax.losses.projection_kl import projection_parts
 from xtoken_jax.losses.rank import rank_l1
 from xtoken_jax.losses.same_vocabulary import same_vocabulary_kl_by_chunk
 from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection, SplitProjection
 
 __all__ = [
+    "PARTS",
     "Direction",
     "DistillationLoss",
+    "DistillationParts",
     "LossConfig",
     "LossKind",
     "LossTables",
     "Merge",
     "VocabularySizes",
     "distillation_loss",
+    "distillation_parts",
     "dynamic_scale",
     "kd_scale_capped",
     "loss_tables",
@@ -51,6 +54,16 @@ class VocabularySizes:
 LossTables = SplitProjection | LearnableProjection | Partition | PrefixTables | VocabularySizes
 
 
+# What a term is reported in beside its sum; all means over chunks. P-KL's is no part of it: the share of the
+# student's mass that W sends to no column compared.
+PARTS = {
+    LossKind.p_kl: ("lost_mass",),
+    LossKind.h_kl: ("common", "uncommon"),
+    LossKind.gold: ("common", "uncommon"),
+    LossKind.prefix_kl: ("start", "inside"),
+}
+
+
 class DistillationLoss(Protocol):
     """A term of one teacher, float32 [B, C]."""
 
@@ -67,10 +80,37 @@ class DistillationLoss(Protocol):
     ) -> jax.Array: ...
 
 
+class DistillationParts(Protocol):
+    """A term of one teacher, float32 [B, C], and its `PARTS`, each as large."""
+
+    def __call__(
+        self,
+        student_logits: jax.Array,
+        teacher_logits: jax.Array,
+        alignment: Alignment,
+        tables: LossTables,
+        teacher_mask: jax.Array | None,
+        *,
+        student_ids: jax.Array | None = None,
+        teacher_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]: ...
+
+
 def distillation_loss(config: LossConfig) -> DistillationLoss:
     """The chosen term: (student_logits, teacher_logits, alignment, tables, teacher_mask) -> [B, C].
 
     Merges "first" and "last", ALM and prefix KL also read student_ids [B, T_s] and teacher_ids [B, T_t].
+
+    Raises:
+        UserError: settings that the kind does not go with.
+        ValueError: "auto" or "none", which name no term.
+    """
+    parts = distillation_parts(config)
+    return lambda *args, **ids: parts(*args, **ids)[0]
+
+
+def distillation_parts(config: LossConfig) -> DistillationParts:
+    """`distillation_loss` with the `PARTS` of its kind.
 
     Raises:
         UserError: settings that the kind does not go with.
@@ -91,10 +131,10 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
         *,
         student_ids: jax.Array | None = None,
         teacher_ids: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         logits = (student_logits, teacher_logits)
         if kind is LossKind.p_kl:
-            return projection_kl(
+            value, lost = projection_parts(
                 *logits,
                 alignment,
                 cast(SplitProjection | LearnableProjection, tables),
@@ -106,11 +146,13 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
                 teacher_ids=teacher_ids,
                 teacher_mask=teacher_mask,
             )
+            return value, (lost,)
         if kind in (LossKind.gold, LossKind.h_kl):
-            return hybrid_kl(
+            partition = cast(Partition, tables)
+            terms = hybrid_terms(
                 *logits,
                 alignment,
-                cast(Partition, tables),
+                partition,
                 temperature=tau,
                 uncommon_top_k=config.uncommon_top_k,
                 direction=direction,
@@ -118,13 +160,13 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
                 merge=merge,
                 student_ids=student_ids,
                 teacher_ids=teacher_ids,
-                common_weight=config.common_weight,
-                uncommon_weight=config.uncommon_weight,
             )
+            parts = weighed_terms(terms, partition, config.common_weight, config.uncommon_weight)
+            return parts.common + parts.uncommon, tuple(parts)
         if kind is LossKind.prefix_kl:
             if student_ids is None or teacher_ids is None:
                 raise ValueError("prefix_kl needs student_ids and teacher_ids")
-            return prefix_kl(
+            start, inside = prefix_parts(
                 *logits,
                 alignment,
                 cast(PrefixTables, tables),
@@ -134,15 +176,17 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
                 direction=direction,
                 beta=beta,
             )
+            return start + inside, (start, inside)
         sizes = cast(VocabularySizes, tables)
         if kind is LossKind.uld:
-            return rank_l1(
+            value = rank_l1(
                 *logits, alignment, temperature=tau, student_size=sizes.student, teacher_size=sizes.teacher
             )
+            return value, ()
         if kind is LossKind.alm:
             if student_ids is None or teacher_ids is None:
                 raise ValueError("alm needs student_ids and teacher_ids")
-            return likelihood_matching(
+            value = likelihood_matching(
                 *logits,
                 alignment,
                 student_ids=student_ids,
@@ -151,7 +195,8 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
                 student_size=sizes.student,
                 teacher_size=sizes.teacher,
             )
-        return same_vocabulary_kl_by_chunk(
+            return value, ()
+        value = same_vocabulary_kl_by_chunk(
             *logits,
             alignment,
             temperature=tau,
@@ -161,6 +206,7 @@ def distillation_loss(config: LossConfig) -> DistillationLoss:
             size=sizes.student,
             teacher_mask=teacher_mask,
         )
+        return value, ()
 
     return term
 

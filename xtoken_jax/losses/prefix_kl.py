@@ -85,6 +85,26 @@ def prefix_kl(
 
         Both say "a..." with 0.8, and then "b" with a half.
     """
+    parts = prefix_parts(
+        student_logits, teacher_logits, alignment, tables, student_ids=student_ids, teacher_ids=teacher_ids,
+        temperature=temperature, direction=direction, beta=beta,
+    )  # fmt: skip
+    return parts[0] + parts[1]
+
+
+def prefix_parts(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alignment: Alignment,
+    tables: PrefixTables,
+    *,
+    student_ids: jax.Array,
+    teacher_ids: jax.Array,
+    temperature: float = 1.0,
+    direction: str = "forward",
+    beta: float = 0.5,
+) -> tuple[jax.Array, jax.Array]:
+    """The terms of `prefix_kl` where chunks begin (1), and those inside of them (2 and 3); float32 [B, C]."""
     student = centred(flat_logits(student_logits, tables.student_size) / temperature)
     teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size))
     teacher = centred(teacher / temperature)
@@ -100,12 +120,13 @@ def prefix_kl(
 
     wanted = log_masses(rest_teacher[plan.teacher_start], tables.teacher)
     own = log_masses(rest_student[plan.student_start], tables.student)
-    values = compare(wanted, own).reshape(plan.counted.shape)
+    start = compare(wanted, own).reshape(plan.counted.shape)
     value = compare(steps_teacher, after_teacher.within(student, plan.by_teacher.start))
-    values = values + plan.by_teacher.by_chunk(value)
+    inside = plan.by_teacher.by_chunk(value)
     value = compare(after_student.within(teacher, plan.by_student.start), steps_student)
-    values = values + plan.by_student.by_chunk(value)
-    return jnp.where(plan.counted, values * temperature**2, 0.0)
+    inside = inside + plan.by_student.by_chunk(value)
+    start, inside = (jnp.where(plan.counted, part * temperature**2, 0.0) for part in (start, inside))
+    return start, inside
 
 
 def divergence(teacher: jax.Array, student: jax.Array, direction: str, beta: float) -> jax.Array:

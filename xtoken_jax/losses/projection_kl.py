@@ -78,6 +78,31 @@ def projection_kl(
         >>> print(projection_kl(student, teacher, alignment, W).round(4))
         [[0.0589]]
     """
+    return projection_parts(
+        student_logits, teacher_logits, alignment, projection, temperature=temperature, top_k=top_k,
+        direction=direction, beta=beta, merge=merge, teacher_ids=teacher_ids, teacher_mask=teacher_mask,
+    )[0]  # fmt: skip
+
+
+def projection_parts(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alignment: Alignment,
+    projection: AnyProjection,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 8192,
+    direction: str = "forward",
+    beta: float = 0.5,
+    merge: str = "mean",
+    teacher_ids: jax.Array | None = None,
+    teacher_mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`projection_kl`, and of each chunk the share of the student's mass that W sends to no column compared.
+
+    Returns:
+        float32 [B, C] twice; the second has no gradient.
+    """
     if merge not in MERGES:
         raise ValueError(f"merge={merge!r}: choose one of {', '.join(MERGES)}")
     count = alignment.valid.shape[1]
@@ -102,7 +127,15 @@ def projection_kl(
     # The projection is linear: merging behind it gives the same as before it, over fewer columns.
     projected = Merging.of(alignment.student_chunks, count, merge).merge(projected)
     values = chunk_values(projected, target, direction, beta) * temperature**2
-    return jnp.where(valid_chunks(alignment), values.reshape(alignment.valid.shape), 0.0)
+    valid = valid_chunks(alignment)
+    both = values, lost_mass(projected)
+    values, lost = (jnp.where(valid, part.reshape(valid.shape), 0.0) for part in both)
+    return values, lost
+
+
+def lost_mass(projected: jax.Array) -> jax.Array:
+    """float32 [K]: what is missing to 1 in the student's projected probabilities [K, n]; no gradient."""
+    return 1 - jax.lax.stop_gradient(projected).sum(-1)
 
 
 def chunk_values(projected: jax.Array, target: jax.Array, direction: str, beta: float) -> jax.Array:

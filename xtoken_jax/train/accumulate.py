@@ -12,8 +12,7 @@ there is no second copy of the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +23,31 @@ from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import constrain
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.lora import join_lora
+from xtoken_jax.train.learnt import with_learnt
 from xtoken_jax.train.objective import Metrics, Objective
 
-# (trained, frozen, teacher_params, tables, batch) -> ((loss, metrics), gradient by trained)
-GradientOf = Callable[
-    [Params, Params | None, dict[str, Params], dict[str, LossTables], Batch],
-    tuple[tuple[jax.Array, Metrics], Params],
-]
 _Parts = tuple[jax.Array, jax.Array | None]  # ids and segments [M, B / M, T], or one of the M
+Gradient = tuple[Params, dict[str, jax.Array]]  # by what trains of the student, and by log-weights of W
+
+
+class GradientOf(Protocol):
+    """What `gradient_of` returns."""
+
+    def __call__(
+        self,
+        trained: Params,
+        frozen: Params | None,
+        teacher_params: dict[str, Params],
+        tables: dict[str, LossTables],
+        batch: Batch,
+        projections: dict[str, jax.Array] | None = None,
+        measure: jax.Array | bool = True,
+    ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
+        """((loss, metrics), gradient).
+
+        `projections` are the log-weights of each W that trains; `measure` says whether the agreement with
+        teachers is wanted in the metrics.
+        """
 
 
 def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
@@ -51,7 +67,9 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
         teacher_params: dict[str, Params],
         tables: dict[str, LossTables],
         batch: Batch,
-    ) -> tuple[tuple[jax.Array, Metrics], Params]:
+        projections: dict[str, jax.Array] | None = None,
+        measure: jax.Array | bool = True,
+    ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
         def parts(rows: TokenRows) -> _Parts:
             segments = objective.segments(rows)
             return split(rows.ids, micro_batches), segments if segments is None else split(
@@ -81,12 +99,17 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
             lambda trained: student(join_lora(trained, frozen), own[0][0])[1], trained
         )
 
-        def loss_of(hidden: jax.Array, unembedding: jax.Array) -> tuple[jax.Array, Metrics]:
-            means = objective.means((hidden, unembedding), of_teachers, tables, batch)
-            return objective.join(means, batch)
+        def loss_of(
+            hidden: jax.Array, unembedding: jax.Array, projections: dict[str, jax.Array]
+        ) -> tuple[jax.Array, Metrics]:
+            read = with_learnt(tables, projections)
+            of_student = hidden, unembedding
+            total, metrics = objective.join(objective.means(of_student, of_teachers, read, batch), batch)
+            return total, metrics | objective.agreement(of_student, of_teachers, batch, measure)
 
-        slopes = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        value, (by_hidden, by_unembedding) = slopes(join(hidden), unembedding)
+        slopes = jax.value_and_grad(loss_of, argnums=(0, 1, 2), has_aux=True)
+        value, found = slopes(join(hidden), unembedding, projections or {})
+        by_hidden, by_unembedding, by_projection = found
 
         def backward(gradient: Params, part: tuple[_Parts, jax.Array]) -> tuple[Params, None]:
             own, slope = part
@@ -95,7 +118,7 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
 
         start = pull_unembedding(by_unembedding)[0]
         gradient, _ = jax.lax.scan(backward, start, (own, split(by_hidden, micro_batches)))
-        return value, gradient
+        return value, (gradient, by_projection)
 
     return by_parts
 
@@ -103,10 +126,12 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
 def _at_once(objective: Objective) -> GradientOf:
     def loss_of(
         trained: Params,
+        projections: dict[str, jax.Array],
         frozen: Params | None,
         teacher_params: dict[str, Params],
         tables: dict[str, LossTables],
         batch: Batch,
+        measure: jax.Array | bool,
     ) -> tuple[jax.Array, Metrics]:
         own, others = batch.student, {name: batch.teachers[name].rows for name in objective.teachers}
         of_student = objective.student(join_lora(trained, frozen), own.ids, segments=objective.segments(own))
@@ -114,9 +139,24 @@ def _at_once(objective: Objective) -> GradientOf:
             name: model(teacher_params[name], others[name].ids, segments=objective.segments(others[name]))
             for name, model in _live(objective).items()
         }
-        return objective.join(objective.means(of_student, of_teachers, tables, batch), batch)
+        read = with_learnt(tables, projections)
+        total, metrics = objective.join(objective.means(of_student, of_teachers, read, batch), batch)
+        return total, metrics | objective.agreement(of_student, of_teachers, batch, measure)
 
-    return jax.value_and_grad(loss_of, has_aux=True)
+    slopes = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+
+    def at_once(
+        trained: Params,
+        frozen: Params | None,
+        teacher_params: dict[str, Params],
+        tables: dict[str, LossTables],
+        batch: Batch,
+        projections: dict[str, jax.Array] | None = None,
+        measure: jax.Array | bool = True,
+    ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
+        return slopes(trained, projections or {}, frozen, teacher_params, tables, batch, measure)
+
+    return at_once
 
 
 def _live(objective: Objective) -> dict[str, Model]:

@@ -133,6 +133,16 @@ class Checkpoints:
             )
         return state, content["beside"]
 
+    def projection_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """Of the log-weights of each W that a step holds, by teacher; none where it cannot be read."""
+        if step not in self._manager.all_steps():
+            return {}
+        with contextlib.suppress(Exception):  # `restore` says what is wrong
+            found = ocp.StandardCheckpointHandler().metadata(self.path(step).resolve() / "state")
+            held = found.tree["projections"]
+            return {name: tuple(learnt["logits"].shape) for name, learnt in held.items()}
+        return {}
+
     def restore_latest(
         self, abstract: TrainState, tell: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -64,6 +65,10 @@ class TrainConfig:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}")
+
+    def logged(self, number: Any) -> Any:
+        """Whether a step, an int or an array of one, has a line in metrics.jsonl."""
+        return (number % self.log_every == 0) | (number == self.steps)
 
 
 def train(
@@ -176,7 +181,7 @@ def train(
                 # The step before has ended by now: reading its metrics does not hold up this one.
                 look_at(number - 1, pending)
                 pending = metrics
-                if due(number, config.log_every):
+                if config.logged(number):
                     look_at(number, metrics)
                     pending = None
                     values = {name: float(value) for name, value in metrics.items() if name != "finite"}

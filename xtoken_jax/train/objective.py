@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.data.batches import Batch, TeacherBatch
@@ -16,16 +18,16 @@ from xtoken_jax.losses import (
     LossKind,
     TeacherTerm,
     combine_teachers,
-    distillation_loss,
     kd_scale_capped,
     masked_mean,
     next_token_cross_entropy,
     total_loss,
     valid_chunks,
 )
+from xtoken_jax.losses.agreement import top_token_agreement
 from xtoken_jax.losses.blockwise import blockwise_loss
 from xtoken_jax.losses.blockwise_teacher import stored_logits
-from xtoken_jax.losses.objective import LossTables
+from xtoken_jax.losses.objective import PARTS, LossTables, distillation_parts
 from xtoken_jax.models.decoder import Model, logits
 
 Metrics = dict[str, jax.Array]
@@ -40,11 +42,13 @@ class Teacher:
         model: the network; None where its distributions come with the batch, from a cache.
         loss: its term, the kind settled (not "auto" or "none"); scaling and weights are not read here.
         weight: alpha > 0 of its term in the sum of all.
+        partners: int32 [V_t], as `top_token_agreement` reads them; None for no such figure.
     """
 
     model: Model | None
     loss: LossConfig
     weight: float = 1.0
+    partners: np.ndarray | None = field(default=None, compare=False)
 
 
 class Means(NamedTuple):
@@ -54,11 +58,20 @@ class Means(NamedTuple):
         ce: mean next-token cross-entropy.
         kd: by teacher, the mean of its term over its chunks.
         total: their sum by weights known beforehand; None under dynamic scaling.
+        parts: by teacher, those of its term by name.
     """
 
     ce: jax.Array
     kd: dict[str, jax.Array]
     total: jax.Array | None
+    parts: Mapping[str, Mapping[str, jax.Array]] = MappingProxyType({})
+
+
+class _Found(NamedTuple):
+    ce: jax.Array
+    kd: jax.Array
+    total: jax.Array | None
+    parts: dict[str, jax.Array]
 
 
 class _Read(NamedTuple):
@@ -106,19 +119,20 @@ class Objective:
         """The means over a batch; teachers get no gradient, and of cached ones there are no outputs."""
         one = self._blockwise if self.loss.block else self._whole
         if not self.teachers:
-            ce, _, _ = one(of_student, None, batch, LossConfig(kind=LossKind.none), with_ce=True)
-            return Means(ce, {}, None)
+            alone = one(of_student, None, batch, LossConfig(kind=LossKind.none), with_ce=True)
+            return Means(alone.ce, {}, None)
         ces: list[jax.Array] = []
-        kd, totals = {}, []
+        kd, totals, parts = {}, [], {}
         for name, teacher in self.teachers.items():
             outputs = None if teacher.model is None else jax.lax.stop_gradient(of_teachers[name])
             read = _Read(teacher, outputs, tables[name], batch.teachers[name])
             # Cross-entropy is walked with the first term, whose logits it shares.
-            ce, kd[name], total = one(of_student, read, batch, teacher.loss, with_ce=not ces)
-            ces.append(ce)
-            totals.append(total)
+            found = one(of_student, read, batch, teacher.loss, with_ce=not ces)
+            kd[name], parts[name] = found.kd, found.parts
+            ces.append(found.ce)
+            totals.append(found.total)
         known = [total for total in totals if total is not None]
-        return Means(ces[0], kd, sum(known, jnp.float32(0)) if known else None)
+        return Means(ces[0], kd, sum(known, jnp.float32(0)) if known else None, parts)
 
     def join(self, means: Means, batch: Batch) -> tuple[jax.Array, Metrics]:
         """The loss, and what is reported of it."""
@@ -145,9 +159,32 @@ class Objective:
             valid = valid_chunks(batch.teachers[name].alignment)
             chunks.append(valid.sum(dtype=jnp.int32))
             metrics[f"kd/{name}"] = means.kd[name]
+            for part, value in means.parts.get(name, {}).items():
+                key = f"lost_mass/{name}" if part == "lost_mass" else f"kd/{name}/{part}"
+                metrics[key] = value
             metrics[f"chunks/{name}"] = chunks[-1]
             metrics[f"aligned_share/{name}"] = _aligned_share(batch, name, valid)
         return total, {**metrics, "chunks": sum(chunks, jnp.int32(0))}
+
+    def agreement(
+        self, of_student: Outputs, of_teachers: Mapping[str, Outputs], batch: Batch, wanted: jax.Array | bool
+    ) -> Metrics:
+        """`top_token_agreement` with each teacher that runs; NaN, and no work, where it is not wanted.
+
+        It takes both unembeddings over all positions once more, which is too much for every step.
+        """
+        found = {}
+        for name, teacher in self.teachers.items():
+            if teacher.partners is not None and teacher.model is not None:
+                outputs = jax.lax.stop_gradient((of_student, of_teachers[name]))
+                arguments = *outputs[0], *outputs[1], batch.teachers[name].alignment, teacher.partners
+                found[f"agreement/{name}"] = jax.lax.cond(
+                    wanted,
+                    lambda *args: top_token_agreement(*args, student_size=self.student_size),
+                    lambda *_: jnp.float32(jnp.nan),
+                    *arguments,
+                )
+        return found
 
     def _weights(self, teacher: Teacher, with_ce: bool) -> tuple[float, float] | None:
         """Of CE and of one teacher's KD, where they are known beforehand."""
@@ -157,7 +194,7 @@ class Objective:
 
     def _blockwise(
         self, of_student: Outputs, read: _Read | None, batch: Batch, loss: LossConfig, *, with_ce: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    ) -> _Found:
         """CE and one teacher's KD and, with weights known beforehand, their total, a block at a time."""
         assert self.loss.block is not None
         common: dict[str, Any] = {
@@ -187,11 +224,11 @@ class Objective:
                 weights=self._weights(read.teacher, with_ce),
                 **common,
             )
-        return found.ce, found.kd, found.total
+        return _Found(found.ce, found.kd, found.total, found.parts)
 
     def _whole(
         self, of_student: Outputs, read: _Read | None, batch: Batch, loss: LossConfig, *, with_ce: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    ) -> _Found:
         """The same from logits [B, T, V] of both sides."""
         student_logits = logits(*of_student, softcap=self.student.config.logit_softcap)
         student_logits = student_logits[..., : self.student_size]
@@ -200,8 +237,8 @@ class Objective:
             values = next_token_cross_entropy(student_logits, batch.student.ids, batch.student.targets)
             ce = masked_mean(*values)
         if read is None:
-            return ce, kd, None
-        by_chunk = distillation_loss(loss)(
+            return _Found(ce, kd, None, {})
+        by_chunk, parts = distillation_parts(loss)(
             student_logits,
             _logits(read, loss),
             read.batch.alignment,
@@ -210,9 +247,14 @@ class Objective:
             student_ids=batch.student.ids,
             teacher_ids=read.batch.rows.ids,
         )
-        kd = masked_mean(by_chunk, valid_chunks(read.batch.alignment))
+        valid = valid_chunks(read.batch.alignment)
+        kd = masked_mean(by_chunk, valid)
+        named = {
+            name: jax.lax.stop_gradient(masked_mean(part, valid))
+            for name, part in zip(PARTS.get(loss.kind, ()), parts, strict=True)
+        }
         weights = self._weights(read.teacher, with_ce)
-        return ce, kd, None if weights is None else weights[0] * ce + weights[1] * kd
+        return _Found(ce, kd, None if weights is None else weights[0] * ce + weights[1] * kd, named)
 
 
 def _softcap(teacher: Teacher) -> float | None:

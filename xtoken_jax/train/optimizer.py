@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -42,6 +43,7 @@ class OptimizerConfig:
         decay_share: of wsd, the share of all steps that fall.
         beta1, beta2, weight_decay: the optimizer's.
         clip_norm: bound of the gradient's global norm; null for none.
+        projection_learning_rate: of W, where loss.learn_projection trains it; constant.
     """
 
     kind: OptimizerKind = OptimizerKind.adamw
@@ -54,11 +56,13 @@ class OptimizerConfig:
     beta2: float = 0.95
     weight_decay: float = 0.001
     clip_norm: float | None = 1.0
+    projection_learning_rate: float = 1e-2
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        if not self.learning_rate > 0:
-            raise UserError(f"optimizer.learning_rate={self.learning_rate}: must be above 0")
+        for name in ("learning_rate", "projection_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name}={getattr(self, name)}: must be above 0")
         for name in ("warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"optimizer.{name}={getattr(self, name)}: must not be negative")
