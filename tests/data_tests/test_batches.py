@@ -14,7 +14,7 @@ from xtoken_jax.data.batches import (
     student_of,
     training_batches,
 )
-from xtoken_jax.data.sources import SourceConfig, SourceKind, digest, read_documents
+from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
 from xtoken_jax.errors import UserError
 
 PAIR = trained.pair(trained.three_digits, trained.single_digits)
@@ -131,12 +131,6 @@ def test_the_records_of_a_batch_name_its_rows():
         for number, document in enumerate(documents):
             parts = [seen[key] for key in sorted(seen) if key[:2] == (name, number)]
             assert "".join(parts) == document
-
-
-def test_the_digest_of_documents_sees_each_and_its_borders():
-    texts = [["ab", "c"], ["a", "bc"], ["abc"], ["ab", "c", ""], ["c", "ab"]]
-    assert len({digest(documents) for documents in texts}) == len(texts)
-    assert digest(["ä"]).startswith("1 documents, sha256 ")
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 11])

@@ -13,7 +13,8 @@ from xtoken_jax.alignment.align import collate, token_rows
 from xtoken_jax.alignment.batch import Alignment, TokenRows
 from xtoken_jax.alignment.rows import cut_together, with_document_marks
 from xtoken_jax.alignment.spans import Side, Spans, align_texts_together
-from xtoken_jax.data.sources import SourceConfig, digest, read_documents
+from xtoken_jax.data.shapes import text_of
+from xtoken_jax.data.sources import SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
@@ -119,7 +120,7 @@ class Windows(list[Window]):
 
     Attributes:
         records: of each row, where it comes from.
-        digest: of the documents, as `xtoken_jax.data.sources.digest` gives it.
+        digest: of the documents, as `Documents.digest` says.
     """
 
     def __init__(self, rows: Sequence[Window], records: list[Record], digest: str) -> None:
@@ -149,13 +150,13 @@ def read_windows(
         rows: list[Window] = []
         records: list[Record] = []
         for first in range(0, len(documents), _TEXTS_AT_ONCE):
-            texts = documents[first : first + _TEXTS_AT_ONCE]
+            texts = [text_of(document) for document in documents[first : first + _TEXTS_AT_ONCE]]
             for document, row in enumerate(align_texts_together([*pairs.values()], texts), first):
                 parts = cut_together(_marked(pairs, row), config.student_length, lengths)
                 kept = [dict(zip(pairs, part, strict=True)) for part in parts if len(part[0].student) > 1]
                 rows += kept
                 records += [Record(name, document, part) for part in range(len(kept))]
-        windows[name] = Windows(rows, records, digest(documents))
+        windows[name] = Windows(rows, records, documents.digest)
         if not windows[name]:
             raise UserError(f"source {name!r}: its text is too short, no row has two tokens")
     return windows
