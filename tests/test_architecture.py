@@ -39,14 +39,14 @@ ALLOWED = {
     # It compares the tokenizer's size with the model's vocabulary.
     "models.load": {"models", "mesh", "tokens.tokenizer"},
     "losses": {"mesh", "alignment.batch", "projection.matrix", "projection.events", "projection.sharded"},
-    "train": {"models", "losses", "data", "mesh", "checksum"},
+    "train": {"models", "losses", "data", "alignment.batch", "mesh", "checksum"},
     "evaluate": {"models", "losses", "data", "alignment", "tokens", "mesh"},
     "export": {"models", "tokens", "mesh"},
     # It reads what the loop writes.
     "report": {"train.metrics"},
     # The experiment's schema is made of each part's own config.
     "config": {
-        "data.batches", "losses", "mesh", "models.load", "resume", "train.loop", "train.optimizer",
+        "data.config", "losses", "mesh", "models.load", "resume", "train.loop", "train.optimizer",
     },
 }  # fmt: skip
 WIRING = {"__init__", "cli", "cli_generate", "distill", "runs"}  # these may import anything

@@ -381,8 +381,9 @@ def _align(options: argparse.Namespace, console: Console) -> None:
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
     import jax
 
-    from xtoken_jax.data.batches import DataConfig, read_windows, student_of
-    from xtoken_jax.data.sources import SourceConfig, SourceKind
+    from xtoken_jax.data.config import DataConfig
+    from xtoken_jax.data.encode import read_parts, student_of
+    from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
     from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
     from xtoken_jax.mesh import single_device_mesh
     from xtoken_jax.models.load import ModelConfig, open_model
@@ -407,10 +408,17 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
             ModelConfig(path=options.model), tokenizer.size, mesh=mesh, key=jax.random.key(0)
         )
         own = {"student": TokenizerPair(tokenizer, tokenizer)}
-        rows = [student_of(w).ids for w in read_windows(own, data.validation, data)["text"]]
+        parts = read_parts(own, {"text": read_documents(source)}, data)["text"]
+        rows = [student_of(part) for part in parts]
         with console.status(f"running the model over {len(rows)} rows"):
             value = bits_per_byte(
-                model, params, tokenizer, rows, batch_size=options.batch_size, length=options.length
+                model,
+                params,
+                tokenizer,
+                [row.ids for row in rows],
+                batch_size=options.batch_size,
+                length=options.length,
+                targets=[row.targets for row in rows],
             )
     if options.json:
         _print_json({"bits_per_byte": value, "rows": len(rows)})

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from xtoken_jax.data.batches import DataConfig
+from xtoken_jax.data.config import DataConfig
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind
 from xtoken_jax.mesh import MeshConfig

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from xtoken_jax.alignment.spans import Side
 from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
 from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data import arithmetic
-from xtoken_jax.data.batches import (
-    DataConfig,
-    Windows,
-    batch_records,
-    read_windows,
-    student_of,
-    training_batches,
-)
-from xtoken_jax.data.sources import SourceKind
+from xtoken_jax.data.batches import training_batches
+from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.documents import Documents
+from xtoken_jax.data.encode import Part, read_parts, student_of
+from xtoken_jax.data.sources import SourceKind, read_sources
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
@@ -58,7 +54,6 @@ STUDENT_FOLDER = "student"
 _PROMPTS_AT_ONCE = 256
 
 Figures = dict[str, float]
-Texts = dict[str, Windows]
 Pairs = dict[str, TokenizerPair]
 
 
@@ -140,21 +135,26 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         kinds = {name: teacher.loss.kind for name, teacher in teachers.static.items()}
         # Without a teacher the student's own boundaries are those that rows are cut at.
         pairs = pairs or {"student": TokenizerPair(tokenizer, tokenizer)}
-        with console.status("tokenizing and aligning the text"):
-            windows = read_windows(pairs, experiment.data.train, experiment.data)
-            held_out = _held_out(experiment, tokenizer, pairs)
-        batches = partial(training_batches, pairs, windows, experiment.data)
+        with console.status("reading the text"):
+            train_text = read_sources(experiment.data.train)
+            held_out_text = read_sources(
+                {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
+            )
+            held_out = _held_out(experiment, tokenizer, pairs, held_out_text)
+        batches = partial(training_batches, pairs, train_text, experiment.data)
         batches()  # too little text is said before anything is written
-        tokens = sum(len(student_of(w)) for part in windows.values() for w in part)
-        console.print(f"text     {sum(map(len, windows.values())):,} rows, {tokens:,} student tokens")
+        counts = ", ".join(f"{len(documents):,} of {name}" for name, documents in train_text.items())
+        console.print(f"text     documents: {counts}", markup=False)
         made_of = contents(
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
             {_key(name, "projection"): projection for name, projection in teachers.projections.items()},
-            {"train": windows, "validation": held_out.windows},
+            {
+                part: {name: documents.digest for name, documents in texts.items()}
+                for part, texts in (("train", train_text), ("validation", held_out_text))
+            },
         )
         for change in claim(run, experiment, made_of):
             console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
-        records_of = batch_records(windows, experiment.data)
 
         def one_run(
             params: Params, folder: Path, teachers: _Teachers, title: str
@@ -164,13 +164,15 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             step = make_step(
                 student, teachers.static, experiment.loss, optimizer,
                 student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
+                packed=experiment.data.pack,
                 schedule=make_schedule(experiment.optimizer, experiment.train.steps),
             )  # fmt: skip
+            made = batches()
             state = train(
                 init_state(student, params, optimizer, mesh),
                 abstract_state(student, optimizer, mesh),
                 jax.jit(step, donate_argnums=0),
-                batches(),
+                made,
                 teacher_params=teachers.params,
                 tables=teachers.tables,
                 evaluate=partial(held_out.of_student, student),
@@ -180,7 +182,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 title=title,
                 console=console,
                 frozen=frozen,
-                records=lambda number: records_of(number - 1),
+                records=made.records_of,
                 stop=stop,
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
@@ -325,17 +327,17 @@ class _HeldOut:
     data: DataConfig
     student: Tokenizer
     pairs: Pairs
-    windows: Texts
+    parts: dict[str, list[Part]]
     problems: dict[str, list[arithmetic.Problem]]
 
     def of_student(self, model: Model, params: Params) -> Figures:
         """Figures of a model with the student's tokenizer."""
-        rows = {name: [student_of(w).ids for w in part] for name, part in self.windows.items()}
+        rows = {name: [student_of(part) for part in parts] for name, parts in self.parts.items()}
         return self._figures(model, params, self.student, rows, self.data.student_length)
 
     def of_teacher(self, teacher: str, model: Model, params: Params) -> Figures:
         """Figures of a model with a teacher's tokenizer."""
-        rows = {name: [w[teacher].teacher.ids for w in part] for name, part in self.windows.items()}
+        rows = {name: [part[teacher].teacher for part in parts] for name, parts in self.parts.items()}
         return self._figures(model, params, self.pairs[teacher].teacher, rows, self.data.length_of(teacher))
 
     def _figures(
@@ -343,13 +345,19 @@ class _HeldOut:
         model: Model,
         params: Params,
         tokenizer: Tokenizer,
-        texts: dict[str, list[np.ndarray]],
+        texts: dict[str, list[Side]],
         length: int,
     ) -> Figures:
         """Bits per byte of each text and accuracy on each set of problems."""
         found = {
             f"{name} bits/byte": bits_per_byte(
-                model, params, tokenizer, rows, batch_size=self.data.batch_size, length=length
+                model,
+                params,
+                tokenizer,
+                [row.ids for row in rows],
+                batch_size=self.data.batch_size,
+                length=length,
+                targets=[row.targets for row in rows],
             )
             for name, rows in texts.items()
         }
@@ -359,13 +367,13 @@ class _HeldOut:
         return found
 
 
-def _held_out(experiment: Experiment, student: Tokenizer, pairs: Pairs) -> _HeldOut:
-    sources = experiment.data.validation
-    texts = {name: s for name, s in sources.items() if s.kind is not SourceKind.arithmetic}
+def _held_out(
+    experiment: Experiment, student: Tokenizer, pairs: Pairs, texts: Mapping[str, Documents]
+) -> _HeldOut:
     problems = {
         name: arithmetic.problems(s.documents, split=s.split, seed=s.seed)
-        for name, s in sources.items()
+        for name, s in experiment.data.validation.items()
         if s.kind is SourceKind.arithmetic
     }
-    windows = read_windows(pairs, texts, experiment.data)
-    return _HeldOut(experiment.data, student, pairs, windows, problems)
+    parts = read_parts(pairs, texts, experiment.data)
+    return _HeldOut(experiment.data, student, pairs, parts, problems)

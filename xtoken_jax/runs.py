@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 
 from xtoken_jax.checksum import checksum
 from xtoken_jax.config import Experiment
-from xtoken_jax.data.batches import Windows
 from xtoken_jax.errors import UserError
 from xtoken_jax.export import SOURCE, export_hf
 from xtoken_jax.files import partial_path, write_whole
@@ -41,7 +40,7 @@ _NAMED = 3  # differences that an error names
 def contents(
     models: Mapping[str, tuple[Model, Params | None, Tokenizer]],
     projections: Mapping[str, Projection],
-    texts: Mapping[str, Mapping[str, Windows]],
+    texts: Mapping[str, Mapping[str, str]],
 ) -> dict[str, str]:
     """What a run is made of besides its settings, as fingerprints that a change of content changes.
 
@@ -52,7 +51,7 @@ def contents(
         models: "student", "teacher", "teachers.NAME" -> the model, its parameters (None for random ones) and
             tokenizer.
         projections: each W that a loss reads, by its key in the config.
-        texts: "train" and "validation" -> the sources of each by name.
+        texts: "train" and "validation" -> the digest of each of their sources by name.
 
     Returns:
         Key, such as student.weights or data.train.NAME -> fingerprint.
@@ -66,7 +65,7 @@ def contents(
         found[f"{side}.tokenizer"] = tokenizer.fingerprint[:16]
     found |= {key: f"{checksum(projection):08x}" for key, projection in projections.items()}
     for part, sources in texts.items():
-        found |= {f"data.{part}.{name}": windows.digest for name, windows in sources.items()}
+        found |= {f"data.{part}.{name}": digest for name, digest in sources.items()}
     return found
 
 

@@ -1,4 +1,7 @@
-"""Windows, batches and the iterator over them."""
+"""Batches: what they hold, in which order, whoever makes them."""
+
+import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -6,26 +9,25 @@ import pytest
 from tokens import trained
 
 from xtoken_jax.alignment.align import align_texts, with_document_marks
-from xtoken_jax.data.batches import (
-    DataConfig,
-    batch_records,
-    make_batch,
-    read_windows,
-    student_of,
-    training_batches,
-)
-from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
+from xtoken_jax.data.batches import make_batch, training_batches
+from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.encode import read_parts, student_of
+from xtoken_jax.data.sources import SourceConfig, SourceKind, read_sources
 from xtoken_jax.errors import UserError
 
 PAIR = trained.pair(trained.three_digits, trained.single_digits)
 PAIRS = {"teacher": PAIR}
 CONFIG = DataConfig(student_length=16, teacher_length=24, batch_size=3, seed=5)
 SUMS = {"sums": SourceConfig(kind=SourceKind.arithmetic, documents=2, wrong_share=0.0)}
-
-
-@pytest.fixture(scope="module")
-def windows():
-    return read_windows(PAIRS, SUMS, CONFIG)
+TEXTS = read_sources(SUMS)
+RNG = np.random.default_rng(0)
+# Documents of very different lengths.
+MANY = {
+    name: [
+        "".join(f"{n}+1={n + 1}\n" for n in RNG.integers(0, 999, RNG.integers(1, 12))) for _ in range(count)
+    ]
+    for name, count in (("first", 25), ("second", 14))
+}
 
 
 def leaves(batch):
@@ -40,18 +42,17 @@ def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
-def test_windows_hold_the_whole_text(windows, tmp_path):
-    (part,) = windows.values()
-    ids = np.concatenate([student_of(w).ids for w in part]).tolist()
+def batches_of(config, texts=MANY, **options):
+    return training_batches(PAIRS, texts, config, **options)
+
+
+def test_parts_hold_the_whole_text():
+    (parts,) = read_parts(PAIRS, TEXTS, CONFIG).values()
+    ids = np.concatenate([student_of(part).ids for part in parts]).tolist()
     text = PAIR.student.decode(ids)
     assert text.count("=") == text.count("\n") == 36
     assert ids.count(PAIR.student.roles["bos"]) == ids.count(PAIR.student.roles["eos"]) == 2
-    assert all(len(w["teacher"].student) <= 16 and len(w["teacher"].teacher) <= 24 for w in part)
-    (tmp_path / "a.txt").write_text("x")
-    short = {"a": SourceConfig(kind=SourceKind.text, path=str(tmp_path / "a.txt"))}
-    with pytest.raises(UserError, match="source 'a': its text is too short"):
-        # A window of one token predicts nothing.
-        read_windows(PAIRS, short, DataConfig(student_length=1, teacher_length=1))
+    assert all(len(p["teacher"].student) <= 16 and len(p["teacher"].teacher) <= 24 for p in parts)
 
 
 def test_masks_padding_and_shapes():
@@ -81,69 +82,173 @@ def test_masks_padding_and_shapes():
     assert batch.student.mask[0].sum() == len(row.student.ids) + 2
 
 
-def test_too_few_rows(windows):
-    count = sum(map(len, windows.values()))
+def test_too_little_text():
+    count = sum(map(len, read_parts(PAIRS, TEXTS, CONFIG).values()))
     with pytest.raises(UserError, match=rf"fills {count} rows of 16 .* data\.batch_size={count + 1}"):
-        training_batches(
-            PAIRS, windows, DataConfig(student_length=16, teacher_length=24, batch_size=count + 1)
-        )
-    exactly = DataConfig(student_length=16, teacher_length=24, batch_size=count)
-    assert next(training_batches(PAIRS, windows, exactly)).student.ids.shape == (count, 16)
+        batches_of(dataclasses.replace(CONFIG, batch_size=count + 1), TEXTS)
+    exactly = batches_of(dataclasses.replace(CONFIG, batch_size=count), TEXTS)
+    assert next(exactly).student.ids.shape == (count, 16)
+    for short in ({"a": ["x"] * 2}, {"a": ["x"] * 400, **MANY}):
+        # A row of one token predicts nothing.
+        with pytest.raises(UserError, match="source 'a': its text is too short"):
+            batches_of(DataConfig(student_length=1, teacher_length=1, batch_size=2), short)
 
 
-def test_the_seed_decides_the_order(windows):
-    first, again = (take(training_batches(PAIRS, windows, CONFIG), 6) for _ in range(2))
+def test_the_seed_decides_the_order():
+    first, again = (take(batches_of(CONFIG), 6) for _ in range(2))
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
-    other = DataConfig(student_length=16, teacher_length=24, batch_size=3, seed=6)
-    assert not all(
-        same(a, b) for a, b in zip(first, take(training_batches(PAIRS, windows, other), 6), strict=True)
-    )
+    other = take(batches_of(dataclasses.replace(CONFIG, seed=6)), 6)
+    assert not all(same(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_every_epoch_has_every_row_once_in_an_order_of_its_own(windows):
-    rows = [w for part in windows.values() for w in part]
-    config = DataConfig(student_length=16, teacher_length=24, batch_size=1, seed=5)
-    iterator = training_batches(PAIRS, windows, config)
-    epochs = [[tuple(next(iterator).student.ids[0].tolist()) for _ in rows] for _ in range(3)]
-    padded = sorted(tuple(make_batch(PAIRS, [w], config).student.ids[0].tolist()) for w in rows)
-    assert all(sorted(epoch) == padded for epoch in epochs)
+def records_in(batches, count):
+    """All records of `count` batches, lane by lane."""
+    lanes = []
+    for _ in range(count):
+        next(batches)
+        lanes.append(batches.records)
+    return [[record for row in lane for record in row] for lane in zip(*lanes, strict=True)]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_lane_has_every_part_of_an_epoch_once_in_an_order_of_its_own(pack):
+    config = dataclasses.replace(CONFIG, batch_size=1, pack=pack)
+    (records,) = records_in(batches_of(config), 400)
+    every = {
+        (name, document, part)
+        for name, texts in MANY.items()
+        for document, text in enumerate(texts)
+        for part in range(len(read_parts(PAIRS, {name: [text]}, config)[name]))
+    }
+    found = [dataclasses.astuple(record) for record in records]
+    count = len(every)
+    assert len(found) > 3 * count
+    # Parts overtake one another by a few places where rows are packed.
+    slack = 20 if pack else 0
+    epochs = [found[n * count : (n + 1) * count] for n in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) >= count - slack
     assert epochs[0] != epochs[1] != epochs[2]
+    if not pack:
+        return
+    for key in every:
+        assert 2 <= found[: 3 * count].count(key) <= 4
 
 
-def test_the_records_of_a_batch_name_its_rows():
-    """Over two epochs: each row's text stands in its document, and its parts make up the whole."""
+def test_the_records_of_a_batch_name_its_segments():
+    """Over two epochs: each segment's text stands in its document, and its parts make up the whole."""
     sources = {**SUMS, "more": SourceConfig(kind=SourceKind.arithmetic, documents=3, seed=1)}
-    windows = read_windows(PAIRS, sources, CONFIG)
-    records_of = batch_records(windows, CONFIG)
-    texts = {name: read_documents(source) for name, source in sources.items()}
+    texts = read_sources(sources) | MANY
     roles = PAIR.student.roles
     seen = {}
-    count = 2 * sum(map(len, windows.values())) // CONFIG.batch_size
-    for number, batch in enumerate(take(training_batches(PAIRS, windows, CONFIG), count)):
-        records = records_of(number)
-        assert len(records) == CONFIG.batch_size
-        for record, ids, mask in zip(records, batch.student.ids, batch.student.mask, strict=True):
-            kept = [i for i in ids[mask] if i not in (roles["bos"], roles["eos"])]
-            text = PAIR.student.decode(np.array(kept))
-            assert text in texts[record.source][record.document]
-            seen[record.source, record.document, record.part] = text
+    batches = batches_of(CONFIG, texts)
+    for number in range(1, 120):
+        student = next(batches).student
+        assert batches.records == batches.records_of(number)
+        assert len(batches.records) == CONFIG.batch_size
+        for records, ids, segments in zip(batches.records, student.ids, student.segments, strict=True):
+            assert segments.max() == len(records)
+            for segment, record in enumerate(records, 1):
+                kept = [i for i in ids[segments == segment] if i not in (roles["bos"], roles["eos"])]
+                text = PAIR.student.decode(np.array(kept))
+                assert text in texts[record.source][record.document]
+                seen[record.source, record.document, record.part] = text
+    with pytest.raises(KeyError):
+        batches.records_of(1)
     for name, documents in texts.items():
         for number, document in enumerate(documents):
             parts = [seen[key] for key in sorted(seen) if key[:2] == (name, number)]
             assert "".join(parts) == document
 
 
-@pytest.mark.parametrize("taken", [0, 1, 4, 11])
-def test_a_saved_position_resumes_exactly(windows, taken):
+WEIGHTED = dataclasses.replace(
+    CONFIG, train={name: SourceConfig(weight=weight) for name, weight in (("first", 1.0), ("second", 3.0))}
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WEIGHTED, dataclasses.replace(CONFIG, pack=False)])
+@pytest.mark.parametrize("taken", [0, 1, 4, 31])
+def test_a_saved_position_resumes_exactly(config, taken):
     """Across epochs too, and in a new process: the state is all that is handed over."""
-    iterator = training_batches(PAIRS, windows, CONFIG)
-    take(iterator, taken)
-    state = iterator.get_state()
-    expected = take(iterator, 5)
-    resumed = training_batches(PAIRS, windows, CONFIG)
+    batches = batches_of(config)
+    take(batches, taken)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = take(batches, 5)
+    resumed = batches_of(config)
     take(resumed, 2)
     resumed.set_state(state)
+    assert resumed.get_state() == state
     assert all(same(a, b) for a, b in zip(expected, take(resumed, 5), strict=True))
+    assert resumed.records_of(taken + 5) == batches.records_of(taken + 5)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_the_batches_are_the_same_on_any_number_of_hosts_and_threads(hosts):
+    config = dataclasses.replace(WEIGHTED, batch_size=8)
+    whole = batches_of(config, threads=1)
+    size = 8 // hosts
+    parts = [
+        batches_of(config, rows=slice(host * size, (host + 1) * size), threads=1 + 2 * host)
+        for host in range(hosts)
+    ]
+    for number in range(1, 13):
+        expected, found = next(whole), [next(part) for part in parts]
+        joined = [np.concatenate(same_leaf) for same_leaf in zip(*map(leaves, found), strict=True)]
+        assert same(expected, joined)
+        assert whole.records == [row for part in parts for row in part.records]
+        if number == 6:
+            # They go on from one another's states too.
+            lanes = {}
+            for part in parts:
+                lanes |= part.get_state()["lanes"]
+            assert whole.get_state()["lanes"] == lanes
+            for part in parts:
+                part.set_state(whole.get_state())
+
+
+def test_another_batch_size_goes_on_at_about_the_same_place():
+    batches = batches_of(CONFIG)
+    take(batches, 20)
+    other = batches_of(dataclasses.replace(CONFIG, batch_size=4))
+    other.set_state(batches.get_state())
+    before = sum(lane["taken"][""] for lane in batches.get_state()["lanes"].values())
+    after = sum(lane["taken"][""] for lane in other.get_state()["lanes"].values())
+    assert before <= after < before + 4
+    assert next(other).student.ids.shape == (4, 16)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 9.0)])
+def test_the_tokens_of_sources_follow_their_weights(shares):
+    train = {name: SourceConfig(weight=weight) for name, weight in zip(MANY, shares, strict=True)}
+    config = dataclasses.replace(CONFIG, train=train, batch_size=4)
+    batches = batches_of(config)
+    tokens = dict.fromkeys(MANY, 0)
+    for batch in (next(batches) for _ in range(150)):
+        for row, records in zip(batch.student.segments, batches.records, strict=True):
+            for segment, record in enumerate(records, 1):
+                tokens[record.source] += int((row == segment).sum())
+    found = tokens["second"] / sum(tokens.values())
+    assert abs(found - shares[1] / sum(shares)) < 0.03
+
+
+def test_packing_leaves_less_padding():
+    filled = {}
+    for pack in (True, False):
+        batches = batches_of(dataclasses.replace(CONFIG, pack=pack))
+        filled[pack] = np.mean([next(batches).student.mask.mean() for _ in range(40)])
+    assert filled[True] > 0.9 > 0.85 > filled[False]
+
+
+def test_what_goes_wrong_in_a_thread_is_raised():
+    class Broken(list):
+        def __getitem__(self, place):
+            if isinstance(place, int) and place > 8:
+                raise UserError("document: cannot be read")
+            return super().__getitem__(place)
+
+    batches = batches_of(CONFIG, {"text": Broken(MANY["first"])})
+    with pytest.raises(UserError, match="cannot be read"):
+        take(batches, 50)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +258,12 @@ def test_a_saved_position_resumes_exactly(windows, taken):
         ({"batch_size": 0}, r"data\.batch_size=0"),
         ({"train": {}}, r"data\.train: name at least one"),
         ({"validation": {"v": SourceConfig()}}, r"data\.validation\.v\.path"),
+        ({"train": {"s": dataclasses.replace(SUMS["sums"], weight=0.0)}}, r"train\.s\.weight=0\.0: must be"),
+        (
+            {"train": {"s": dataclasses.replace(SUMS["sums"], weight=2.0), **SUMS}},
+            r"data\.train\.sums\.weight: not given",
+        ),
+        ({"validation": {"s": dataclasses.replace(SUMS["sums"], weight=2.0)}}, r"validation\.s\.weight=2\.0"),
     ],
 )
 def test_settings_without_sense(options, message):

@@ -10,7 +10,8 @@ import pytest
 
 from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.config import load_experiment
-from xtoken_jax.data.batches import Batch, read_windows, training_batches
+from xtoken_jax.data.batches import Batch, training_batches
+from xtoken_jax.data.sources import read_sources
 from xtoken_jax.distill import distill
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables, valid_chunks
@@ -33,8 +34,7 @@ def case(words):
     folders = {"teacher": experiment.teacher.path, "twin": experiment.student.path}
     pairs = {name: TokenizerPair.load(experiment.student.path, folder) for name, folder in folders.items()}
     size = pairs["twin"].student.size
-    windows = read_windows(pairs, experiment.data.train, experiment.data)
-    batch = next(training_batches(pairs, windows, experiment.data))
+    batch = next(training_batches(pairs, read_sources(experiment.data.train), experiment.data))
     # Rows of unequal length, so that the parts count differently.
     short = np.arange(32)[None, :] < 4 * np.arange(1, 9)[:, None]
     batch = replace(batch, student=replace(batch.student, targets=batch.student.targets & short))

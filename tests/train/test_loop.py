@@ -20,7 +20,8 @@ import pytest
 from rich.console import Console
 
 from xtoken_jax.alignment.batch import Alignment, TokenRows
-from xtoken_jax.data.batches import Batch, Record, TeacherBatch
+from xtoken_jax.data.batches import Batch, TeacherBatch
+from xtoken_jax.data.encode import Record
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.train import checkpoint
@@ -86,7 +87,7 @@ def run(folder, *, stop=None, bad=(), evaluate=None, console=None, **config):
         mesh=MESH,
         title="toy",
         console=console or Console(quiet=True),
-        records=lambda number: [Record("text", 7 * number, 0)],
+        records=lambda number: [[Record("text", 7 * number, 0), Record("sums", 1, number)]],
         stop=stop,
     )
 
@@ -293,7 +294,9 @@ def test_not_finite_steps_are_skipped_counted_and_written_down(tmp_path, monkeyp
     assert [row["step"] for row in written] == sorted(BAD)
     assert written[1] == {
         "step": 5, "loss": "nan", "gradient_norm": "nan",
-        "rows": [{"source": "text", "document": 35, "part": 0}],
+        "rows": [
+            [{"source": "text", "document": 35, "part": 0}, {"source": "sums", "document": 1, "part": 5}]
+        ],
     }  # fmt: skip
     # the counts go on where a run does, in the middle of a streak, and no step is written down twice
     signal_at(monkeypatch, (Batches, "__next__"), 4, signal.SIGTERM)

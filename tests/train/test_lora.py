@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.config import load_experiment
-from xtoken_jax.data.batches import Batch, read_windows, training_batches
+from xtoken_jax.data.batches import Batch, training_batches
+from xtoken_jax.data.sources import read_sources
 from xtoken_jax.distill import distill
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, masked_mean, next_token_cross_entropy
@@ -53,9 +54,7 @@ def test_steps_move_the_adapters_alone_and_the_same_on_every_mesh(words):
     experiment = load_experiment([*words, "loss=none"])
     pair = TokenizerPair.load(experiment.student.path, experiment.student.path)
     pairs = {"student": pair}
-    batch = next(
-        training_batches(pairs, read_windows(pairs, experiment.data.train, experiment.data), experiment.data)
-    )
+    batch = next(training_batches(pairs, read_sources(experiment.data.train), experiment.data))
 
     def steps(sizes, devices):
         mesh = make_mesh(MeshConfig(*sizes), devices=devices)

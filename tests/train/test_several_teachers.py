@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from xtoken_jax.config import load_experiment
-from xtoken_jax.data.batches import read_windows, training_batches
+from xtoken_jax.data.batches import training_batches
+from xtoken_jax.data.sources import read_sources
 from xtoken_jax.distill import distill
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import (
@@ -67,9 +68,7 @@ def test_two_teachers_are_the_objective_put_together_by_hand(words, block, dynam
         "twin": TokenizerPair.load(student_folder, student_folder),
     }
     size = pairs["twin"].student.size
-    batch = next(
-        training_batches(pairs, read_windows(pairs, experiment.data.train, experiment.data), experiment.data)
-    )
+    batch = next(training_batches(pairs, read_sources(experiment.data.train), experiment.data))
     mesh = make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
     projection = build_projection(pairs["teacher"])
     tables = {"teacher": loss_tables(LossKind.p_kl, projection), "twin": VocabularySizes(size, size)}

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from xtoken_jax.config import load_experiment
-from xtoken_jax.data.batches import read_windows, training_batches
+from xtoken_jax.data.batches import training_batches
+from xtoken_jax.data.sources import read_sources
 from xtoken_jax.distill import distill
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables, projection_kl, valid_chunks
@@ -60,9 +61,7 @@ def test_a_step_on_any_mesh_is_the_step_on_one_device(kind, words):
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
     pairs = {"teacher": pair}
-    batch = next(
-        training_batches(pairs, read_windows(pairs, experiment.data.train, experiment.data), experiment.data)
-    )
+    batch = next(training_batches(pairs, read_sources(experiment.data.train), experiment.data))
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
     tables = {}
     if kind is LossKind.prefix_kl:
@@ -177,9 +176,7 @@ def test_a_step_that_is_not_finite_changes_nothing(words):
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.student.path)
     pairs = {"student": pair}
-    batch = next(
-        training_batches(pairs, read_windows(pairs, experiment.data.train, experiment.data), experiment.data)
-    )
+    batch = next(training_batches(pairs, read_sources(experiment.data.train), experiment.data))
     mesh = make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         student, params = open_model(experiment.student, pair.student.size, mesh=mesh, key=jax.random.key(0))
@@ -213,8 +210,7 @@ def test_a_step_is_the_objective_put_together_by_hand(words, block, dynamic, sof
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
     pairs = {"teacher": pair}
-    windows = read_windows(pairs, experiment.data.train, experiment.data)
-    batch = next(training_batches(pairs, windows, experiment.data))
+    batch = next(training_batches(pairs, read_sources(experiment.data.train), experiment.data))
     rows = batch.teachers["teacher"]
     # Half of the tokens are a prompt.
     learnt = batch.student.targets & (np.arange(batch.student.ids.shape[1]) % 2 == 0)

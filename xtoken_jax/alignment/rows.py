@@ -140,22 +140,35 @@ def join(documents: Sequence[Spans]) -> Spans:
 
     No chunk spans two documents: the ids of each follow those of the one before.
     """
+    return join_together([[document] for document in documents])[0]
+
+
+def join_together(documents: Sequence[Sequence[Spans]]) -> tuple[Spans, ...]:
+    """`join` of documents that several teachers read: a document has the same segment numbers on all sides.
+
+    Args:
+        documents: each aligned with each teacher, of the same student tokens in all.
+
+    Returns:
+        The row, aligned with each teacher.
+    """
     if len(documents) == 1:
-        return documents[0]
+        return tuple(documents[0])
+    # All sides count the documents alike, though one may have no token in one of them.
+    segments = np.cumsum([0, *(1 + max(map(_last_segment, document)) for document in documents)])
+    return tuple(_join(spans, segments) for spans in zip(*documents, strict=True))
+
+
+def _last_segment(spans: Spans) -> int:
+    return max(int(side.segments.max(initial=0)) for side in (spans.student, spans.teacher))
+
+
+def _join(documents: Sequence[Spans], first_segments: np.ndarray) -> Spans:
     chunk_starts = np.cumsum([0, *(d.chunk_count for d in documents)])
     joined = []
-    for side in ("student", "teacher"):
-        # Both sides count the documents alike, though one may have no token in one of them.
-        segments, chunks = [], []
-        next_segment = 0
-        for document, start in zip(documents, chunk_starts, strict=False):
-            tokens = getattr(document, side)
-            segments.append(tokens.segments + next_segment)
-            chunks.append(_moved(tokens.chunks, int(start)))
-            next_segment += 1 + max(
-                document.student.segments.max(initial=0), document.teacher.segments.max(initial=0)
-            )
-        parts = [getattr(d, side) for d in documents]
+    for parts in ([d.student for d in documents], [d.teacher for d in documents]):
+        chunks = [_moved(p.chunks, int(start)) for p, start in zip(parts, chunk_starts, strict=False)]
+        segments = [p.segments + first for p, first in zip(parts, first_segments, strict=False)]
         joined.append(
             Side(
                 np.concatenate([p.ids for p in parts]),

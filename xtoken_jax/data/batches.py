@@ -1,75 +1,30 @@
-"""Documents -> aligned windows -> Batch, the one type that goes to the devices."""
+"""Rows -> Batch, the one type that goes to the devices, made ahead of the step that takes it."""
 
 from __future__ import annotations
 
+import functools
+import os
+import queue
+import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
-import grain
 import jax
 
 from xtoken_jax.alignment.align import collate, token_rows
 from xtoken_jax.alignment.batch import Alignment, TokenRows
-from xtoken_jax.alignment.rows import cut_together, with_document_marks
-from xtoken_jax.alignment.spans import Side, Spans, align_texts_together
-from xtoken_jax.data.shapes import text_of
-from xtoken_jax.data.sources import SourceConfig, read_documents
-from xtoken_jax.errors import UserError
+from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.encode import Document, Part, Record, check_text, encode, student_of
+from xtoken_jax.data.lanes import Lane, Row, State, spread, streams_of
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
-_TEXTS_AT_ONCE = 256  # texts tokenized in one call: enough to keep all cores busy
-
-
-@dataclass
-class DataConfig:
-    """What is trained on and measured on, and the shape of a batch.
-
-    Attributes:
-        train, validation: sources of text; each a list or, so that single values can be
-            overridden, a mapping of name -> source.
-        student_length, teacher_length: T_s and T_t, tokens a row.
-        teacher_lengths: name of a teacher -> T_t of its own, such as a shorter one where its tokens are
-            longer.
-        batch_size: B, rows of the global batch.
-        seed: of the order of the rows.
-    """
-
-    train: dict[str, SourceConfig] = field(default_factory=dict)
-    validation: dict[str, SourceConfig] = field(default_factory=dict)
-    student_length: int = 1024
-    teacher_length: int = 1024
-    teacher_lengths: dict[str, int] = field(default_factory=dict)
-    batch_size: int = 8
-    seed: int = 0
-
-    def validate(self) -> None:
-        """Raise UserError for values that make no sense."""
-        lengths = {name: getattr(self, name) for name in ("student_length", "teacher_length")}
-        lengths |= {f"teacher_lengths.{name}": length for name, length in self.teacher_lengths.items()}
-        for name, length in lengths.items():
-            if length < 2:
-                raise UserError(f"data.{name}={length}: must be at least 2")
-        if self.batch_size < 1:
-            raise UserError(f"data.batch_size={self.batch_size}: must be at least 1")
-        for part in ("train", "validation"):
-            sources = getattr(self, part)
-            if not sources:
-                raise UserError(f"data.{part}: name at least one source of text")
-            for name, source in sources.items():
-                source.validate(f"data.{part}.{name}")
-
-    def length_of(self, teacher: str) -> int:
-        """T_t of a teacher."""
-        return self.teacher_lengths.get(teacher, self.teacher_length)
-
-
-Window = dict[str, Spans]  # a row as each teacher, by its name, reads it; of the same student tokens
-
-
-def student_of(window: Window) -> Side:
-    """The student's tokens; their chunk ids are those of the first teacher's alignment."""
-    return next(iter(window.values())).student
+_AHEAD = 4  # rows of each lane that are ready or being made
+_BATCHES_AHEAD = 2
+_KEPT = 8  # batches whose records are known
 
 
 @jax.tree_util.register_dataclass
@@ -100,74 +55,8 @@ class Batch:
     teachers: dict[str, TeacherBatch]
 
 
-@dataclass(frozen=True)
-class Record:
-    """Where a row of a batch comes from.
-
-    Attributes:
-        source: its name in the config.
-        document: its number among those of the source that hold text, from 0.
-        part: which row of the document it is, from 0.
-    """
-
-    source: str
-    document: int
-    part: int
-
-
-class Windows(list[Window]):
-    """The aligned rows of one source, in the order of its text.
-
-    Attributes:
-        records: of each row, where it comes from.
-        digest: of the documents, as `Documents.digest` says.
-    """
-
-    def __init__(self, rows: Sequence[Window], records: list[Record], digest: str) -> None:
-        """Rows with what is known of them."""
-        super().__init__(rows)
-        self.records = records
-        self.digest = digest
-
-
-def read_windows(
-    pairs: Mapping[str, TokenizerPair], sources: dict[str, SourceConfig], config: DataConfig
-) -> dict[str, Windows]:
-    """Read, tokenize and align the documents of each source, cut to the batch's row lengths.
-
-    Args:
-        pairs: by teacher; the student's tokenizer is one. Without a teacher, the student's with itself.
-        sources: by name.
-        config: lengths of the rows.
-
-    Raises:
-        UserError: a source without text, or without a window of two tokens.
-    """
-    lengths = [config.length_of(name) for name in pairs]
-    windows: dict[str, Windows] = {}
-    for name, source in sources.items():
-        documents = read_documents(source)
-        rows: list[Window] = []
-        records: list[Record] = []
-        for first in range(0, len(documents), _TEXTS_AT_ONCE):
-            texts = [text_of(document) for document in documents[first : first + _TEXTS_AT_ONCE]]
-            for document, row in enumerate(align_texts_together([*pairs.values()], texts), first):
-                parts = cut_together(_marked(pairs, row), config.student_length, lengths)
-                kept = [dict(zip(pairs, part, strict=True)) for part in parts if len(part[0].student) > 1]
-                rows += kept
-                records += [Record(name, document, part) for part in range(len(kept))]
-        windows[name] = Windows(rows, records, documents.digest)
-        if not windows[name]:
-            raise UserError(f"source {name!r}: its text is too short, no row has two tokens")
-    return windows
-
-
-def _marked(pairs: Mapping[str, TokenizerPair], row: Sequence[Spans]) -> list[Spans]:
-    return [with_document_marks(pair, spans) for pair, spans in zip(pairs.values(), row, strict=True)]
-
-
-def make_batch(pairs: Mapping[str, TokenizerPair], rows: Sequence[Window], config: DataConfig) -> Batch:
-    """Pad and stack aligned windows; numpy arrays until they are put on devices."""
+def make_batch(pairs: Mapping[str, TokenizerPair], rows: Sequence[Part], config: DataConfig) -> Batch:
+    """Pad and stack rows; numpy arrays until they are put on devices."""
     student = next(iter(pairs.values())).student
     teachers = {}
     for name, pair in pairs.items():
@@ -181,38 +70,199 @@ def make_batch(pairs: Mapping[str, TokenizerPair], rows: Sequence[Window], confi
 
 
 def training_batches(
-    pairs: Mapping[str, TokenizerPair], windows: Mapping[str, Sequence[Window]], config: DataConfig
-) -> grain.DatasetIterator:
+    pairs: Mapping[str, TokenizerPair],
+    documents: Mapping[str, Sequence[Document]],
+    config: DataConfig,
+    *,
+    rows: slice = slice(None),
+    threads: int | None = None,
+) -> Batches:
     """An endless iterator of Batch, shuffled anew in every epoch, whose position can be saved.
 
+    Args:
+        pairs: by teacher; the student's tokenizer is one. Without a teacher, the student's with itself.
+        documents: of each training source, by its name.
+        config: lengths, batch size, packing, seed and the sources' weights.
+        rows: which rows of the global batch are made here; they are the same whoever makes them.
+        threads: that make them; None for as many as there are processors, up to 8.
+
     Raises:
-        UserError: fewer windows than rows in a batch.
+        UserError: a source without a row of two tokens, or less text than a batch holds.
     """
-    rows = [window for part in windows.values() for window in part]
-    if len(rows) < config.batch_size:
-        raise UserError(
-            f"the training text fills {len(rows)} rows of {config.student_length} student tokens, fewer than "
-            f"data.batch_size={config.batch_size}; give more text, shorter rows or a smaller batch"
+    check_text(pairs, documents, config)
+    weights = config.weights()
+    streams = streams_of(documents, weights, config.seed)
+    encode_all = functools.partial(encode, pairs)
+
+    def lane(slot: int) -> Lane:
+        return Lane(slot, streams, weights, encode_all, config)
+
+    slots = range(*rows.indices(config.batch_size))
+    if not slots:
+        raise ValueError(f"rows={rows}: none of a batch of {config.batch_size}")
+    return Batches(pairs, lane, slots, config, threads or min(8, os.cpu_count() or 1))
+
+
+class Batches:
+    """The batches of some lanes, in an order that neither threads nor hosts nor a restart change.
+
+    Threads run a few rows ahead of what is asked for; they start with the first batch and end with this
+    object, or with `close`.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, TokenizerPair],
+        lane: Callable[[int], Lane],
+        slots: Sequence[int],
+        config: DataConfig,
+        threads: int,
+    ) -> None:
+        """Of some rows of the global batch and what makes the lane of each, at its beginning."""
+        self._pairs, self._lane, self._config, self._threads = pairs, lane, config, threads
+        self._number = 0
+        self._states = {slot: lane(slot).get_state() for slot in slots}
+        self._records: deque[tuple[int, list[tuple[Record, ...]]]] = deque(maxlen=_KEPT)
+        self._ahead: _Ahead | None = None
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._ahead is None:
+            lanes = [self._lane(slot) for slot in self._states]  # threads of before may be at the others
+            self._ahead = _Ahead(self._pairs, lanes, self._states, self._config, self._threads)
+            weakref.finalize(self, self._ahead.close)
+        made = self._ahead.take()
+        self._number += 1
+        self._states = made.states
+        self._records.append((self._number, made.records))
+        return made.batch
+
+    def records_of(self, number: int) -> list[tuple[Record, ...]]:
+        """Of each row made here of one of the last batches, where its parts come from.
+
+        Args:
+            number: of the batch since the stream began, from 1.
+
+        Raises:
+            KeyError: a batch that this object has not made, or not lately.
+        """
+        return dict(self._records)[number]
+
+    @property
+    def records(self) -> list[tuple[Record, ...]]:
+        """`records_of` the last batch."""
+        return self.records_of(self._number)
+
+    def get_state(self) -> State:
+        """The position behind the last batch, plain values: of each lane made here under its number.
+
+        Hosts that make other lanes have those; `set_state` takes all of them, joined.
+        """
+        lanes = {str(slot): state for slot, state in self._states.items()}
+        return {"number": self._number, "batch_size": self._config.batch_size, "lanes": lanes}
+
+    def set_state(self, state: State) -> None:
+        """Go on behind the batch at which `get_state` was asked; lanes that are not made here may be in it.
+
+        A state of another batch size is gone on from at about the same place, and not exactly.
+        """
+        self.close()
+        found = state["lanes"]
+        if state["batch_size"] != self._config.batch_size:
+            common = spread([*found.values()], self._config.batch_size)
+            found = {str(slot): common for slot in self._states}
+        self._number = state["number"]
+        self._states = {slot: found[str(slot)] for slot in self._states}
+
+    def close(self) -> None:
+        """Stop running ahead; the next batch starts it again."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+
+@dataclass(frozen=True)
+class _Made:
+    batch: Batch
+    records: list[tuple[Record, ...]]
+    states: dict[int, State]  # of the lanes, behind the batch
+
+
+class _Ahead:
+    """Threads that make rows, lane by lane, and one that stacks them."""
+
+    def __init__(
+        self,
+        pairs: Mapping[str, TokenizerPair],
+        lanes: Sequence[Lane],
+        states: Mapping[int, State],
+        config: DataConfig,
+        threads: int,
+    ) -> None:
+        self._pairs, self._config = pairs, config
+        self._makers = ThreadPoolExecutor(threads, "xtoken-rows")
+        self._stacker = ThreadPoolExecutor(1, "xtoken-batches")
+        self._slots = [*states]
+        self._queues = [_LaneQueue(*both) for both in zip(lanes, states.values(), strict=True)]
+        for _ in range(_AHEAD):
+            for rows in self._queues:
+                self._makers.submit(rows.make)
+        self._batches: deque[Future[_Made]] = deque(
+            self._stacker.submit(self._stack) for _ in range(_BATCHES_AHEAD)
         )
-    dataset = _in_order(rows, config, lambda batch: make_batch(pairs, batch, config))
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+    def take(self) -> _Made:
+        made = self._batches.popleft().result()
+        self._batches.append(self._stacker.submit(self._stack))
+        return made
+
+    def _stack(self) -> _Made:
+        rows, states = [], {}
+        for slot, made in zip(self._slots, self._queues, strict=True):
+            row, states[slot] = made.take()
+            rows.append(row)
+            self._makers.submit(made.make)
+        batch = make_batch(self._pairs, [row.tokens for row in rows], self._config)
+        return _Made(batch, [row.records for row in rows], states)
+
+    def close(self) -> None:
+        """End the threads, once they are done with what they are at."""
+        for rows in self._queues:
+            rows.close()
+        self._makers.shutdown(wait=False, cancel_futures=True)
+        self._stacker.shutdown(wait=False, cancel_futures=True)
 
 
-def batch_records(windows: dict[str, Windows], config: DataConfig) -> Callable[[int], list[Record]]:
-    """Number of a batch of `training_batches`, from 0 -> where its rows come from, in their order."""
-    records = [record for part in windows.values() for record in part.records]
-    dataset = _in_order(records, config, list)
-    return lambda number: dataset[number]
+class _LaneQueue:
+    """Rows of one lane that are ready, in its order, whichever thread made them."""
 
+    def __init__(self, lane: Lane, state: State) -> None:
+        self._lane, self._state = lane, state
+        self._begun = False
+        self._lock = threading.Lock()
+        self._ready: queue.SimpleQueue[tuple[Row, State] | BaseException] = queue.SimpleQueue()
 
-def _in_order(
-    rows: Sequence[Any], config: DataConfig, batch_fn: Callable[[Sequence[Any]], Any]
-) -> grain.MapDataset:
-    return (
-        grain.MapDataset.source(rows)
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        # Without the flag grain rounds the endless length up, past the largest index, for batches of 1.
-        .batch(config.batch_size, drop_remainder=True, batch_fn=batch_fn)
-    )
+    def make(self) -> None:
+        """One row more."""
+        with self._lock:
+            try:
+                if not self._begun:
+                    self._lane.set_state(self._state)
+                    self._begun = True
+                made: Any = next(self._lane), self._lane.get_state()
+            except BaseException as error:
+                made = error
+            self._ready.put(made)
+
+    def take(self) -> tuple[Row, State]:
+        """The next row and the lane's state behind it; waits for it."""
+        made = self._ready.get()
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def close(self) -> None:
+        """Let whoever waits for a row go."""
+        self._ready.put(RuntimeError("closed"))

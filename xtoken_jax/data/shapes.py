@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -45,10 +45,12 @@ class Conversation:
         messages: "role", "content", and what else the record has for the template. A content is a text, or
             None where the message is all markup, as a tool's call.
         targets: what is to be learnt, "assistant" or "all".
+        where: says where it was read, for what only a chat template finds wrong.
     """
 
     messages: tuple[dict[str, Any], ...]
     targets: str = "assistant"
+    where: Callable[[], str] = field(default=lambda: "a conversation", compare=False, repr=False)
 
 
 Document = str | Exchange | Conversation
@@ -176,7 +178,7 @@ def document_of(shape: Shape, record: Mapping[str, Any] | str, where: Callable[[
             raise UserError(f"{where()}: no {key!r} in this record, which has {_listed([*record])}")
         values.append(record[key])
     if shape.messages is not None:
-        return Conversation(_messages(values[0], shape.messages, where), shape.targets)
+        return Conversation(_messages(values[0], shape.messages, where), shape.targets, where)
     texts = [_text(value, key, where) for value, key in zip(values, shape.keys, strict=True)]
     return texts[0] if shape.text is not None else Exchange(texts[0], texts[1], shape.targets)
 

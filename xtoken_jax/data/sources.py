@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -81,6 +81,8 @@ class SourceConfig:
             many single problems to measure accuracy on.
         wrong_share: share of wrong results in [0, 1]; for arithmetic.
         seed: for arithmetic.
+        weight: share of the training tokens that come from here, relative to the other sources'; the
+            documents then repeat at their own pace. null: all documents of all sources equally often.
     """
 
     kind: SourceKind = SourceKind.auto
@@ -97,6 +99,7 @@ class SourceConfig:
     documents: int = 1000
     wrong_share: float = 0.0
     seed: int = 0
+    weight: float | None = None
 
     def validate(self, where: str) -> None:
         """Raise UserError for values that make no sense; `where` names the config key."""
@@ -148,6 +151,11 @@ def read_documents(config: SourceConfig) -> Documents:
     documents = Documents(records, shape, name=name, limit=config.limit)
     documents.look_ahead()
     return documents
+
+
+def read_sources(sources: Mapping[str, SourceConfig]) -> dict[str, Documents]:
+    """`read_documents` of each source, by its name."""
+    return {name: read_documents(source) for name, source in sources.items()}
 
 
 def _records(config: SourceConfig) -> Records:

@@ -80,12 +80,13 @@ class Model:
         Args:
             params: what `init` or `load_model` returned, in float32 or bfloat16.
             tokens: [B, T] int32; an id of `vocab_size` or above makes its row of the output NaN.
-            positions: [B, T] int32, rotary positions; by default 0..T-1, also in later segments and behind
-                padding: only differences matter. (LongRoPE also asks whether the largest is past the
-                pretrained length.)
+            positions: [B, T] int32, rotary positions; by default from 0 on in each segment, without
+                segments 0..T-1, also behind padding: only differences matter. (LongRoPE also asks whether the
+                largest is past the pretrained length: of each segment, else of the whole batch.)
             mask: [B, T] bool, True at real tokens, on whichever side the others are. The others are seen
                 by no real token. None: all are real.
-            segments: [B, T] int32 of packed rows: a token sees those before it with its own number.
+            segments: [B, T] int32 of packed rows: a token sees those before it with its own number. Each is
+                one run of positions.
 
         Returns:
             hidden [B, T, D] and unembedding [V, D], both in the compute dtype. Logits are `logits(hidden,
@@ -161,9 +162,11 @@ class Model:
     ) -> tuple[jax.Array, jax.Array, Cache | None, jax.Array | None]:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+            positions = positions if segments is None else positions - _first(segments)
         decoder = nnx.merge(self.graphdef, params)
         dtype = jnp.dtype(self.compute_dtype)
-        return decoder(tokens, positions, _numbered(mask, segments), cache, dtype, self.remat, keep_all)
+        numbers = _numbered(mask, segments)
+        return decoder(tokens, positions, numbers, segments, cache, dtype, self.remat, keep_all)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters: normal with std `initializer_range`, norms that scale by one.
@@ -227,3 +230,10 @@ def _numbered(mask: jax.Array | None, segments: jax.Array | None) -> jax.Array |
     if mask is None or segments is None:
         return segments if mask is None else jnp.asarray(mask, jnp.int32)
     return jnp.where(mask, segments, jnp.iinfo(jnp.int32).min)
+
+
+def _first(segments: jax.Array) -> jax.Array:
+    """int32 [B, T]: where the segment of each token begins."""
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    places = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
+    return jax.lax.cummax(jnp.where(begins, places, 0), axis=1)

@@ -249,6 +249,7 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         segments: jax.Array | None,
+        packed: jax.Array | None,
         cache: Cache | None,
         dtype: jnp.dtype,
         remat: str,
@@ -260,7 +261,7 @@ class Decoder(nnx.Module):
         if config.scale_embedding:
             x = x * jnp.asarray(config.hidden_size**0.5, dtype)  # rounded as the checkpoints' own code does
         x = start = constrain(x, "B T D")
-        inputs = self._inputs(positions, segments, cache)
+        inputs = self._inputs(positions, segments, packed, cache)
         graph, stacked = nnx.split(self.layers)
         kinds = set(config.sliding)
         flags = jnp.asarray(config.sliding) if len(kinds) > 1 else None
@@ -284,9 +285,16 @@ class Decoder(nnx.Module):
             every = jnp.concatenate([start[None], every[:-1], hidden[None]])
         return hidden, unembedding[...].astype(dtype), cache, every
 
-    def _inputs(self, positions: jax.Array, segments: jax.Array | None, cache: Cache | None) -> LayerInput:
+    def _inputs(
+        self,
+        positions: jax.Array,
+        segments: jax.Array | None,
+        packed: jax.Array | None,
+        cache: Cache | None,
+    ) -> LayerInput:
+        """Segments are who sees whom, those of packed rows what is a text of its own."""
         config = self.config
-        full = local = angles(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
+        full = local = angles(positions, config.rotary_dim, config.rope_theta, config.rope_scaling, packed)
         if config.sliding_rope_theta is not None:
             local = angles(positions, config.rotary_dim, config.sliding_rope_theta)
         if cache is None:

@@ -48,7 +48,13 @@ RopeScaling = Llama3Scaling | LinearScaling | LongRope
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines [B, T, R] float32
 
 
-def angles(positions: jax.Array, dim: int, theta: float, scaling: RopeScaling | None = None) -> Angles:
+def angles(
+    positions: jax.Array,
+    dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    segments: jax.Array | None = None,
+) -> Angles:
     """Cosines and sines for positions.
 
     Args:
@@ -57,6 +63,7 @@ def angles(positions: jax.Array, dim: int, theta: float, scaling: RopeScaling | 
         theta: base of the frequencies.
         scaling: how they are scaled. LongRoPE's long set is taken where the largest position of
             the whole batch is past the pretrained length, as `transformers` does.
+        segments: [B, T] int32 of packed rows, in each of which the largest of its own positions decides.
 
     Returns:
         Two float32 [B, T, dim / 2].
@@ -64,18 +71,24 @@ def angles(positions: jax.Array, dim: int, theta: float, scaling: RopeScaling | 
     # in float32 throughout, as the checkpoints' own code does
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     power = np.power(np.float32(theta), exponent)
-    frequencies = jnp.asarray(np.float32(1) / power)
+    frequencies = jnp.asarray(np.float32(1) / power)[None, None, :]
     factor = 1.0
     if isinstance(scaling, LinearScaling):
         frequencies = frequencies / np.float32(scaling.factor)
     elif isinstance(scaling, Llama3Scaling):
-        frequencies = jnp.asarray(_llama3(np.float32(1) / power, scaling))
+        frequencies = jnp.asarray(_llama3(np.float32(1) / power, scaling))[None, None, :]
     elif isinstance(scaling, LongRope):
-        short, long = (np.asarray(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
-        is_long = positions.max() >= scaling.original_max_position_embeddings
-        frequencies = jnp.where(is_long, np.float32(1) / (long * power), np.float32(1) / (short * power))
+        factors = (np.asarray(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
+        short, long = ((np.float32(1) / (f * power))[None, None, :] for f in factors)
+        past = positions >= scaling.original_max_position_embeddings
+        if segments is None:
+            is_long = past.any(keepdims=True)[..., None]
+        else:
+            same = segments[:, :, None] == segments[:, None, :]
+            is_long = (same & past[:, None, :]).any(axis=-1, keepdims=True)
+        frequencies = jnp.where(is_long, long, short)
         factor = scaling.attention_factor
-    turned = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+    turned = positions.astype(jnp.float32)[:, :, None] * frequencies
     return jnp.cos(turned) * factor, jnp.sin(turned) * factor
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.data.batches import Batch
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import constrain
@@ -30,6 +31,7 @@ GradientOf = Callable[
     [Params, Params | None, dict[str, Params], dict[str, LossTables], Batch],
     tuple[tuple[jax.Array, Metrics], Params],
 ]
+_Parts = tuple[jax.Array, jax.Array | None]  # ids and segments [M, B / M, T], or one of the M
 
 
 def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
@@ -50,28 +52,33 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
         tables: dict[str, LossTables],
         batch: Batch,
     ) -> tuple[tuple[jax.Array, Metrics], Params]:
-        ids = {name: split(batch.teachers[name].rows.ids, micro_batches) for name in teachers}
-        own_ids = split(batch.student.ids, micro_batches)
+        def parts(rows: TokenRows) -> _Parts:
+            segments = objective.segments(rows)
+            return split(rows.ids, micro_batches), segments if segments is None else split(
+                segments, micro_batches
+            )
 
-        def hidden_of(trained: Params, ids: jax.Array) -> jax.Array:
-            return student(join_lora(trained, frozen), ids)[0]
+        def hidden_of(trained: Params, part: _Parts) -> jax.Array:
+            return student(join_lora(trained, frozen), part[0], segments=part[1])[0]
 
         def forward(_: None, part: Any) -> tuple[None, Any]:
             own, others = part
             read = {
-                name: teacher.model(teacher_params[name], others[name])[0]
+                name: teacher.model(teacher_params[name], others[name][0], segments=others[name][1])[0]
                 for name, teacher in teachers.items()
             }
             return None, (hidden_of(trained, own), read)
 
-        _, (hidden, read) = jax.lax.scan(forward, None, (own_ids, ids))
+        own = parts(batch.student)
+        others = {name: parts(batch.teachers[name].rows) for name in teachers}
+        _, (hidden, read) = jax.lax.scan(forward, None, (own, others))
+        # What is asked for is the unembedding alone; the compiler drops the rest.
         of_teachers = {
-            name: (join(read[name]), teacher.model(teacher_params[name], ids[name][0])[1])
+            name: (join(read[name]), teacher.model(teacher_params[name], others[name][0][0])[1])
             for name, teacher in teachers.items()
         }
-        # What is asked for is the unembedding alone; the compiler drops the rest.
         unembedding, pull_unembedding = jax.vjp(
-            lambda trained: student(join_lora(trained, frozen), own_ids[0])[1], trained
+            lambda trained: student(join_lora(trained, frozen), own[0][0])[1], trained
         )
 
         def loss_of(hidden: jax.Array, unembedding: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -81,13 +88,13 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
         slopes = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
         value, (by_hidden, by_unembedding) = slopes(join(hidden), unembedding)
 
-        def backward(gradient: Params, part: tuple[jax.Array, jax.Array]) -> tuple[Params, None]:
+        def backward(gradient: Params, part: tuple[_Parts, jax.Array]) -> tuple[Params, None]:
             own, slope = part
             _, pull = jax.vjp(lambda trained: hidden_of(trained, own), trained)
             return jax.tree.map(jnp.add, gradient, pull(slope)[0]), None
 
         start = pull_unembedding(by_unembedding)[0]
-        gradient, _ = jax.lax.scan(backward, start, (own_ids, split(by_hidden, micro_batches)))
+        gradient, _ = jax.lax.scan(backward, start, (own, split(by_hidden, micro_batches)))
         return value, gradient
 
     return by_parts
@@ -101,11 +108,13 @@ def _at_once(objective: Objective) -> GradientOf:
         tables: dict[str, LossTables],
         batch: Batch,
     ) -> tuple[jax.Array, Metrics]:
-        # Rows are padded on the right, so causality alone keeps padding out of sight.
-        of_student = objective.student(join_lora(trained, frozen), batch.student.ids)
+        own, others = batch.student, {name: batch.teachers[name].rows for name in objective.teachers}
+        of_student = objective.student(join_lora(trained, frozen), own.ids, segments=objective.segments(own))
         of_teachers = {
-            name: teacher.model(teacher_params[name], batch.teachers[name].rows.ids)
-            for name, teacher in objective.teachers.items()
+            name: objective.teachers[name].model(
+                teacher_params[name], rows.ids, segments=objective.segments(rows)
+            )
+            for name, rows in others.items()
         }
         return objective.join(objective.means(of_student, of_teachers, tables, batch), batch)
 

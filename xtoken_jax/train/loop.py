@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import grain
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xtoken_jax.data.batches import Batch, Record
+from xtoken_jax.data.batches import Batch, Batches
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import batch_sharding
@@ -22,7 +21,7 @@ from xtoken_jax.models.decoder import Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.checkpoint import Checkpoints
 from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog
-from xtoken_jax.train.non_finite import NonFinite, NonFiniteLossError, Skips
+from xtoken_jax.train.non_finite import NonFinite, NonFiniteLossError, RecordsOf, Skips
 from xtoken_jax.train.signals import Stopped, StopSignals
 from xtoken_jax.train.step import Metrics, Step, TrainState
 
@@ -71,7 +70,7 @@ def train(
     state: TrainState,
     abstract: TrainState,
     step: Step,
-    batches: grain.DatasetIterator,
+    batches: Batches,
     *,
     teacher_params: dict[str, Params],
     tables: dict[str, LossTables],
@@ -82,7 +81,7 @@ def train(
     title: str,
     console: Console,
     frozen: Params | None = None,
-    records: Callable[[int], list[Record]] | None = None,
+    records: RecordsOf | None = None,
     stop: StopSignals | None = None,
     seconds_at_peak: float | None = None,
 ) -> TrainState:
@@ -98,7 +97,7 @@ def train(
         folder: gets metrics.jsonl, checkpoints/ and, after a loss that was not finite, non_finite.jsonl.
         title: of the progress bar.
         frozen: the student's parameters that do not train, as `split_lora` returns them.
-        records: step, from 1 -> where the rows of its batch come from, for non_finite.jsonl.
+        records: step, from 1 -> where the parts of each row of its batch come from, for non_finite.jsonl.
         stop: signals to leave at, with a checkpoint.
         seconds_at_peak: what a step would take if the devices did nothing but its models' arithmetic, at
             their peak; None where that is not known.

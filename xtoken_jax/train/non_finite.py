@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 
-from xtoken_jax.data.batches import Record
+from xtoken_jax.data.encode import Record
 from xtoken_jax.errors import UserError
 from xtoken_jax.train.metrics import MetricsLog
 from xtoken_jax.train.step import Metrics
 
 NON_FINITE_FILE = "non_finite.jsonl"
+
+RecordsOf = Callable[[int], Sequence[Sequence[Record]]]  # step -> of each row of its batch, its parts
 
 
 class NonFiniteLossError(UserError):
@@ -40,7 +42,7 @@ class Skips:
         first: int,
         policy: NonFinite,
         most: int,
-        records: Callable[[int], list[Record]] | None,
+        records: RecordsOf | None,
         total: int = 0,
         streak: int = 0,
     ) -> None:
@@ -52,7 +54,7 @@ class Skips:
             first: the step that the run goes on from.
             policy: what follows such a step.
             most: in a row that may be skipped.
-            records: step -> where the rows of its batch come from.
+            records: step -> where the parts of each row of its batch come from.
             total, streak: counted before.
         """
         self.total, self.streak = total, streak
@@ -71,7 +73,8 @@ class Skips:
             return None
         self.total, self.streak = self.total + 1, self.streak + 1
         loss, norm = (str(float(metrics[name])) for name in ("loss", "gradient_norm"))
-        rows = [] if self._records is None else [asdict(record) for record in self._records(number)]
+        found = [] if self._records is None else self._records(number)
+        rows = [[asdict(record) for record in row] for row in found]
         self._log.write(number, {"loss": loss, "gradient_norm": norm, "rows": rows})
         what = f"step {number}: the loss is {loss} with a gradient of norm {norm}"
         rest = f"{self._path} names the rows of its batch; try a lower optimizer.learning_rate"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.data.batches import Batch, TeacherBatch
 from xtoken_jax.losses import (
     LossConfig,
@@ -80,12 +81,19 @@ class Objective:
         teachers: by name; none for cross-entropy alone.
         loss: scaling, weights and block; the terms are the teachers' own.
         student_size: V_s of the tokenizer; logits past it do not enter.
+        packed: whether a row may hold several documents, each read as if it were alone. Rows of one
+            document, padded on the right, need no segments: causality keeps padding out of sight.
     """
 
     student: Model
     teachers: Mapping[str, Teacher]
     loss: LossConfig
     student_size: int
+    packed: bool = True
+
+    def segments(self, rows: TokenRows) -> jax.Array | None:
+        """What a model is told of the documents in its rows, int32 [B, T]."""
+        return rows.segments if self.packed else None
 
     def means(
         self,

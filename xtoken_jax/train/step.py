@@ -85,6 +85,7 @@ def make_step(
     *,
     student_size: int,
     micro_batches: int = 1,
+    packed: bool = True,
     schedule: optax.Schedule | None = None,
 ) -> Step:
     """The step of one objective; jit it with the state donated.
@@ -97,6 +98,7 @@ def make_step(
         student_size: V_s of the tokenizer; logits past it do not enter the loss.
         micro_batches: parts of a batch that go through the student one by one, for less memory; see
             `accumulate`.
+        packed: whether rows hold several documents; see `Objective`.
         schedule: the optimizer's learning rate, to report; it follows the updates made.
 
     Returns:
@@ -104,7 +106,7 @@ def make_step(
         `split_lora` leaves beside the parameters of the state; without adapters there is none. A step whose
         loss or gradient is not finite leaves parameters and moments as they were; `finite` says so.
     """
-    gradient_by = gradient_of(Objective(student, teachers, loss, student_size), micro_batches)
+    gradient_by = gradient_of(Objective(student, teachers, loss, student_size, packed), micro_batches)
 
     def step(
         state: TrainState,
