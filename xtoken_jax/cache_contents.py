@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xtoken_jax.config import Experiment
-from xtoken_jax.data.encode import Document
-from xtoken_jax.data.sources import SourceKind, digest
+from xtoken_jax.data.documents import Documents
+from xtoken_jax.data.sources import SourceKind
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.models.config import read_config
 from xtoken_jax.models.load import Start
@@ -55,12 +55,12 @@ def of_teacher(experiment: Experiment, name: str, pairs: Mapping[str, TokenizerP
     return found
 
 
-def of_text(texts: Mapping[str, list[Document]], part: str = "train") -> dict[str, str]:
+def of_text(texts: Mapping[str, Documents], part: str = "train") -> dict[str, str]:
     """Of sources of text."""
-    return {f"data.{part}.{name}": digest(documents) for name, documents in texts.items()}
+    return {f"data.{part}.{name}": documents.digest for name, documents in texts.items()}
 
 
-def of_held_out(experiment: Experiment, texts: Mapping[str, list[Document]]) -> dict[str, str]:
+def of_held_out(experiment: Experiment, texts: Mapping[str, Documents]) -> dict[str, str]:
     """Of what figures are measured on: texts that have been read, and problems."""
     problems = {
         f"data.validation.{name}": f"{s.documents} problems of {s.split}, seed {s.seed}"

@@ -16,6 +16,7 @@ from xtoken_jax import __version__, cli_cache, cli_generate
 from xtoken_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from xtoken_jax.data.sources import SourceConfig
     from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 _DISTILL_HELP = """\
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--critical-file", metavar="FILE", help="a text all of whose tokens must not fall out")
     sub.add_argument(
-        "--text-file", metavar="FILE", help="txt or jsonl: measure how much of this text falls out"
+        "--text-file", metavar="DATA", help="measure how much of this text (any data of distill) falls out"
     )
     sub.add_argument(
         "--picture",
@@ -192,7 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("model", metavar="DIR", help="Hugging Face folder or hub id")
     sub.add_argument(
-        "--data", metavar="FILE", help="jsonl or txt; default: the held-out topics of Python's help()"
+        "--data",
+        metavar="DATA",
+        help="file, folder or pattern of jsonl, txt, parquet, ...; default: held-out topics of help()",
     )
     sub.add_argument("--length", type=int, default=1024, help="tokens a row (default: 1024)")
     sub.add_argument("--batch-size", type=int, default=8, help="rows at once (default: 8)")
@@ -291,10 +294,19 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
 
 
 def _read_texts(path: str) -> list[str]:
-    from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
+    from xtoken_jax.data.shapes import text_of
+    from xtoken_jax.data.sources import read_documents
 
-    kind = SourceKind.jsonl if path.endswith((".jsonl", ".jsonl.gz")) else SourceKind.text
-    return read_documents(SourceConfig(kind=kind, path=path))
+    return [text_of(document) for document in read_documents(_source(path))]
+
+
+def _source(path: str) -> SourceConfig:
+    """Data that a command names by its path alone: a file with an ending of no kind is a text."""
+    from xtoken_jax.data.sources import SourceConfig, SourceKind, kind_of
+
+    file = Path(path).expanduser()
+    text = file.is_file() and kind_of(file) is None
+    return SourceConfig(kind=SourceKind.text if text else SourceKind.auto, path=path)
 
 
 def _project(options: argparse.Namespace, console: Console) -> None:
@@ -391,8 +403,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     if options.data is None:
         source = SourceConfig(kind=SourceKind.python_docs, split="validation")
     else:
-        kind = SourceKind.text if options.data.endswith((".txt", ".txt.gz")) else SourceKind.jsonl
-        source = SourceConfig(kind=kind, path=options.data)
+        source = _source(options.data)
     data = DataConfig(
         validation={"text": source},
         student_length=options.length,
@@ -408,10 +419,16 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
         )
         own = {"student": TokenizerPair(tokenizer, tokenizer)}
         parts = read_parts(own, {"text": read_documents(source)}, data)["text"]
-        rows = [student_of(part).ids for part in parts]
+        rows = [student_of(part) for part in parts]
         with console.status(f"running the model over {len(rows)} rows"):
             value = bits_per_byte(
-                model, params, tokenizer, rows, batch_size=options.batch_size, length=options.length
+                model,
+                params,
+                tokenizer,
+                [row.ids for row in rows],
+                batch_size=options.batch_size,
+                length=options.length,
+                targets=[row.targets for row in rows],
             )
     if options.json:
         _print_json({"bits_per_byte": value, "rows": len(rows)})

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from xtoken_jax.alignment.spans import Side
 from xtoken_jax.cache_contents import of_held_out, of_teacher, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
 from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data import arithmetic
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.encode import Part, read_parts, student_of
-from xtoken_jax.data.sources import SourceKind, digest, read_sources
+from xtoken_jax.data.sources import SourceKind, read_sources
 from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.accuracy import exact_match
@@ -58,7 +59,6 @@ STUDENT_FOLDER = "student"
 _PROMPTS_AT_ONCE = 256
 
 Figures = dict[str, float]
-Documents = dict[str, list[str]]
 Pairs = dict[str, TokenizerPair]
 
 
@@ -160,7 +160,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
             {_key(name, "projection"): projection for name, projection in teachers.projections.items()},
             {
-                part: {name: digest(documents) for name, documents in texts.items()}
+                part: {name: documents.digest for name, documents in texts.items()}
                 for part, texts in (("train", train_text), ("validation", held_out_text))
             },
         )
@@ -411,12 +411,12 @@ class HeldOut:
         self, model: Model, params: Params, *, between: Callable[[], None] | None = None
     ) -> Figures:
         """Figures of a model with the student's tokenizer; what `between` raises now and then breaks off."""
-        rows = {name: [student_of(part).ids for part in parts] for name, parts in self.parts.items()}
+        rows = {name: [student_of(part) for part in parts] for name, parts in self.parts.items()}
         return self._figures(model, params, self.student, rows, self.data.student_length, between)
 
     def of_teacher(self, teacher: str, model: Model, params: Params) -> Figures:
         """Figures of a model with a teacher's tokenizer."""
-        rows = {name: [part[teacher].teacher.ids for part in parts] for name, parts in self.parts.items()}
+        rows = {name: [part[teacher].teacher for part in parts] for name, parts in self.parts.items()}
         return self._figures(model, params, self.pairs[teacher].teacher, rows, self.data.length_of(teacher))
 
     def _figures(
@@ -424,7 +424,7 @@ class HeldOut:
         model: Model,
         params: Params,
         tokenizer: Tokenizer,
-        texts: dict[str, list[np.ndarray]],
+        texts: dict[str, list[Side]],
         length: int,
         between: Callable[[], None] | None = None,
     ) -> Figures:
@@ -434,9 +434,10 @@ class HeldOut:
                 model,
                 params,
                 tokenizer,
-                rows,
+                [row.ids for row in rows],
                 batch_size=self.data.batch_size,
                 length=length,
+                targets=[row.targets for row in rows],
                 between=between,
             )
             for name, rows in texts.items()
@@ -449,7 +450,9 @@ class HeldOut:
         return found
 
 
-def held_out_parts(experiment: Experiment, student: Tokenizer, pairs: Pairs, texts: Documents) -> HeldOut:
+def held_out_parts(
+    experiment: Experiment, student: Tokenizer, pairs: Pairs, texts: Mapping[str, Documents]
+) -> HeldOut:
     """Of an experiment whose validation texts have been read."""
     problems = {
         name: arithmetic.problems(s.documents, split=s.split, seed=s.seed)

@@ -7,3 +7,8 @@ class UserError(ValueError):
     The message is one line that says what was wrong, with which value, and what to do.
     The `xtoken` command prints it without a traceback and exits with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says that is not blank, or else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,7 +12,7 @@ from xtoken_jax.alignment.align import align_texts, with_document_marks
 from xtoken_jax.data.batches import make_batch, training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import read_parts, student_of
-from xtoken_jax.data.sources import SourceConfig, SourceKind, digest, read_sources
+from xtoken_jax.data.sources import SourceConfig, SourceKind, read_sources
 from xtoken_jax.errors import UserError
 
 PAIR = trained.pair(trained.three_digits, trained.single_digits)
@@ -159,12 +159,6 @@ def test_the_records_of_a_batch_name_its_segments():
         for number, document in enumerate(documents):
             parts = [seen[key] for key in sorted(seen) if key[:2] == (name, number)]
             assert "".join(parts) == document
-
-
-def test_the_digest_of_documents_sees_each_and_its_borders():
-    texts = [["ab", "c"], ["a", "bc"], ["abc"], ["ab", "c", ""], ["c", "ab"]]
-    assert len({digest(documents) for documents in texts}) == len(texts)
-    assert digest(["ä"]).startswith("1 documents, sha256 ")
 
 
 WEIGHTED = dataclasses.replace(

@@ -1,103 +1,80 @@
-"""Files of text, and what is wrong with them."""
+"""Sources: which files and folders they name, and settings without sense."""
 
 import gzip
 import json
 
 import pytest
+import zstandard
 
 from xtoken_jax.data import python_docs
 from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
 from xtoken_jax.errors import UserError
 
-DOCUMENTS = ["one", "zwei\n\tZeilen", "三 \u2028 three", "line\r\nfeed"]
+
+def jsonl(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def jsonl(documents, field="text"):
-    return "".join(json.dumps({field: d, "id": 1}, ensure_ascii=False) + "\n" for d in documents).encode()
-
-
-def read(path, kind=SourceKind.jsonl, **options):
-    return read_documents(SourceConfig(kind=kind, path=str(path), **options))
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
-def test_jsonl(tmp_path, ending):
-    content = jsonl(DOCUMENTS) + b"\n  \n" + jsonl(["", " \n", "last"])[:-1]
-    path = tmp_path / f"data.{ending}"
-    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
-    assert read(path) == [*DOCUMENTS, "last"]
-
-
-def test_windows_line_ends_and_another_field(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(jsonl(["a", "b"], field="content").replace(b"\n", b"\r\n"))
-    assert read(path, field="content") == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b'{"text": "cut',
-        b'{"other": "x"}',
-        b'["text"]',
-        b"3",
-        b'{"text": 3}',
-        b'{"text": null}',
-        b'{"text": "\\ud800"}',
-    ],
-    ids=["cut", "missing-field", "list", "number", "number-field", "null-field", "half-surrogate"],
-)
-def test_a_bad_line_is_named(tmp_path, line):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(jsonl(["one"]) + b"\n" + line + b"\n" + jsonl(["two"]))
-    with pytest.raises(UserError) as error:
-        read(path)
-    assert f"{path}:3:" in str(error.value)
-    assert "'text'" in str(error.value)
+def read(path, kind=SourceKind.auto, **options):
+    return list(read_documents(SourceConfig(kind=kind, path=str(path), **options)))
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "c.jsonl").write_bytes(jsonl(["c"]))
     (tmp_path / "b" / "x.jsonl.gz").write_bytes(gzip.compress(jsonl(["b"])))
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
+    (tmp_path / "a.ndjson").write_bytes(jsonl(["a"]))
     (tmp_path / "README.md").write_text("not data")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "d.jsonl").write_bytes(jsonl(["hidden"]))
     assert read(tmp_path) == ["a", "b", "c"]
 
 
-def test_text_files_are_documents(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo")
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("drei €".encode()))
-    (tmp_path / "c.txt").write_bytes(b" \n")
-    assert read(tmp_path, SourceKind.text) == ["one\r\n\r\ntwo", "drei €"]
+def test_a_pattern_reaches_into_folders(tmp_path):
+    for name in ("a/1.jsonl.zst", "a/b/2.jsonl.zst", "c.jsonl.zst", "c.jsonl", "a/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        content = jsonl([name])
+        (tmp_path / name).write_bytes(zstandard.compress(content) if name.endswith(".zst") else content)
+    assert read(tmp_path / "**/*.jsonl.zst") == ["a/1.jsonl.zst", "a/b/2.jsonl.zst", "c.jsonl.zst"]
+    assert read(tmp_path / "*.jsonl*") == ["c.jsonl", "c.jsonl.zst"]
+    (tmp_path / "[1].jsonl").write_bytes(jsonl(["a name, not a pattern"]))
+    assert read(tmp_path / "[1].jsonl") == ["a name, not a pattern"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.jsonl", b"", "holds no text"),
-        ("blank.jsonl", jsonl([" "]), "holds no text"),
-        ("latin.txt", "é".encode("latin-1"), "cannot be read as UTF-8"),
-        ("plain.jsonl.gz", b"not compressed", "cannot be read"),
-        ("cut.jsonl.gz", gzip.compress(jsonl(DOCUMENTS * 50))[:-20], "cannot be read"),
-        ("damaged.jsonl.gz", gzip.compress(jsonl(DOCUMENTS))[:10] + b"\xff" * 30, "cannot be read"),
-    ],
-    # by name alone: gzip writes the time into its bytes, and every process must collect the same tests
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_files_without_text(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        read(path, SourceKind.text if ".txt" in name else SourceKind.jsonl)
-    assert str(path) in str(error.value)
+def test_a_kind_that_is_named_decides(tmp_path):
+    (tmp_path / "a.txt").write_bytes(jsonl(["in lines"]))
+    assert read(tmp_path / "a.txt", SourceKind.jsonl) == ["in lines"]
+    assert read(tmp_path / "*.t*", SourceKind.jsonl) == ["in lines"]
+    (tmp_path / "b.jsonl").write_bytes(jsonl(["b"]))
+    assert read(tmp_path, SourceKind.jsonl) == ["b"]
+    assert read(tmp_path, SourceKind.text) == [(tmp_path / "a.txt").read_text()]
 
 
-def test_nothing_there(tmp_path):
-    with pytest.raises(UserError, match="no such file or folder of jsonl data"):
-        read(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"holds no file that ends in \.jsonl or \.jsonl\.gz"):
-        read(tmp_path)
+def test_paths_that_name_no_data(tmp_path):
+    def refused(path, kind=SourceKind.auto, **options):
+        with pytest.raises(UserError) as error:
+            read(path, kind, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value).replace(str(tmp_path), "DIR")
+
+    assert refused("org/name") == (
+        "org/name: no such file or folder of data; a dataset of the hub or of TFDS needs kind=hub or "
+        "kind=tfds"
+    )
+    assert refused(tmp_path / "x", SourceKind.jsonl) == "DIR/x: no such file or folder of jsonl data"
+    assert refused(tmp_path / "*.x") == "DIR/*.x: no file matches this pattern"
+    assert refused(tmp_path, SourceKind.text) == "DIR: holds no file that ends in .txt, .txt.gz, .txt.zst"
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
+    assert refused(tmp_path / "a.jsonl", split="test") == (
+        "DIR/a.jsonl: files have no splits, and split=test; leave it out"
+    )
+    (tmp_path / "LICENSE.txt").write_text("free")
+    assert refused(tmp_path) == "DIR: holds files of several kinds, text and jsonl; name one with kind="
+    (tmp_path / "a.csv").write_text("a,b")
+    assert refused(tmp_path / "a.csv") == (
+        "DIR/a.csv: its ending does not say what it holds; name kind=, one of jsonl, text, parquet, "
+        "array_record"
+    )
 
 
 @pytest.mark.parametrize("works", [python_docs.topics(), {f"n{i}": f"text {i // 2}" for i in range(60)}])
@@ -118,6 +95,13 @@ def test_no_held_out_documentation_is_trained_on(works):
         ({"kind": SourceKind.arithmetic, "wrong_share": 1.5}, r"data\.x\.wrong_share=1\.5"),
         ({"kind": SourceKind.arithmetic, "documents": 0}, r"data\.x\.documents=0"),
         ({"kind": SourceKind.python_docs, "limit": 0}, r"data\.x\.limit=0"),
+        ({"kind": SourceKind.python_docs, "field": "text"}, r"data\.x\.field: .* python_docs reads none"),
+        ({"kind": SourceKind.tfds}, r"data\.x\.path: .* needs a name or a prepared folder"),
+        ({"kind": SourceKind.hub}, r"data\.x\.path: .* needs a hub id"),
+        ({"kind": SourceKind.hub, "path": "a/b", "split": " "}, r"data\.x\.split: name a split"),
+        ({"path": "a.jsonl", "subset": "en"}, r"data\.x\.subset: only for kind=hub, here it is auto"),
+        ({"path": "a.jsonl", "data_dir": "d"}, r"data\.x\.data_dir: only for kind=tfds"),
+        ({"path": "a", "field": "a", "prompt": "b"}, "name field, prompt and completion, or messages, one"),
     ],
 )
 def test_settings_without_sense(options, message):
@@ -127,4 +111,16 @@ def test_settings_without_sense(options, message):
 
 def test_a_limit_takes_the_first_documents():
     config = SourceConfig(kind=SourceKind.python_docs)
-    assert read_documents(SourceConfig(kind=SourceKind.python_docs, limit=3)) == read_documents(config)[:3]
+    few = read_documents(SourceConfig(kind=SourceKind.python_docs, limit=3))
+    assert list(few) == read_documents(config)[:3] == [few[0], few[-2], few[-1]]
+    with pytest.raises(IndexError):
+        few[3]
+
+
+def test_the_digest_of_generated_documents(tmp_path):
+    digests = [
+        read_documents(SourceConfig(kind=SourceKind.arithmetic, documents=3, seed=seed)).digest
+        for seed in (0, 0, 1)
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    assert digests[0].startswith("3 documents, sha256 ")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -79,32 +80,61 @@ def align_chats(
         rows = align_chats(pair, [[{"role": "user", "content": "12 + 189?"},
                                    {"role": "assistant", "content": "201"}]])
     """
+    pair = TokenizerPair(
+        replace(pair.student, chat_template=student_template or pair.student.chat_template),
+        replace(pair.teacher, chat_template=teacher_template or pair.teacher.chat_template),
+    )
+    return [row for (row,) in align_chats_together([pair], conversations, targets=targets)]
+
+
+def align_chats_together(
+    pairs: Sequence[TokenizerPair],
+    conversations: Sequence[Conversation],
+    *,
+    targets: str = "assistant",
+    where: Callable[[int], str] = "conversation {}".format,
+) -> list[tuple[Spans, ...]]:
+    """`align_chats` with several teachers of one student, which renders each conversation once.
+
+    Args:
+        pairs: with each teacher; each tokenizer has its chat template.
+        conversations: as `align_chats` takes them.
+        targets: as `align_chats` takes them.
+        where: what an error calls the conversation of a number.
+
+    Returns:
+        For each conversation, a Spans for every pair; the student's tokens are the same in all.
+    """
     if targets not in ("assistant", "all"):
         raise ValueError(f"targets={targets!r}: must be 'assistant' or 'all'")
     conversations = [list(conversation) for conversation in conversations]
-    pieces = [_pieces(conversation, b) for b, conversation in enumerate(conversations)]
-    sides, wanted = [], []
-    for tokenizer, template in ((pair.student, student_template), (pair.teacher, teacher_template)):
-        side, learnt = _locate(tokenizer, template or tokenizer.chat_template, conversations, pieces, targets)
-        sides.append(side)
-        wanted.append(learnt)
-    rows = []
-    for b, spans in enumerate(align_located(pair, *sides)):
-        parts = [learnt[s.offsets[b] : s.offsets[b + 1]] for s, learnt in zip(sides, wanted, strict=True)]
-        student, teacher = replace(spans.student, targets=parts[0]), replace(spans.teacher, targets=parts[1])
-        rows.append(replace(spans, student=student, teacher=teacher))
-    return rows
+    pieces = [_pieces(conversation, b, where) for b, conversation in enumerate(conversations)]
+    student, learnt = _locate(pairs[0].student, conversations, pieces, targets, where)
+    by_pair = []
+    for pair in pairs:
+        teacher, taught = _locate(pair.teacher, conversations, pieces, targets, where)
+        rows = []
+        for b, spans in enumerate(align_located(pair, student, teacher)):
+            own, other = (
+                part[side.offsets[b] : side.offsets[b + 1]]
+                for side, part in ((student, learnt), (teacher, taught))
+            )
+            sides = replace(spans.student, targets=own), replace(spans.teacher, targets=other)
+            rows.append(replace(spans, student=sides[0], teacher=sides[1]))
+        by_pair.append(rows)
+    return list(zip(*by_pair, strict=True))
 
 
-def _pieces(conversation: Conversation, place: int) -> list[_Piece]:
+def _pieces(conversation: Conversation, place: int, where: Callable[[int], str]) -> list[_Piece]:
     found = []
     for m, message in enumerate(conversation):
-        where = f"conversation {place}, message {m}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{where}: not an object with a 'role' and a 'content' ({message!r:.80})")
+            raise UserError(
+                f"{where(place)}, message {m}: not an object with a 'role' and a 'content' ({message!r:.80})"
+            )
         content = message.get("content")
         if content is not None and not isinstance(content, str):
-            raise UserError(f"{where}: its content is no text ({content!r:.80})")
+            raise UserError(f"{where(place)}, message {m}: its content is no text ({content!r:.80})")
         found += [_Piece(m, part) for part in _parts(content or "")[1::2] if part]
     return found
 
@@ -132,24 +162,25 @@ def _parts(content: str) -> list[str]:
 
 def _locate(
     tokenizer: Tokenizer,
-    template: str | None,
     conversations: Sequence[Conversation],
     pieces: Sequence[list[_Piece]],
     targets: str,
+    where: Callable[[int], str],
 ) -> tuple[Located, np.ndarray]:
     """The tokens of the rendered conversations, placed in the joined pieces, and bool [N], the targets."""
+    template = tokenizer.chat_template
     if template is None:
         raise UserError(
             f"{tokenizer.name}: no chat template; give one (chat_template.jinja in its folder), or plain text"
         )
     ids, spans, faithful, learnt, text_starts = [], [], [], [], [0]
-    texts = [render(tokenizer, template, c, f"conversation {b}") for b, c in enumerate(conversations)]
+    texts = [render(tokenizer, template, c, functools.partial(where, b)) for b, c in enumerate(conversations)]
     raws = to_bytes(texts)
     encodings = tokenizer.markup_backend.encode_batch(texts, add_special_tokens=False) if texts else []
     for b, (conversation, text, raw, encoding) in enumerate(
         zip(conversations, texts, raws, encodings, strict=True)
     ):
-        found = _regions(tokenizer, template, conversation, pieces[b], text, f"conversation {b}")
+        found = _regions(tokenizer, template, conversation, pieces[b], text, functools.partial(where, b))
         offset = byte_offsets(text)
         regions = [replace(r, start=int(offset[r.start]), end=int(offset[r.end])) for r in found]
         row = _encode(tokenizer, text, raw, encoding, regions)
@@ -179,7 +210,7 @@ def _locate(
     return located, np.concatenate(learnt or [never])
 
 
-def render(tokenizer: Tokenizer, template: str, conversation: Conversation, where: str) -> str:
+def render(tokenizer: Tokenizer, template: str, conversation: Conversation, where: Callable[[], str]) -> str:
     """A conversation in a chat template, as transformers renders it; UserError if the template refuses it."""
     with quiet_import():
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -193,7 +224,7 @@ def render(tokenizer: Tokenizer, template: str, conversation: Conversation, wher
         rendered = render_jinja_template(conversations=[list(conversation)], chat_template=template, **names)
     # a template raises what it likes
     except Exception as error:
-        raise UserError(f"{where}: the chat template of {tokenizer.name} refuses it: {error}") from error
+        raise UserError(f"{where()}: the chat template of {tokenizer.name} refuses it: {error}") from error
     return rendered[0][0]
 
 
@@ -203,7 +234,7 @@ def _regions(
     conversation: Conversation,
     pieces: list[_Piece],
     text: str,
-    where: str,
+    where: Callable[[], str],
 ) -> list[_Region]:
     """Where the pieces stand in the rendered text: rendered once more with places in their stead."""
     said = set().union(*(message.get("content") or "" for message in conversation))
@@ -235,9 +266,9 @@ def _regions(
     return regions
 
 
-def _lost(tokenizer: Tokenizer, where: str, message: int) -> UserError:
+def _lost(tokenizer: Tokenizer, where: Callable[[], str], message: int) -> UserError:
     return UserError(
-        f"{where}: the chat template of {tokenizer.name} changes message {message} so that it cannot be "
+        f"{where()}: the chat template of {tokenizer.name} changes message {message} so that it cannot be "
         "found in what is rendered; simplify the template or give plain text"
     )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from xtoken_jax.alignment.locate import locate
+import numpy as np
+
+from xtoken_jax.alignment.locate import Located, locate
 from xtoken_jax.alignment.spans import Spans, align_located
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import TokenizerPair
@@ -30,16 +32,42 @@ def align_completions(pair: TokenizerPair, prompts: Sequence[str], completions: 
     Example:
         rows = align_completions(pair, ["12 + 189 ="], [" 201"])
     """
+    return [row for (row,) in align_completions_together([pair], prompts, completions)]
+
+
+def align_completions_together(
+    pairs: Sequence[TokenizerPair], prompts: Sequence[str], completions: Sequence[str]
+) -> list[tuple[Spans, ...]]:
+    """`align_completions` with several teachers of one student, whose tokenizer encodes each text once.
+
+    Returns:
+        For each text, a Spans for every pair; the student's tokens are the same in all.
+    """
     if len(prompts) != len(completions):
         raise UserError(f"{len(prompts)} prompts for {len(completions)} completions; give one each")
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    located = [locate(tokenizer, texts) for tokenizer in (pair.student, pair.teacher)]
-    rows = []
-    for b, spans in enumerate(align_located(pair, *located)):
-        border = len(prompts[b].encode())
-        sides = []
-        for side, tokens in zip(located, (spans.student, spans.teacher), strict=True):
-            starts = side.starts[side.offsets[b] : side.offsets[b + 1]] - side.text_starts[b]
-            sides.append(replace(tokens, targets=starts >= border))
-        rows.append(replace(spans, student=sides[0], teacher=sides[1]))
-    return rows
+    borders = np.array([len(prompt.encode()) for prompt in prompts], np.int64)
+    student = locate(pairs[0].student, texts)
+    learnt = _behind(student, borders)
+    by_pair = []
+    for pair in pairs:
+        teacher = locate(pair.teacher, texts)
+        taught = _behind(teacher, borders)
+        by_pair.append(
+            [
+                replace(
+                    spans,
+                    student=replace(spans.student, targets=learnt[b]),
+                    teacher=replace(spans.teacher, targets=taught[b]),
+                )
+                for b, spans in enumerate(align_located(pair, student, teacher))
+            ]
+        )
+    return list(zip(*by_pair, strict=True))
+
+
+def _behind(located: Located, borders: np.ndarray) -> list[np.ndarray]:
+    """Of each text bool [T]: the tokens that begin at its border or behind it."""
+    counts = np.diff(located.offsets)
+    found = located.starts - np.repeat(located.text_starts[:-1], counts) >= np.repeat(borders, counts)
+    return np.split(found, located.offsets[1:-1]) if len(borders) else []

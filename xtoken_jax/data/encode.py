@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from xtoken_jax.alignment.chat import align_chats_together
+from xtoken_jax.alignment.prompts import align_completions_together
 from xtoken_jax.alignment.rows import cut_together, with_document_marks
 from xtoken_jax.alignment.spans import Side, Spans, align_texts_together
 from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.shapes import Conversation, Document, Exchange, says_nothing, text_of
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 _AT_ONCE = 256  # documents tokenized in one call: enough to keep all cores busy
 
-Document = str
 Part = dict[str, Spans]  # a text as each teacher, by its name, reads it; of the same student tokens
 
 
@@ -23,7 +27,7 @@ class Record:
 
     Attributes:
         source: its name in the config.
-        document: its number among those of the source that hold text, from 0.
+        document: its number among the records of the source, from 0.
         part: which of the document's parts it is, from 0.
     """
 
@@ -40,28 +44,82 @@ def student_of(part: Part) -> Side:
 def encode(pairs: Mapping[str, TokenizerPair], documents: Sequence[Document]) -> list[Part]:
     """Each document, of whatever length, tokenized by all sides and aligned with each teacher.
 
+    Texts and exchanges get document marks; of a conversation each side's chat template makes all that stands
+    around its messages. The targets are what the document asks for. One that says nothing is empty.
+
     Args:
         pairs: by teacher; the student's tokenizer is one. Without a teacher, the student's with itself.
         documents: a few of them; what becomes of one does not depend on the others.
+
+    Raises:
+        UserError: a tokenizer without a chat template; one that refuses a conversation.
     """
-    aligned = align_texts_together([*pairs.values()], documents)
+    groups: dict[_Align, list[int]] = {}
+    for place, document in enumerate(documents):
+        groups.setdefault(_how(document), []).append(place)
+    encoded: dict[int, tuple[Spans, ...]] = {}
+    for align, places in groups.items():
+        aligned = align([*pairs.values()], [documents[place] for place in places])
+        encoded |= zip(places, aligned, strict=True)
+    return [dict(zip(pairs, encoded[place], strict=True)) for place in range(len(documents))]
+
+
+_Align = Callable[[Sequence[TokenizerPair], Sequence[Any]], list[tuple[Spans, ...]]]
+
+
+def _how(document: Document) -> _Align:
+    """What aligns a document, together with all others for which it is the same."""
+    if says_nothing(document):
+        return _empty
+    if isinstance(document, Conversation):
+        return _chats if document.targets == "assistant" else _whole_chats
+    if isinstance(document, Exchange) and document.targets == "completion":
+        return _exchanges
+    return _texts
+
+
+def _empty(pairs: Sequence[TokenizerPair], documents: Sequence[Document]) -> list[tuple[Spans, ...]]:
+    return align_texts_together(pairs, [""] * len(documents))
+
+
+def _texts(pairs: Sequence[TokenizerPair], documents: Sequence[str | Exchange]) -> list[tuple[Spans, ...]]:
+    return _marked(pairs, align_texts_together(pairs, [text_of(document) for document in documents]))
+
+
+def _exchanges(pairs: Sequence[TokenizerPair], documents: Sequence[Exchange]) -> list[tuple[Spans, ...]]:
+    prompts, completions = [d.prompt for d in documents], [d.completion for d in documents]
+    return _marked(pairs, align_completions_together(pairs, prompts, completions))
+
+
+def _marked(pairs: Sequence[TokenizerPair], rows: Sequence[tuple[Spans, ...]]) -> list[tuple[Spans, ...]]:
     return [
-        {
-            name: with_document_marks(pair, spans)
-            for (name, pair), spans in zip(pairs.items(), row, strict=True)
-        }
-        for row in aligned
+        tuple(with_document_marks(pair, spans) for pair, spans in zip(pairs, row, strict=True))
+        for row in rows
     ]
+
+
+def _chats(
+    pairs: Sequence[TokenizerPair], documents: Sequence[Conversation], targets: str = "assistant"
+) -> list[tuple[Spans, ...]]:
+    return align_chats_together(
+        pairs,
+        [document.messages for document in documents],
+        targets=targets,
+        where=lambda place: documents[place].where(),
+    )
+
+
+_whole_chats = functools.partial(_chats, targets="all")
 
 
 def cut_parts(row: Part, config: DataConfig) -> list[Part]:
     """A document's parts, each within a row's length on every side, cut where all tokenizers have a border.
 
-    A part of one student token is left out: it predicts nothing.
+    A part is left out if nothing in it can be learnt: one of a single token, or of a prompt alone.
     """
     lengths = [config.length_of(name) for name in row]
     parts = cut_together([*row.values()], config.student_length, lengths)
-    return [dict(zip(row, part, strict=True)) for part in parts if len(part[0].student) > 1]
+    return [dict(zip(row, part, strict=True)) for part in parts if part[0].student.targets[1:].any()]
 
 
 def read_parts(

@@ -1,29 +1,55 @@
-"""Where text comes from: files, the documentation that Python carries, generated arithmetic."""
+"""Where text comes from: files, datasets, the documentation that Python carries, generated arithmetic."""
 
 from __future__ import annotations
 
-import gzip
+import glob
 import hashlib
-import itertools
-import json
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from xtoken_jax.data import arithmetic, python_docs
+from xtoken_jax.data.array_record import ArrayRecords
+from xtoken_jax.data.compressed import ENDINGS
+from xtoken_jax.data.documents import Documents, Records
+from xtoken_jax.data.hugging_face import HubRows, is_saved
+from xtoken_jax.data.jsonl import JsonLines
+from xtoken_jax.data.parquet import ParquetFiles
+from xtoken_jax.data.shapes import Shape, Targets, find_shape
+from xtoken_jax.data.text_files import TextFiles
+from xtoken_jax.data.tfds import TfdsExamples, is_prepared
 from xtoken_jax.errors import UserError
 
 
 class SourceKind(Enum):
     """What a source reads."""
 
+    auto = "auto"
     jsonl = "jsonl"
     text = "text"
+    parquet = "parquet"
+    array_record = "array_record"
+    tfds = "tfds"
+    hub = "hub"
     python_docs = "python_docs"
     python_docstrings = "python_docstrings"
     arithmetic = "arithmetic"
+
+
+_FILE_ENDINGS = {
+    SourceKind.jsonl: [f"{name}{packed}" for name in (".jsonl", ".ndjson", ".json") for packed in ENDINGS],
+    SourceKind.text: [f".txt{packed}" for packed in ENDINGS],
+    SourceKind.parquet: [".parquet"],
+    SourceKind.array_record: [".array_record", ".arrayrecord"],
+}
+_FILE_RECORDS: dict[SourceKind, Callable[[Sequence[Path]], Records]] = {
+    SourceKind.jsonl: JsonLines,
+    SourceKind.text: TextFiles,
+    SourceKind.parquet: ParquetFiles,
+    SourceKind.array_record: ArrayRecords,
+}
+_GENERATED = (SourceKind.python_docs, SourceKind.python_docstrings, SourceKind.arithmetic)
 
 
 @dataclass
@@ -31,13 +57,26 @@ class SourceConfig:
     """One source of documents.
 
     Attributes:
-        kind: jsonl (one JSON object a line, .gz too), text (a file is a document),
-            python_docs (the topics of `help()`), python_docstrings (those of the standard
-            library), arithmetic (generated remainders).
-        path: the file, or a folder of files with the kind's ending; for jsonl and text.
-        field: the key that holds the text; for jsonl.
-        split: "train" or "validation"; for all but files.
-        limit: documents taken at most, the first ones; null for all.
+        kind: jsonl (one JSON object a line), text (a file is a document), parquet, array_record (records of
+            JSON objects or of text), tfds (TensorFlow Datasets, without TensorFlow), hub (Hugging Face
+            datasets), python_docs (the topics of `help()`), python_docstrings (those of the standard
+            library), arithmetic (generated remainders); auto tells files by their endings, and the folders
+            of tfds and hub by what is in them. jsonl and text may be compressed: .gz, .zst.
+        path: a file, a folder, or a pattern such as data/**/*.jsonl.zst, read in the order of their names;
+            for tfds a name such as wikipedia/20230601.en or a prepared folder; for hub org/name or
+            org/name@revision, or a folder that `save_to_disk` wrote.
+        subset: the configuration of a hub dataset that has several.
+        data_dir: where the datasets of TFDS lie; null for its default.
+        split: of tfds and hub in their own syntax, such as train[:10%]; "train" or "validation" of what is
+            generated. Files have none.
+        field: the key that holds a text.
+        prompt, completion: the keys of an exchange; one of them named, the other is that of its own name.
+        messages: the key that holds the messages of a conversation: objects with role and content, or as
+            ShareGPT has them with from and value. Without any key named: a record with "messages" or
+            "conversations" is a conversation, with "prompt" and "completion" an exchange, with "text" a text.
+        targets: what the loss is on: completion, assistant, or all; auto for completions and the turns of
+            the assistant, and all of a text.
+        limit: records taken at most, the first ones; null for all.
         documents: for arithmetic, how many to generate, each of 18 lines; in the validation part, how
             many single problems to measure accuracy on.
         wrong_share: share of wrong results in [0, 1]; for arithmetic.
@@ -46,10 +85,16 @@ class SourceConfig:
             documents then repeat at their own pace. null: all documents of all sources equally often.
     """
 
-    kind: SourceKind = SourceKind.jsonl
+    kind: SourceKind = SourceKind.auto
     path: str | None = None
-    field: str = "text"
+    subset: str | None = None
+    data_dir: str | None = None
     split: str = "train"
+    field: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    targets: Targets = Targets.auto
     limit: int | None = None
     documents: int = 1000
     wrong_share: float = 0.0
@@ -58,10 +103,22 @@ class SourceConfig:
 
     def validate(self, where: str) -> None:
         """Raise UserError for values that make no sense; `where` names the config key."""
-        if self.kind in (SourceKind.jsonl, SourceKind.text) and not self.path:
-            raise UserError(f"{where}.path: a source of kind {self.kind.value} needs a file or folder")
-        if self.split not in ("train", "validation"):
-            raise UserError(f"{where}.split={self.split!r}: choose train or validation")
+        if self.kind not in _GENERATED and not self.path:
+            raise UserError(f"{where}.path: a source of kind {self.kind.value} needs {_wanted(self.kind)}")
+        if self.kind in _GENERATED:
+            if self.split not in ("train", "validation"):
+                raise UserError(f"{where}.split={self.split!r}: choose train or validation")
+            for key in ("path", "field", "prompt", "completion", "messages"):
+                if getattr(self, key):
+                    raise UserError(f"{where}.{key}: a source of kind {self.kind.value} reads none")
+        if not self.split.strip():
+            raise UserError(f"{where}.split: name a split, such as train")
+        for key, kind in (("subset", SourceKind.hub), ("data_dir", SourceKind.tfds)):
+            if getattr(self, key) is not None and self.kind is not kind:
+                raise UserError(f"{where}.{key}: only for kind={kind.value}, here it is {self.kind.value}")
+        shapes = [bool(self.field), bool(self.prompt or self.completion), bool(self.messages)]
+        if sum(shapes) > 1:
+            raise UserError(f"{where}: name field, prompt and completion, or messages, one of the three")
         if not 0 <= self.wrong_share <= 1:
             raise UserError(f"{where}.wrong_share={self.wrong_share}: must be between 0 and 1")
         if self.limit is not None and self.limit < 1:
@@ -70,85 +127,143 @@ class SourceConfig:
             raise UserError(f"{where}.documents={self.documents}: must be at least 1")
 
 
-def read_documents(config: SourceConfig) -> list[str]:
-    """The documents of a source that hold more than blanks, in a fixed order, up to its limit.
+def _wanted(kind: SourceKind) -> str:
+    if kind is SourceKind.tfds:
+        return "a name or a prepared folder"
+    return "a hub id" if kind is SourceKind.hub else "a file, a folder or a pattern"
+
+
+def read_documents(config: SourceConfig) -> Documents:
+    """The documents of a source, in a fixed order, up to its limit.
+
+    The first 10,000 are read at once, so that most mistakes in them show before a run begins; the others
+    when they are asked for.
 
     Raises:
-        UserError: a missing or unreadable file, a line without the field, no text at all.
+        UserError: what is missing or unreadable, records without the keys, no text at all.
     """
-    documents = list(itertools.islice(_documents(config), config.limit))
-    if not documents:
-        raise UserError(f"{config.path}: holds no text")
+    name = config.path or config.kind.value
+    records = _records(config)
+    if not len(records):
+        raise UserError(f"{name}: holds no text")
+    asked = Shape(config.field, config.prompt, config.completion, config.messages)
+    shape = find_shape(records.keys(), asked, config.targets, name)
+    documents = Documents(records, shape, name=name, limit=config.limit)
+    documents.look_ahead()
     return documents
 
 
-def read_sources(sources: Mapping[str, SourceConfig]) -> dict[str, list[str]]:
+def read_sources(sources: Mapping[str, SourceConfig]) -> dict[str, Documents]:
     """`read_documents` of each source, by its name."""
     return {name: read_documents(source) for name, source in sources.items()}
 
 
-def digest(documents: list[str]) -> str:
-    """SHA-256 of documents and their borders, shortened, with how many there are."""
-    found = hashlib.sha256()
-    for text in documents:
-        content = text.encode()
-        found.update(len(content).to_bytes(8))
-        found.update(content)
-    return f"{len(documents)} documents, sha256 {found.hexdigest()[:16]}"
-
-
-def _documents(config: SourceConfig) -> Iterator[str]:
+def _records(config: SourceConfig) -> Records:
     if config.kind is SourceKind.arithmetic:
-        yield from arithmetic.documents(
+        return _Generated(config.kind, arithmetic.documents(
             config.documents, split=config.split, seed=config.seed, wrong_share=config.wrong_share
-        )
-    elif config.kind is SourceKind.python_docs:
-        yield from python_docs.split_of(python_docs.topics(), config.split)
-    elif config.kind is SourceKind.python_docstrings:
-        yield from python_docs.split_of(python_docs.docstrings(), config.split)
+        ))  # fmt: skip
+    if config.kind in _GENERATED:
+        works = python_docs.topics() if config.kind is SourceKind.python_docs else python_docs.docstrings()
+        return _Generated(config.kind, python_docs.split_of(works, config.split))
+    path, kind = config.path or "", _settled(config)
+    if kind is SourceKind.tfds:
+        return TfdsExamples(path, split=config.split, data_dir=config.data_dir)
+    if kind is SourceKind.hub:
+        return HubRows(path, subset=config.subset, split=config.split)
+    if config.split != "train":
+        raise UserError(f"{path}: files have no splits, and split={config.split}; leave it out")
+    paths, kind = _files(path, kind)
+    return _FILE_RECORDS[kind](paths)
+
+
+def _settled(config: SourceConfig) -> SourceKind:
+    """The kind, where a folder says it."""
+    folder = Path(config.path or "").expanduser()
+    if config.kind is SourceKind.auto and folder.is_dir():
+        if is_prepared(folder):
+            return SourceKind.tfds
+        if is_saved(folder):
+            return SourceKind.hub
+    return config.kind
+
+
+class _Generated:
+    """Texts that are made here."""
+
+    def __init__(self, kind: SourceKind, texts: Sequence[str]) -> None:
+        self._kind, self._texts = kind, texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def keys(self) -> None:
+        """A text has none."""
+
+    def read(self, number: int, keys: Sequence[str]) -> str:
+        """One of them."""
+        return self._texts[number]
+
+    def where(self, number: int) -> str:
+        """What makes them, and the number."""
+        return f"{self._kind.value}, document {number}"
+
+    def fingerprint(self, keys: Sequence[str]) -> str:
+        """Of all of them and their borders."""
+        found = hashlib.sha256()
+        for text in self._texts:
+            content = text.encode()
+            found.update(len(content).to_bytes(8) + content)
+        return found.hexdigest()
+
+
+def _files(path: str, kind: SourceKind) -> tuple[list[Path], SourceKind]:
+    """The files that a path names, in the order of their names, and what they hold.
+
+    One file, or a pattern with a kind, may end in anything; of a folder it is the files with known endings,
+    but for hidden ones.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        files = [place]
+    elif place.is_dir():
+        found = sorted(f for f in place.rglob("*") if f.is_file())
+        files = [f for f in found if not any(p.startswith(".") for p in f.relative_to(place).parts)]
+        known = [k for k in _FILE_ENDINGS if kind in (k, SourceKind.auto)]
+        files = [f for f in files if kind_of(f) in known]
+        if not files:
+            endings = [ending for k in known for ending in _FILE_ENDINGS[k]]
+            raise UserError(f"{path}: holds no file that ends in {', '.join(endings)}")
+    elif glob.has_magic(path):
+        files = sorted(Path(f) for f in glob.glob(str(place), recursive=True) if Path(f).is_file())
+        if not files:
+            raise UserError(f"{path}: no file matches this pattern")
     else:
-        read = _read_jsonl if config.kind is SourceKind.jsonl else _read_text
-        for path in _files(config):
-            yield from (text for text in read(path, config.field) if text.strip())
+        what = "data" if kind is SourceKind.auto else f"{kind.value} data"
+        hint = (
+            "; a dataset of the hub or of TFDS needs kind=hub or kind=tfds" if kind is SourceKind.auto else ""
+        )
+        raise UserError(f"{path}: no such file or folder of {what}{hint}")
+    if kind is not SourceKind.auto:
+        return files, kind
+    kinds = dict.fromkeys(kind_of(f) for f in files)
+    if None in kinds:
+        odd = next(f for f in files if kind_of(f) is None)
+        raise UserError(
+            f"{odd}: its ending does not say what it holds; name kind=, one of "
+            f"{', '.join(k.value for k in _FILE_ENDINGS)}"
+        )
+    if len(kinds) > 1:
+        names = " and ".join(k.value for k in kinds if k)
+        raise UserError(f"{path}: holds files of several kinds, {names}; name one with kind=")
+    return files, next(k for k in kinds if k)
 
 
-def _files(config: SourceConfig) -> list[Path]:
-    path = Path(config.path or "").expanduser()
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder of {config.kind.value} data")
-    endings = (".jsonl", ".jsonl.gz") if config.kind is SourceKind.jsonl else (".txt", ".txt.gz")
-    files = sorted(f for f in path.rglob("*") if f.name.endswith(endings))
-    if not files:
-        raise UserError(f"{path}: holds no file that ends in {' or '.join(endings)}")
-    return files
-
-
-def _open(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-
-
-def _read_text(path: Path, field: str) -> Iterator[str]:
-    yield _open(path)
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_open(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: no JSON object with a {field!r} ({error!r})") from error
-        if not isinstance(text, str):
-            raise UserError(f"{path}:{number}: {field!r} holds {type(text).__name__}, not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
-            raise UserError(f"{path}:{number}: {field!r} is not text ({error})") from error
-        yield text
+def kind_of(path: Path) -> SourceKind | None:
+    """What a file holds by its ending, behind which TFDS puts the number of a shard; None for others."""
+    for kind, endings in _FILE_ENDINGS.items():
+        if path.name.lower().endswith(tuple(endings)) or (
+            kind is SourceKind.array_record and f"{endings[0]}-" in path.name
+        ):
+            return kind
+    return None

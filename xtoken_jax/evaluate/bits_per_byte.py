@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xtoken_jax.alignment.align import pad, row_mask
+from xtoken_jax.alignment.align import pad
 from xtoken_jax.evaluate.rows import in_batches
 from xtoken_jax.losses import next_token_cross_entropy
 from xtoken_jax.models.decoder import Model, Params, logits
@@ -25,25 +25,34 @@ def bits_per_byte(
     *,
     batch_size: int,
     length: int,
+    targets: Sequence[np.ndarray] | None = None,
     between: Callable[[], None] | None = None,
 ) -> float:
     """Total -log2 p of the tokens after each row's first, over the bytes that these tokens spell.
+
+    Of prompts with completions and of conversations only what is to be learnt is measured, behind all that
+    stands before it: completions, the turns of the assistant and what ends them. Where two tokenizers cut
+    such a text differently at the border to the prompt, they differ by that one token's bytes.
 
     Args:
         model, params: what to measure.
         tokenizer: the model's; special tokens cost bits but spell no bytes.
         rows: ids of each row, int32 [<= length].
         batch_size, length: the shape of what the model is run on.
+        targets: bool [<= length] of each row, the tokens that are measured; all of them by default.
         between: called before each batch; what it raises breaks off.
 
     Returns:
         Bits per byte of text.
     """
     nats, count = 0.0, 0
-    for batch in in_batches(rows, batch_size):
+    if targets is None:
+        targets = [np.ones(len(row), bool) for row in rows]
+    chosen = in_batches(targets, batch_size)
+    for batch, measured in zip(in_batches(rows, batch_size), chosen, strict=True):
         if between is not None:
             between()
-        ids, mask = pad(batch, length, tokenizer.pad_id), row_mask(batch, length)
+        ids, mask = pad(batch, length, tokenizer.pad_id), pad(measured, length, False)
         nats += float(_nats(model, params, ids, mask, tokenizer.size))
         count += int((tokenizer.token_bytes.lengths[ids] * mask)[:, 1:].sum())
     return nats / math.log(2) / max(count, 1)

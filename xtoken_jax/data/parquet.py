@@ -1,0 +1,175 @@
+"""Parquet files: any row of them, through its row group."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from xtoken_jax.data.copies import keep, kept_file
+from xtoken_jax.data.data_file import DataFile, fingerprint
+from xtoken_jax.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_LARGEST_GROUP = 1 << 25  # bytes of the columns that are read
+_GROUP_ROWS = 256  # of a copy
+_IN_MEMORY = 1 << 28  # bytes of row groups that are kept
+
+
+class ParquetFiles:
+    """The rows of Parquet files.
+
+    A row group is read as a whole, and the last 256 MiB of them are kept. Rows are wanted in a shuffled
+    order, so that one group is read for nearly every row: a file with groups above 32 MiB (of the columns in
+    use) is read through a copy of these columns with small groups, in the user's cache folder.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Read what the files say of themselves."""
+        self._given = [DataFile(path) for path in paths]
+        self._footers = [_footer(file) for file in self._given]
+        self._ends = np.cumsum([footer.num_rows for footer in self._footers])
+        self._columns: dict[tuple[str, ...], _Columns] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def keys(self) -> list[str]:
+        """The columns of the first file."""
+        return list(self._footers[0].schema.to_arrow_schema().names)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        file = int(np.searchsorted(self._ends, number, side="right"))
+        return file, number - int(self._ends[file]) + self._footers[file].num_rows
+
+    def read(self, number: int, keys: Sequence[str]) -> dict[str, Any]:
+        """Some columns of a row."""
+        with self._lock:
+            if tuple(keys) not in self._columns:
+                self._columns[tuple(keys)] = _Columns(self._given, self._footers, keys)
+            columns = self._columns[tuple(keys)]
+        return columns.read(*self._place(number))
+
+    def where(self, number: int) -> str:
+        """File and row, from 0."""
+        place, row = self._place(number)
+        return f"{self._given[place].path}, row {row}"
+
+    def fingerprint(self, keys: Sequence[str]) -> str:
+        """Of the files as they lie on disk."""
+        return fingerprint(self._given)
+
+
+class _Columns:
+    """Some columns of all files, a row group at a time."""
+
+    def __init__(self, given: Sequence[DataFile], footers: Sequence[Any], keys: Sequence[str]) -> None:
+        self._given, self._keys = given, list(keys)
+        for file, footer in zip(given, footers, strict=True):
+            there = footer.schema.to_arrow_schema().names
+            missing = [key for key in keys if key not in there]
+            if missing:
+                raise UserError(f"{file.path}: no column {missing[0]!r}; it has {', '.join(there)}")
+        self._files = [self._opened(file, footer) for file, footer in zip(given, footers, strict=True)]
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def _opened(self, file: DataFile, footer: Any) -> tuple[DataFile, Any, np.ndarray]:
+        """What a file is read through, its footer, and where its row groups end."""
+        groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
+        if any(_bytes_of(group, self._keys) > _LARGEST_GROUP for group in groups):
+            chosen = hashlib.sha256(json.dumps(self._keys).encode()).hexdigest()[:8]
+            copy = kept_file(file, f"-{chosen}.parquet")
+            if not copy.is_file():
+                keep(copy, partial(_rewrite, file, self._keys))
+            file = DataFile(copy)
+            footer = _footer(file)
+            groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
+        return file, footer, np.cumsum([group.num_rows for group in groups])
+
+    def read(self, place: int, row: int) -> dict[str, Any]:
+        """A row of a file."""
+        ends = self._files[place][2]
+        group = int(np.searchsorted(ends, row, side="right"))
+        with self._lock:
+            table = self._groups.get((place, group))
+            if table is not None:
+                self._groups.move_to_end((place, group))
+        if table is None:
+            table = self._read_group(place, group)
+            with self._lock:
+                if (place, group) not in self._groups:
+                    self._groups[place, group] = table
+                    self._bytes += table.nbytes
+                while self._bytes > _IN_MEMORY and len(self._groups) > 1:
+                    self._bytes -= self._groups.popitem(last=False)[1].nbytes
+        self._given[place].check()
+        return table.slice(row - int(ends[group]) + table.num_rows, 1).to_pylist()[0]
+
+    def _read_group(self, place: int, group: int) -> pa.Table:
+        file, footer, _ = self._files[place]
+        # A reader of its own: one is not for several threads.
+        with _reading(file), _parquet().ParquetFile(file.path, metadata=footer) as reader:
+            return reader.read_row_group(group, columns=self._keys, use_threads=False)
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("Parquet files need pyarrow: pip install 'xtoken-jax[data]'") from error
+    return pyarrow.parquet
+
+
+@contextmanager
+def _reading(file: DataFile) -> Iterator[None]:
+    """Says in one line what pyarrow raises while a file is read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        file.check()
+        raise UserError(f"{file.path}: cannot be read as Parquet ({first_line(error)})") from error
+
+
+def _footer(file: DataFile) -> Any:
+    parquet = _parquet()
+    with _reading(file):
+        return parquet.read_metadata(file.path)
+
+
+def _bytes_of(group: Any, keys: Sequence[str]) -> int:
+    """Uncompressed bytes of some columns of a row group; a nested one is several there."""
+    columns = [group.column(c) for c in range(group.num_columns)]
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in keys)
+
+
+def _rewrite(file: DataFile, keys: Sequence[str], out: BinaryIO) -> None:
+    """Some columns, in groups of 256 rows."""
+    parquet = _parquet()
+    with _reading(file):
+        reader = parquet.ParquetFile(file.path)
+        batches = reader.iter_batches(_GROUP_ROWS, columns=list(keys), use_threads=False)
+    writer = None
+    while True:
+        with _reading(file):
+            batch = next(batches, None)
+        if batch is None:
+            break
+        writer = writer or parquet.ParquetWriter(out, batch.schema)
+        writer.write_batch(batch)
+    if writer is not None:
+        writer.close()

@@ -1,0 +1,104 @@
+"""TensorFlow Datasets, without TensorFlow: by name, or by the folder of a prepared one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xtoken_jax.data.array_record import Part, open_parts, read_record
+from xtoken_jax.data.data_file import DataFile, fingerprint
+from xtoken_jax.errors import UserError, first_line
+
+_FORMAT = "array_record"
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is that of a prepared dataset and version."""
+    return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
+
+
+class TfdsExamples:
+    """The examples of one split of a dataset that is stored in ArrayRecord files."""
+
+    def __init__(self, path: str, *, split: str, data_dir: str | None) -> None:
+        """Find the dataset; by name it is downloaded and prepared where it is not there yet.
+
+        Args:
+            path: a name such as wikipedia/20230601.en:1.0.0, or the folder of a prepared version.
+            split: in the syntax of TFDS, such as train or train[:10%].
+            data_dir: where datasets lie that are named; None for the default of TFDS.
+        """
+        builder = _builder(path, data_dir)
+        self._name, self._split = path, split
+        self._features = builder.info.features
+        if builder.info.file_format is None or builder.info.file_format.value != _FORMAT:
+            stored = getattr(builder.info.file_format, "value", "an unknown format")
+            raise UserError(
+                f"{path}: stored as {stored}, which needs TensorFlow or has no random access; prepare it "
+                f"with file_format='{_FORMAT}', or name another data_dir"
+            )
+        try:
+            instructions = builder.info.splits[split].file_instructions
+        except (KeyError, ValueError, AssertionError) as error:
+            there = ", ".join(builder.info.splits)
+            raise UserError(
+                f"{path}: no split {split!r}; there is {there}, and parts as train[:10%]"
+            ) from error
+        found = [i for i in instructions if i.take]
+        self._files = [DataFile(Path(i.filename)) for i in found]
+        self._parts = [(i.skip, i.take) for i in found]
+        self._source = open_parts([Part(i.filename, i.skip, i.take) for i in found]) if found else []
+        self._ends = np.cumsum([i.take for i in found])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def keys(self) -> list[str] | None:
+        """Those of its features."""
+        return list(self._features) if hasattr(self._features, "keys") else ["text"]
+
+    def read(self, number: int, keys: Sequence[str]) -> dict[str, Any]:
+        """An example, as numpy arrays and bytes."""
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        raw = read_record(self._source, number, self._files[place])
+        try:
+            example = self._features.deserialize_example_np(raw)
+        except Exception as error:
+            raise UserError(
+                f"{self.where(number)}: cannot be read as an example ({first_line(error)})"
+            ) from error
+        return {key: example[key] for key in keys if key in example}
+
+    def where(self, number: int) -> str:
+        """Dataset, split and example, from 0."""
+        return f"{self._name}, split {self._split}, example {number}"
+
+    def fingerprint(self, keys: Sequence[str]) -> str:
+        """Of the files that hold the split, and of its part of each."""
+        return hashlib.sha256(f"{fingerprint(self._files)} {self._parts}".encode()).hexdigest()
+
+
+def _builder(path: str, data_dir: str | None) -> Any:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            "datasets of TFDS need tensorflow-datasets: pip install 'xtoken-jax[data]'"
+        ) from error
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_dir() and is_prepared(folder):
+            return tfds.builder_from_directory(folder)
+        builder = tfds.builder(path, data_dir=data_dir and str(Path(data_dir).expanduser()))
+        if not builder.is_prepared():
+            builder.download_and_prepare(file_format=_FORMAT)
+        return builder
+    except Exception as error:  # the generation of a dataset may raise anything
+        place = "" if data_dir is None else f" in {data_dir}"
+        raise UserError(
+            f"{path}: no dataset of TFDS that is prepared{place} or can be prepared ({first_line(error)})"
+        ) from error
