@@ -14,7 +14,8 @@ from reference import losses as reference
 from rich.console import Console
 
 from xtoken_jax.config import load_experiment
-from xtoken_jax.data.batches import read_windows, training_batches
+from xtoken_jax.data.batches import training_batches
+from xtoken_jax.data.sources import read_sources
 from xtoken_jax.distill import distill
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables
@@ -41,8 +42,7 @@ def case(words):
     """A function (mesh sizes, micro-batches, poison) -> start and end of a step's state, and its metrics."""
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
-    windows = read_windows({"teacher": pair}, experiment.data.train, experiment.data)
-    batch = next(training_batches({"teacher": pair}, windows, experiment.data))
+    batch = next(training_batches({"teacher": pair}, read_sources(experiment.data.train), experiment.data))
     tables = {"teacher": loss_tables(LossKind.p_kl, build_projection(pair).learnable())}
     config = OptimizerConfig(warmup_steps=0, clip_norm=1e-3, projection_learning_rate=RATE)
     optimizer, of_w = make_optimizer(config, 10), make_projection_optimizer(config)
@@ -103,8 +103,7 @@ def test_the_gradient_is_the_slope_of_the_term_in_float64(words, block):
     """Central differences of the slow twin in the entries of W that matter most, and in three others."""
     experiment = load_experiment(words)
     pair = TokenizerPair.load(experiment.student.path, experiment.teacher.path)
-    windows = read_windows({"teacher": pair}, experiment.data.train, experiment.data)
-    batch = next(training_batches({"teacher": pair}, windows, experiment.data))
+    batch = next(training_batches({"teacher": pair}, read_sources(experiment.data.train), experiment.data))
     # One row is enough, the twin is slow.
     rows = batch.teachers["teacher"]
     valid = rows.alignment.valid & (np.arange(8)[:, None] == 0)
