@@ -72,7 +72,7 @@ class HostsConfig:
             return
         missing = [name for name in ("count", "index") if named[name] is None]
         if self.coordinator is None and _ADDRESS not in os.environ:
-            missing.insert(0, "coordinator")
+            missing.append("coordinator")
         if missing:
             raise UserError(
                 f"hosts.{missing[0]}: not given, but hosts.{given[0]} is; name hosts.coordinator=HOST:PORT, "
