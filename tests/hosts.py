@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 DEVICES = 8  # in all
 
 
-def start(command, count, log, *, devices=DEVICES, folders=None, more=()):
+def start(command, count, log, *, devices=DEVICES, folders=None, more=(), variables=()):
     """The processes, started.
 
     Args:
@@ -22,6 +22,7 @@ def start(command, count, log, *, devices=DEVICES, folders=None, more=()):
         devices: virtual ones, of all processes together.
         folders: the working folder of each.
         more: further words of each.
+        variables: further ones of the environment of each.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,7 +38,7 @@ def start(command, count, log, *, devices=DEVICES, folders=None, more=()):
         with open(f"{log}-{index}.txt", "w") as output:
             started = subprocess.Popen(
                 [sys.executable, *words],
-                env=environment,
+                env=environment | (variables[index] if variables else {}),
                 cwd=folders[index] if folders else None,
                 stdout=output,
                 stderr=subprocess.STDOUT,

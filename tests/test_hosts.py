@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -256,6 +257,24 @@ def test_a_mistake_of_one_process_ends_all_in_one_line(words, tmp_path):
     assert second.startswith("xtoken: process 0: ")
     assert [path.name for path in run.iterdir()] == ["of_somebody_else"]
     assert RUN_FILE not in [path.name for path in run.iterdir()]
+
+
+@pytest.mark.slow
+def test_under_slurm_the_processes_find_one_another(tmp_path):
+    code = (
+        "import jax; from xtoken_jax.hosts import *\n"
+        "with joined(HostsConfig(auto=True, wait=60)): print(gather(jax.process_index()), jax.device_count())"
+    )
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        slurm["JAX_COORDINATOR_PORT"] = str(free.getsockname()[1])
+    variables = [slurm | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(2)]
+    ends = hosts.run(lambda *_: ["-c", code], 2, tmp_path / "log", variables=variables)
+    assert ends == [(0, "[0, 1] 8")] * 2
+    ((code, text),) = hosts.run(lambda *_: ["-c", code], 1, tmp_path / "log")
+    assert code == 1
+    assert "UserError: hosts=auto: jax finds no cluster around this process" in text.splitlines()[-1]
 
 
 @pytest.mark.slow
