@@ -1,4 +1,8 @@
-"""A loop of a few numbers as one process of several: `python hosts_toy.py INDEX COUNT PORT FOLDER STEPS`."""
+"""A loop of a few numbers as one process of several.
+
+python hosts_toy.py INDEX COUNT PORT FOLDER SECONDS BLIND: a step takes so many seconds, and process number
+BLIND, from 0, cannot read the checkpoint of the last step.
+"""
 
 import json
 import sys
@@ -6,11 +10,11 @@ from pathlib import Path
 
 from xtoken_jax.hosts import HostsConfig, from_first, gather, is_first, joined
 
-STEPS = 12
+STEPS, ROWS = 12, 8
 
 
 class Batches:
-    """Row r of batch n, from 1, holds the number n + r."""
+    """Row r of batch n, from 1, holds the number n + r; there are `ROWS`."""
 
     def __init__(self, rows):
         self.rows, self.drawn = rows, 0
@@ -29,7 +33,7 @@ class Batches:
         return {"lanes": {str(row): self.drawn for row in self.rows}}
 
     def set_state(self, state):
-        assert sorted(state["lanes"]) == ["0", "1", "2", "3"]
+        assert [*state["lanes"]] == [str(row) for row in range(ROWS)]
         self.drawn = state["lanes"][str(self.rows[0])]
 
 
@@ -67,7 +71,7 @@ def run(folder, steps, stop, step_seconds=0.0):
             state,
             abstract,
             step,
-            Batches(rows_here(mesh, 4)),
+            Batches(rows_here(mesh, ROWS)),
             teacher_params={},
             tables={},
             evaluate=lambda params: {"w": float(params["w"].sum())},
@@ -75,22 +79,37 @@ def run(folder, steps, stop, step_seconds=0.0):
             folder=Path(folder),
             mesh=mesh,
             title="toy",
-            console=Console(quiet=not is_first()),
+            console=Console(quiet=not is_first(), soft_wrap=True),
             stop=stop,
         )
         return float(jax.jit(lambda params: params["w"].sum())(state.params))
 
 
-def main(index, count, port, folder, *seconds):
+def blind():
+    """From now on, fail to read one checkpoint."""
+    import orbax.checkpoint as ocp
+
+    restore = ocp.StandardCheckpointHandler.restore
+
+    def failing(self, path, **arguments):
+        if f"/{STEPS}/" in str(path):
+            raise OSError(5, "Input/output error")
+        return restore(self, path, **arguments)
+
+    ocp.StandardCheckpointHandler.restore = failing
+
+
+def main(index, count, port, folder, seconds, blind_one):
     from xtoken_jax.train.signals import StopSignals
 
-    config = HostsConfig(
-        coordinator=f"127.0.0.1:{port}", count=int(count), index=int(index), wait=60, lost_after=4
-    )
+    if index == blind_one:
+        blind()
+    address = f"127.0.0.1:{port}"
+    config = HostsConfig(coordinator=address, count=int(count), index=int(index), wait=60, lost_after=4)
     with StopSignals() as stop, joined(config):
         once = from_first(lambda: [int(index), "said"])
         said = gather({"index": int(index)})
-        total = run(folder, STEPS, stop, *map(float, seconds))
+        total = run(folder, STEPS, stop, float(seconds))
     print(json.dumps({"first": once, "all": said, "total": total}))
 
 

@@ -28,6 +28,7 @@ arguments are key=value pairs:
   student.path=DIR teacher.path=DIR    your own Hugging Face folders
   student.lora.rank=16        train low-rank adapters alone, merged in the student's folder
   data.train.text.path=FILE.jsonl      your own text
+  hosts=auto mesh=fsdp        on all hosts of a TPU slice or a Slurm job (README: pods)
   train.steps=1000 optimizer.learning_rate=1e-4 data.batch_size=16 run_dir=runs/mine
 
 The run's folder gets metrics.jsonl, curves.png, checkpoints/ and student/, an ordinary Hugging
@@ -39,7 +40,7 @@ first. resume.allow=[KEY,...] goes on with settings or content that differ.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 2 for a mistake in the input, 130 on Ctrl-C.
 
-    SIGTERM ends `xtoken distill` with 0, and a checkpoint.
+    SIGTERM ends `xtoken distill` with 0, and a checkpoint. Of several processes, one that fails ends all.
     """
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)

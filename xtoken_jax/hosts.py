@@ -72,7 +72,7 @@ class HostsConfig:
             return
         missing = [name for name in ("count", "index") if named[name] is None]
         if self.coordinator is None and _ADDRESS not in os.environ:
-            missing.insert(0, "coordinator")
+            missing.append("coordinator")
         if missing:
             raise UserError(
                 f"hosts.{missing[0]}: not given, but hosts.{given[0]} is; name hosts.coordinator=HOST:PORT, "
@@ -216,4 +216,9 @@ def _connect(config: HostsConfig) -> None:
         os._exit(2)  # jax would abort
     if problems:
         first = (str(problems[0]) or type(problems[0]).__name__).splitlines()[0]
+        if config.auto and isinstance(problems[0], ValueError):
+            raise UserError(
+                f"hosts=auto: jax finds no cluster around this process ({first}); name hosts.coordinator, "
+                "hosts.count and hosts.index"
+            )
         raise UserError(f"hosts: the processes cannot be joined ({first})") from problems[0]

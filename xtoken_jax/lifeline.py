@@ -6,6 +6,7 @@ otherwise. Its patience is set above that of this module; but where process 0 di
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -19,7 +20,7 @@ import jax
 
 LOST = 3  # exit code where another process was lost
 _PERIOD = 0.5  # seconds between two signs of life
-_LAST_WORDS = 10.0  # seconds that process 0, which holds the board, waits until all have read its end
+_LAST_WORDS = 10.0  # seconds at most that process 0, which keeps the board, waits until all have read its end
 _BEATS, _ENDS, _HEARD = "xtoken_beats/", "xtoken_ends/", "xtoken_heard/"
 
 
@@ -67,13 +68,25 @@ class Lifeline:
             time.sleep(self._lost_after + 4 * _PERIOD)
         if not self._ending.acquire(blocking=False):
             time.sleep(60.0)  # the other thread is about to exit
-        self._try(lambda: self._board.key_value_set(f"{_ENDS}{self._index}", json.dumps([code, line])))
-        until = time.monotonic() + _LAST_WORDS
-        while self._index == 0 and time.monotonic() < until:
-            if len(self._try(lambda: self._board.key_value_dir_get(_HEARD)) or ()) >= self._count - 1:
-                break
-            time.sleep(_PERIOD / 5)
+        self._last_words(_ENDS, json.dumps([code, line]), wait=self._index == 0)
         _exit(code, line)
+
+    def _last_words(self, place: str, words: str, *, wait: bool) -> None:
+        """Put something on the board, and wait until all others have read of an end, or have their own."""
+
+        def tell() -> None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0, which keeps it, has gone
+                self._board.key_value_set(f"{place}{self._index}", words)
+                while wait:
+                    read = [key for at in (_HEARD, _ENDS) for key, _ in self._board.key_value_dir_get(at)]
+                    if len({_of(key) for key in read} - {self._index}) == self._count - 1:
+                        return
+                    time.sleep(_PERIOD / 5)
+
+        # in a thread: a question to a machine that is gone may never come back
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(_LAST_WORDS)
 
     def _show(self) -> None:
         """A new number every period, and what the others have shown."""
@@ -96,7 +109,7 @@ class Lifeline:
                 self._follow(code, f"process {other}: {line}")
 
     def _watch(self) -> None:
-        """On a clock of its own, since a question to a machine that is gone may never come back."""
+        """On a clock of its own, whatever becomes of questions to the board."""
         while not self._closed.wait(_PERIOD):
             oldest = time.monotonic() - self._lost_after
             lost = [other for other, (_, seen) in self._beats.items() if seen < oldest]
@@ -112,15 +125,8 @@ class Lifeline:
 
     def _follow(self, code: int, line: str) -> None:
         if self._ending.acquire(blocking=False):
-            self._try(lambda: self._board.key_value_set(f"{_HEARD}{self._index}", ""))
+            self._last_words(_HEARD, "", wait=False)
             _exit(code, line)
-
-    @staticmethod
-    def _try(action: Any) -> Any:
-        try:
-            return action()
-        except jax.errors.JaxRuntimeError:  # the process that keeps the board has gone
-            return None
 
 
 def _of(key: str) -> int:
