@@ -44,7 +44,7 @@ def contents(folder):
 
 
 def test_a_run_without_the_teacher_is_the_run_with_it(words, tmp_path, monkeypatch):
-    words = [*words, "loss.block=16", "loss.top_k=100"]
+    words = [*words, "loss.block=16", "loss.top_k=100", "data.batch_size=16", "train.accumulate=2"]
     summary = cached(words, tmp_path / "cache")
     assert summary.lost["mean_mass"] == 0
     assert summary.lost["p99_divergence"] < 1e-5
