@@ -24,7 +24,7 @@ def random_rows(count, every_token=False, dtype="float32", size=SIZE):
         values = RNG.normal(-3, 1, count * size).astype(DTYPES[dtype])
         return PartRows(None, None, values, np.full((2, count), -np.inf, DTYPES[dtype]), normalizers)
     counts = RNG.integers(1, 5, count)
-    ids = np.concatenate([RNG.choice(size, n, replace=False) for n in counts])
+    ids = np.concatenate([np.sort(RNG.choice(size, n, replace=False)) for n in counts])
     values = RNG.normal(-3, 1, len(ids)).astype(DTYPES[dtype])
     return PartRows(counts, ids, values, RNG.normal(-4, 1, (2, count)).astype(DTYPES[dtype]), normalizers)
 
@@ -81,6 +81,17 @@ def test_rows_come_back_to_the_bit(dtype, every_token, size):
             np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match=r"bytes instead of|buffer"):
         unpacked(content, 5, form)
+
+
+def test_tokens_of_a_position_come_back_by_id():
+    rows = PartRows(
+        np.array([3, 0, 2]), np.array([9, 2, 30, 7, 1]), np.arange(5, dtype=np.float32),
+        np.zeros((2, 3), np.float32), np.zeros(3, np.float32),
+    )  # fmt: skip
+    form = Form(SIZE, "float32", TAUS, False)
+    found = unpacked(packed(rows, form)[0], 3, form)
+    assert (found.counts.tolist(), found.ids.tolist()) == ([3, 0, 2], [2, 9, 30, 1, 7])
+    assert found.log_probabilities.tolist() == [1, 0, 2, 4, 3]
 
 
 def test_a_batch_of_packed_rows(cache):

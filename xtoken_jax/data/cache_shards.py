@@ -26,7 +26,7 @@ class PartRows(NamedTuple):
 
     Attributes:
         counts: [n], how many tokens are kept of each; None where all V_t are.
-        ids: [sum of counts], the tokens; None likewise.
+        ids: [sum of counts], the tokens, those of a position in any order; None likewise.
         log_probabilities: [sum of counts], or [n V_t] in the order of ids.
         tails: [M, n], log of the sum of p^(1 / tau) over the tokens not kept, for each of M temperatures.
         normalizers: float32 [n].
@@ -75,12 +75,20 @@ class Entry(NamedTuple):
 
 
 def packed(rows: PartRows, form: Form) -> tuple[bytes, int]:
-    """Rows as bytes, and how many they were before compression."""
+    """Rows as bytes, the tokens of a position by rising id, and how many bytes before compression."""
     dtype = DTYPES[form.dtype]
-    arrays = [rows.log_probabilities.astype(dtype), rows.tails.astype(dtype), rows.normalizers]
-    if not form.every_token:
+    values, tables = rows.log_probabilities.astype(dtype), [rows.tails.astype(dtype), rows.normalizers]
+    if form.every_token:
+        arrays = [values, *tables]
+    else:
         assert rows.counts is not None and rows.ids is not None  # noqa: PT018
-        arrays = [rows.counts.astype(form.id_dtype), rows.ids.astype(form.id_dtype), *arrays]
+        order = np.lexsort((rows.ids, np.repeat(np.arange(len(rows.counts)), rows.counts)))
+        ids = rows.ids[order].astype(np.int64)
+        # Steps from id to id are smaller numbers than ids, and compress to less.
+        steps = np.diff(ids, prepend=0)
+        first = _first(rows.counts)
+        steps[first] = ids[first]
+        arrays = [rows.counts.astype(form.id_dtype), steps.astype(form.id_dtype), values[order], *tables]
     # First bytes of all numbers, then second ones: alike bytes stand together, which is what zlib finds.
     planes = [array.reshape(-1).view(np.uint8).reshape(array.size, -1).T.tobytes() for array in arrays]
     content = b"".join(planes)
@@ -108,7 +116,9 @@ def unpacked(content: bytes, count: int, form: Form) -> PartRows:
     if not form.every_token:
         counts = take(form.id_dtype, count)
         entries = int(counts.sum(dtype=np.int64))
-        ids = take(form.id_dtype, entries)
+        steps = take(form.id_dtype, entries).astype(np.int64)
+        sums, first = np.cumsum(steps), _first(counts)
+        ids = (sums - np.repeat(sums[first] - steps[first], counts[counts > 0])).astype(form.id_dtype)
     dtype = DTYPES[form.dtype]
     log_probabilities = take(dtype, entries)
     tails = take(dtype, len(form.temperatures) * count).reshape(len(form.temperatures), count)
@@ -116,6 +126,12 @@ def unpacked(content: bytes, count: int, form: Form) -> PartRows:
     if place != len(data):
         raise ValueError(f"{len(data)} bytes instead of {place}")
     return PartRows(counts, ids, log_probabilities, tails, normalizers)
+
+
+def _first(counts: np.ndarray) -> np.ndarray:
+    """Where the entries of each position that has any begin."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return (ends - counts)[counts > 0]
 
 
 def tokens_checksum(ids: np.ndarray) -> int:

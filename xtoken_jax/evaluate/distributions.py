@@ -68,21 +68,29 @@ class Lost(NamedTuple):
 
 @partial(jax.jit, static_argnames=("model", "keep", "size", "block"))
 def distributions(
-    model: Model, params: Params, ids: jax.Array, *, keep: Keep, size: int, block: int = 128
+    model: Model,
+    params: Params,
+    ids: jax.Array,
+    *,
+    keep: Keep,
+    size: int,
+    segments: jax.Array | None = None,
+    block: int = 128,
 ) -> tuple[Kept, Lost]:
     """The model's distributions over the next token, at every position of a batch.
 
     Args:
         model, params: the teacher.
-        ids: int32 [B, T], each row a text of its own, padded on the right.
+        ids: int32 [B, T], padded on the right.
         keep: how much of them.
         size: V_t of the tokenizer; the model's logits past it do not count.
+        segments: int32 [B, T], the text that a token belongs to; None for one a row.
         block: positions whose logits exist at a time.
 
     Returns:
         Of the N = B T positions in their order. The last of a row has no token that comes.
     """
-    hidden, unembedding = model(params, ids)
+    hidden, unembedding = model(params, ids, segments=segments)
     hidden, unembedding = hidden.reshape(-1, hidden.shape[-1]), unembedding[:size]
     last = jnp.arange(ids.size, dtype=jnp.int32) % ids.shape[1] == ids.shape[1] - 1
     labels = jnp.where(last, size, next_tokens(ids))
@@ -129,7 +137,8 @@ def _of_logits(logits: jax.Array, labels: jax.Array, keep: Keep) -> tuple[Kept, 
         kept = Kept(ids, values, tails, normalizers)
         remaining = jnp.exp(rest).sum(-1)
     read = jax.nn.log_softmax(_read_back(kept, size, keep), axis=-1)
-    divergence = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - read), 0.0).sum(-1)
+    # What is not a number stays so, to be noticed.
+    divergence = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - read)).sum(-1)
     return kept, Lost(remaining, divergence, own, found)
 
 
