@@ -21,6 +21,7 @@ ALLOWED = {
     "hub": set(),
     "checksum": set(),
     "resume": set(),
+    "ranking": set(),
     "tokens": set(),
     "mesh": set(),
     "alignment.batch": set(),
@@ -44,13 +45,22 @@ ALLOWED = {
     "evaluate": {"models", "losses", "data", "alignment", "tokens", "mesh"},
     "export": {"models", "tokens", "mesh"},
     # It reads what the loop writes.
-    "report": {"train.metrics"},
+    "report": {"train.metrics", "ranking"},
     # The experiment's schema is made of each part's own config.
     "config": {
-        "data.batches", "losses", "mesh", "models.load", "resume", "train.loop", "train.optimizer",
+        "data.batches", "data.sources", "losses", "mesh", "models.load", "ranking", "resume", "train.loop",
+        "train.optimizer",
     },
 }  # fmt: skip
-WIRING = {"__init__", "cli", "cli_generate", "distill", "runs"}  # these may import anything
+WIRING = {
+    "__init__",
+    "cli",
+    "cli_generate",
+    "cli_tokenizers",
+    "distill",
+    "runs",
+    "sweep",
+}  # these may import anything
 
 # Anyone's code can use these with nothing but jax.
 JAX_ONLY = ("losses", "alignment.batch", "projection.matrix", "projection.events")

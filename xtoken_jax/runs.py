@@ -25,6 +25,7 @@ from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE
 from xtoken_jax.models.load import open_model
 from xtoken_jax.models.lora import join_lora, split_lora
 from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.report import RESULT_FILE
 from xtoken_jax.resume import Difference, covers, differences
 from xtoken_jax.tokens.tokenizer import Tokenizer
 from xtoken_jax.train.checkpoint import Checkpoints
@@ -35,6 +36,7 @@ from xtoken_jax.train.step import abstract_state
 
 RUN_FILE = "run.json"  # the settings, and beside them:
 CONTENTS = "contents"
+SWEEP_FOLDER = "sweep"  # of runs that were swept from the same name; not of this one
 CHANGES = "changes"  # what differed, one line each, where a run went on all the same
 _NAMED = 3  # differences that an error names
 
@@ -107,7 +109,7 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
             )
         if there is not None and not different:
             return []
-    elif run.exists() and (not run.is_dir() or set(run.iterdir()) - {partial_path(path)}):
+    elif run.exists() and (not run.is_dir() or set(run.iterdir()) - {partial_path(path), run / SWEEP_FOLDER}):
         raise UserError(f"{run}: exists and is not a run's folder; choose another run_dir=...")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -117,6 +119,16 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error.strerror}); choose another run_dir=...") from error
     return different
+
+
+def finished(run: Path, experiment: Experiment) -> dict[str, Any] | None:
+    """What result.json says of a run with these very settings; None where it has not ended, or is another."""
+    if not ((run / RUN_FILE).is_file() and (run / RESULT_FILE).is_file()):
+        return None
+    mine = experiment.to_dict()
+    theirs = {key: value for key, value in _read(run / RUN_FILE).items() if key in mine}
+    different = differences(theirs, mine)
+    return None if different else _read(run / RESULT_FILE)
 
 
 def _flat_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[Difference]:
