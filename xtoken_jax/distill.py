@@ -187,6 +187,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 frozen=frozen,
                 records=lambda number: records_of(number - 1),
                 stop=stop,
+                settings=experiment.to_dict(),
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
             _save_learnt(folder, state.projections, teachers, pairs)

@@ -9,7 +9,7 @@ from typing import Any
 # meets a loss that is not finite none before that.
 FREE = (
     "run_dir", "resume", "sweep", "mesh", "train.save_every", "train.keep", "train.non_finite",
-    "train.max_skips",
+    "train.max_skips", "train.tensorboard", "train.wandb",
 )  # fmt: skip
 
 
