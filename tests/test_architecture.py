@@ -21,6 +21,7 @@ ALLOWED = {
     "hub": set(),
     "checksum": set(),
     "resume": set(),
+    "ranking": set(),
     "tokens": set(),
     "mesh": set(),
     "lifeline": set(),
@@ -48,15 +49,17 @@ ALLOWED = {
     "evaluate": {"models", "losses", "data", "alignment", "tokens", "mesh"},
     "export": {"models", "tokens", "mesh", "hosts"},
     # It reads what the loop writes.
-    "report": {"train.metrics"},
+    "report": {"train.metrics", "ranking"},
     # The experiment's schema is made of each part's own config.
     "config": {
-        "data.config", "hosts", "losses", "mesh", "models.load", "resume", "train.loop", "train.optimizer",
+        "data.config", "data.sources", "hosts", "losses", "mesh", "models.load", "ranking", "resume",
+        "train.loop", "train.optimizer",
     },
 }  # fmt: skip
 # These may import anything.
 WIRING = {
-    "__init__", "cache_contents", "cache_teacher", "cli", "cli_cache", "cli_generate", "distill", "runs",
+    "__init__", "cache_contents", "cache_teacher", "cli", "cli_cache", "cli_generate", "cli_tokenizers",
+    "distill", "runs", "sweep",
 }  # fmt: skip
 
 # Anyone's code can use these with nothing but jax.

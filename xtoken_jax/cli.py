@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from xtoken_jax import __version__, cli_cache, cli_generate
+from xtoken_jax import __version__, cli_cache, cli_generate, cli_tokenizers
 from xtoken_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from xtoken_jax.data.sources import SourceConfig
-    from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 _DISTILL_HELP = """\
 arguments are key=value pairs:
@@ -30,6 +25,10 @@ arguments are key=value pairs:
   data.train.text.path=FILE.jsonl      your own text
   hosts=auto mesh=fsdp        on all hosts of a TPU slice or a Slurm job (README: pods)
   train.steps=1000 optimizer.learning_rate=1e-4 data.batch_size=16 run_dir=runs/mine
+
+  -m loss=p_kl,h_kl optimizer.learning_rate=1e-5,5e-5   a run for each combination, in runs/NAME/sweep
+  -m ... hydra/launcher=submitit_slurm                  on a cluster, all at once
+  -m ... hydra/sweeper=optuna hydra.sweeper.n_trials=20 'optimizer.learning_rate=interval(1e-5,1e-3)'
 
 The run's folder gets metrics.jsonl, curves.png, checkpoints/ and student/, an ordinary Hugging
 Face folder. The same command again goes on where a run was interrupted; SIGTERM and Ctrl-C save
@@ -72,19 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _load_pair(options: argparse.Namespace, console: Console) -> TokenizerPair:
-    """The two tokenizers, said on stderr what they are."""
-    from xtoken_jax.tokens.tokenizer import TokenizerPair
-
-    with console.status("loading the tokenizers"):
-        pair = TokenizerPair.load(options.student, options.teacher)
-    for side, tokenizer in (("student", pair.student), ("teacher", pair.teacher)):
-        console.print(f"{side}  {tokenizer.name}: {tokenizer.describe()}", markup=False)
-        if tokenizer.warning:
-            console.print(f"warning: {tokenizer.name}: {tokenizer.warning}", markup=False, style="yellow")
-    return pair
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xtoken",
@@ -106,85 +92,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def takes_pair(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--student", required=True, metavar="DIR", help="Hugging Face folder or hub id")
-        sub.add_argument("--teacher", required=True, metavar="DIR", help="Hugging Face folder or hub id")
-
     sub = command("distill", _distill, "train a student with a teacher, from a config", _DISTILL_HELP)
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    sub.add_argument("-m", "--multirun", action="store_true", help="a sweep: commas part values to try")
+    sub.add_argument("--cfg", choices=["job"], help="print the composed settings and do nothing")
     sub.add_argument("--json", action="store_true", help="print the final figures as JSON on stdout")
 
     sub = command("cache-teacher", cli_cache.run, cli_cache.TEXT, cli_cache.HELP)
     cli_cache.add_arguments(sub)
 
-    sub = command(
-        "audit",
-        _audit,
-        "which tokens the two vocabularies share, and the loss that follows",
-        "next: xtoken distill student.path=DIR teacher.path=DIR data.train.text.path=FILE.jsonl",
-    )
-    takes_pair(sub)
-    sub.add_argument(
-        "--critical",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help='tokens that must not fall out, such as " €"',
-    )
-    sub.add_argument("--critical-file", metavar="FILE", help="a text all of whose tokens must not fall out")
-    sub.add_argument(
-        "--text-file", metavar="DATA", help="measure how much of this text (any data of distill) falls out"
-    )
-    sub.add_argument(
-        "--picture",
-        type=Path,
-        metavar="FILE.png",
-        help="draw coverage, and rows of W beside it (FILE-rows.png)",
-    )
-    sub.add_argument("--json", action="store_true", help="print JSON")
-
-    sub = command(
-        "project",
-        _project,
-        "build W, the projection of the student's vocabulary into the teacher's",
-        "next: xtoken distill ... projection=W.safetensors",
-    )
-    takes_pair(sub)
-    sub.add_argument("--out", required=True, type=Path, metavar="FILE", help="W.safetensors to write")
-    sub.add_argument("--entries", type=int, default=4, metavar="K", help="entries a row at most (4)")
-    sub.add_argument(
-        "--reverse", action="store_true", help="also re-tokenize the teacher's tokens with the student"
-    )
-    sub.add_argument(
-        "--scale-trick",
-        action="store_true",
-        help="set the last of K entries to 0.2, as the official tool can",
-    )
-    sub.add_argument(
-        "--similar-special",
-        action="store_true",
-        help="match special tokens without a common role by spelling",
-    )
-    sub.add_argument("--json", action="store_true", help="print JSON")
-
-    sub = command(
-        "align",
-        _align,
-        "show which tokens of a text pair with which",
-        'example: xtoken align --student DIR --teacher DIR --text "12 + 189 = 201"',
-    )
-    takes_pair(sub)
-    source = sub.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", help="the text itself")
-    source.add_argument("--file", type=Path, help="a UTF-8 file")
-    source.add_argument(
-        "--chat",
-        type=Path,
-        metavar="FILE.json",
-        help='a list of messages {"role": ..., "content": ...}, rendered by each side\'s chat template',
-    )
-    sub.add_argument("--marks", action="store_true", help="with BOS and EOS, as in training")
-    sub.add_argument("--json", action="store_true", help="print JSON")
+    cli_tokenizers.add_commands(command)
 
     sub = command(
         "evaluate",
@@ -229,14 +146,22 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "report",
         _report,
-        "draw a run's curves from its metrics.jsonl",
+        "draw a run's curves from its metrics.jsonl, or rank the runs of a sweep",
         "example: xtoken report runs/quickstart",
     )
-    sub.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of a run or a sweep")
     return parser
 
 
 def _distill(options: argparse.Namespace, console: Console) -> None:
+    if options.cfg:
+        from xtoken_jax.sweep import dump
+
+        print(dump(options.overrides), end="")
+        return
+    if options.multirun:
+        _sweep(options, console)
+        return
     from xtoken_jax.train.signals import StopSignals
 
     with StopSignals() as stop:  # before the imports, which take seconds
@@ -253,7 +178,9 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
     if not first:
         return
     if options.json:
-        _print_json({"loss": result.loss.value, "figures": result.figures, "student": str(result.student)})
+        cli_tokenizers.print_json(
+            {"loss": result.loss.value, "figures": result.figures, "student": str(result.student)}
+        )
         return
     names = list(result.figures["student, untouched"])
     table = Table(title=f"{experiment.name}: held-out figures after {experiment.train.steps} steps")
@@ -268,125 +195,6 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
     console.print(f"metrics  {result.metrics}")
     console.print(f"curves   {result.picture}")
     console.print(f"took     {result.seconds:.0f} s")
-
-
-def _audit(options: argparse.Namespace, console: Console) -> None:
-    from xtoken_jax.coverage.audit import audit
-    from xtoken_jax.display.audit_table import show_audit
-    from xtoken_jax.projection.cache import cached_projection
-
-    critical_text, text = (
-        None if path is None else _read_texts(path) for path in (options.critical_file, options.text_file)
-    )
-    pair = _load_pair(options, console)
-    projection = cached_projection(pair)
-    found = audit(pair, projection, critical_tokens=options.critical, critical_text=critical_text, text=text)
-    if options.json:
-        _print_json(found.to_dict())
-    else:
-        show_audit(found, Console(highlight=False, soft_wrap=True))
-    if options.picture:
-        from xtoken_jax.display.audit_pictures import draw_audit, draw_row
-
-        rows = options.picture.with_stem(options.picture.stem + "-rows")
-        draw_audit(found, options.picture)
-        draw_row(pair, projection, options.critical or None, rows)
-        console.print(f"coverage  {options.picture}\nrows      {rows}")
-
-
-def _read_texts(path: str) -> list[str]:
-    from xtoken_jax.data.shapes import text_of
-    from xtoken_jax.data.sources import read_documents
-
-    return [text_of(document) for document in read_documents(_source(path))]
-
-
-def _source(path: str) -> SourceConfig:
-    """Data that a command names by its path alone: a file with an ending of no kind is a text."""
-    from xtoken_jax.data.sources import SourceConfig, SourceKind, kind_of
-
-    file = Path(path).expanduser()
-    text = file.is_file() and kind_of(file) is None
-    return SourceConfig(kind=SourceKind.text if text else SourceKind.auto, path=path)
-
-
-def _project(options: argparse.Namespace, console: Console) -> None:
-    import time
-    from dataclasses import asdict
-
-    from xtoken_jax.projection.build import ProjectionOptions, build_projection
-    from xtoken_jax.projection.counts import count_rows
-    from xtoken_jax.projection.files import save_projection
-
-    how = ProjectionOptions(
-        options.entries, options.reverse, options.scale_trick, options.similar_special
-    )  # refused before anything is loaded
-    pair = _load_pair(options, console)
-    start = time.perf_counter()
-    projection = build_projection(pair, **asdict(how))
-    seconds = time.perf_counter() - start
-    try:
-        save_projection(options.out, projection, pair, how)
-    except OSError as error:
-        raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
-    counts = count_rows(pair, projection)
-    size, teacher_size = pair.student.size, pair.teacher.size
-    if options.json:
-        shape = {"rows": size, "teacher_size": teacher_size}
-        rest = {"options": asdict(how), "seconds": round(seconds, 3), "file": str(options.out)}
-        _print_json({**shape, **counts, **rest})
-        return
-    table = Table(title=f"W [{size:,} x {teacher_size:,}], {how.entries} entries a row at most")
-    table.add_column("student tokens that have")
-    table.add_column("rows", justify="right")
-    for kind, text in (
-        ("bytes", "the same bytes as a teacher token"),
-        ("role", "the same role as one"),
-        ("similar", "special, a similar spelling"),
-        ("several", "several teacher tokens"),
-        ("repeated", "one teacher token without being its equal, such as 222 -> 2"),
-        ("empty", "none: their mass is dropped"),
-    ):
-        if counts[kind] or kind != "similar":
-            table.add_row(text, f"{counts[kind]:,}")
-    Console(highlight=False, soft_wrap=True).print(table)
-    console.print(f"built in {seconds:.2f} s -> {options.out}")
-
-
-def _align(options: argparse.Namespace, console: Console) -> None:
-    from dataclasses import asdict
-
-    from xtoken_jax.alignment.chat import align_chats
-    from xtoken_jax.alignment.rows import with_document_marks
-    from xtoken_jax.alignment.spans import align_texts
-    from xtoken_jax.display.alignment_table import columns, show_alignment
-
-    file = options.file or options.chat
-    if file is None:
-        text = options.text
-    else:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-    pair = _load_pair(options, console)
-    if options.chat:
-        try:
-            messages = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{file}: not valid JSON ({error})") from error
-        messages = messages.get("messages") if isinstance(messages, dict) else messages
-        if not isinstance(messages, list):
-            raise UserError(f'{file}: neither a list of messages nor {{"messages": [...]}}')
-        (spans,) = align_chats(pair, [messages])
-    else:
-        (spans,) = align_texts(pair, [text])
-    if options.marks:
-        spans = with_document_marks(pair, spans)
-    if options.json:
-        _print_json([asdict(column) for column in columns(pair, spans)])
-    else:
-        show_alignment(pair, spans, Console(highlight=False))
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
@@ -404,7 +212,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     if options.data is None:
         source = SourceConfig(kind=SourceKind.python_docs, split="validation")
     else:
-        source = _source(options.data)
+        source = cli_tokenizers.source_of(options.data)
     data = DataConfig(
         validation={"text": source},
         student_length=options.length,
@@ -432,7 +240,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
                 targets=[row.targets for row in rows],
             )
     if options.json:
-        _print_json({"bits_per_byte": value, "rows": len(rows)})
+        cli_tokenizers.print_json({"bits_per_byte": value, "rows": len(rows)})
     else:
         print(f"{value:.4f} bits per byte over {len(rows)} rows of {options.data or 'Python documentation'}")
 
@@ -450,14 +258,41 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     console.print(f"step {step} of {options.run_folder} -> {options.out}")
 
 
+def _sweep(options: argparse.Namespace, console: Console) -> None:
+    from xtoken_jax.sweep import run_sweep
+
+    folder, jobs = run_sweep(options.overrides, console)
+    _rank(folder, Console(stderr=options.json, highlight=False, soft_wrap=True))
+    if options.json:
+        cli_tokenizers.print_json([job.to_dict() for job in jobs])
+    failed = [job for job in jobs if job.status == "failed"]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} jobs failed, the first with: {failed[0].error}; the same command "
+            "runs them again, and no others"
+        )
+
+
+def _rank(folder: Path, console: Console) -> None:
+    from xtoken_jax.ranking import ranking_table, read_jobs, write_ranking
+    from xtoken_jax.report import draw_sweep
+
+    jobs = read_jobs(folder)
+    write_ranking(folder, jobs)
+    console.print(ranking_table(folder, jobs))
+    console.print(f"ranking  {folder / 'sweep.json'}, {folder / 'sweep.csv'}")
+    if (picture := draw_sweep(folder, jobs)) is not None:
+        console.print(f"curves   {picture}")
+
+
 def _report(options: argparse.Namespace, console: Console) -> None:
+    from xtoken_jax.ranking import is_sweep
     from xtoken_jax.report import draw_curves
 
-    console.print(f"curves   {draw_curves(options.run_folder)}")
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    if is_sweep(options.run_folder):
+        _rank(options.run_folder, Console(highlight=False, soft_wrap=True))
+    else:
+        console.print(f"curves   {draw_curves(options.run_folder)}")
 
 
 if __name__ == "__main__":

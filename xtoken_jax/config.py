@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,15 +14,17 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.sources import SourceKind
 from xtoken_jax.errors import UserError
 from xtoken_jax.hosts import HostsConfig
 from xtoken_jax.losses import LossConfig, LossKind
 from xtoken_jax.mesh import MeshConfig
 from xtoken_jax.models.load import AdapterConfig, Dtype, ModelConfig, Start
+from xtoken_jax.ranking import rises
 from xtoken_jax.resume import ResumeConfig
 from xtoken_jax.train.loop import TrainConfig
 from xtoken_jax.train.optimizer import OptimizerConfig
@@ -31,6 +34,10 @@ _DEFAULT_LOSS = LossConfig()
 _PROJECTION_RATE = OptimizerConfig.projection_learning_rate
 # A wheel carries the configs inside the package; a checkout has them beside it.
 CONFIG_FOLDER = next(f for f in (PACKAGE / "configs", PACKAGE.parent / "configs") if f.is_dir())
+
+# Of Hydra's grammar, in the values of a sweep.
+_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(")
+OmegaConf.register_new_resolver("embedded", lambda path: str(PACKAGE / "assets" / path), replace=True)
 
 
 @dataclass
@@ -65,6 +72,18 @@ _SHARED = ("dynamic_scaling", "max_scale", "kd_weight", "ce_weight", "block")
 
 
 @dataclass
+class SweepConfig:
+    """Of `xtoken distill -m`.
+
+    Attributes:
+        metric: the held-out figure that ranks the jobs and that a search is after, such as "text bits/byte"
+            or "arithmetic accuracy"; null for the first one.
+    """
+
+    metric: str | None = None
+
+
+@dataclass
 class Experiment:
     """One run of `xtoken distill`.
 
@@ -78,6 +97,7 @@ class Experiment:
         baseline: also train the same student for as long without a teacher, to compare with.
         loss, data, optimizer, train, mesh, hosts: see the group of that name.
         resume: what may differ where a run goes on.
+        sweep: of many runs.
     """
 
     name: str = "distill"
@@ -95,6 +115,7 @@ class Experiment:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def validate(self) -> None:
         """Raise UserError for the first value that makes no sense."""
@@ -185,6 +206,11 @@ class Experiment:
                 "would never train; take student.init=weights or student.lora.rank=0"
             )
 
+    def sweep_rises(self) -> bool:
+        """Whether more is better of the figure that a sweep is after."""
+        texts = any(s.kind is not SourceKind.arithmetic for s in self.data.validation.values())
+        return rises(self.sweep.metric or ("bits/byte" if texts else "accuracy"))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         plain = OmegaConf.to_container(OmegaConf.structured(self), resolve=True, enum_to_str=True)
@@ -201,19 +227,39 @@ def load_experiment(overrides: Sequence[str]) -> Experiment:
         UserError: an unknown group, option or key (with the nearest one), a value of the wrong
             type, or values that make no sense together.
     """
-    words = [_checked(override) for override in overrides]
-    if not OmegaConf.has_resolver("embedded"):
-        OmegaConf.register_new_resolver("embedded", lambda path: str(PACKAGE / "assets" / path))
+    words = checked_words(overrides)
     try:
         with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
             composed = compose("distill", overrides=words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from error
+    return experiment_of(composed)
+
+
+def experiment_of(composed: DictConfig, *, validate: bool = True) -> Experiment:
+    """What was composed, typed and checked.
+
+    Raises:
+        UserError: as in `load_experiment`.
+    """
+    try:
         # Merged into the schema only now: a named source may then be begun on the command line.
         typed = OmegaConf.merge(OmegaConf.structured(Experiment), composed)
         experiment = typing.cast(Experiment, OmegaConf.to_object(typed))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from error
-    experiment.validate()
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+    if validate:
+        experiment.validate()
     return experiment
+
+
+def checked_words(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
+    """The words of a command line as Hydra takes them; with `sweep`, commas part the values of a sweep.
+
+    Raises:
+        UserError: an unknown group, option or key, or no word of the form key=value.
+    """
+    return [_checked(override, sweep) for override in overrides]
 
 
 def options_of(group: str) -> list[str]:
@@ -225,7 +271,7 @@ def _groups() -> list[str]:
     return sorted(f.name for f in CONFIG_FOLDER.iterdir() if f.is_dir())
 
 
-def _checked(override: str) -> str:
+def _checked(override: str, sweep: bool) -> str:
     """The override as Hydra takes it: a group's option as it is, a key that exists as "set or add"."""
     key, equals, value = override.partition("=")
     if not equals or not key.strip("+~"):
@@ -235,17 +281,26 @@ def _checked(override: str) -> str:
         return override
     if key in _groups() and "." not in key:
         options = options_of(key)
-        if value not in options:
-            nearest = _nearest(value, options)
-            raise UserError(f"{key}={value}: no such {key}{nearest}; there is {', '.join(options)}")
+        for one in value.split(",") if sweep and not _FUNCTION.match(value) else [value]:
+            if one not in options and not (sweep and _FUNCTION.match(one)):
+                nearest = _nearest(one, options)
+                raise UserError(f"{key}={one}: no such {key}{nearest}; there is {', '.join(options)}")
         return override
     kind = _type_of(key, key.split("."), Experiment)
+    if sweep and _FUNCTION.match(value):
+        return f"++{key}={value}"
     if typing.get_origin(kind) is list:
         return f"++{key}={value}" if value[:1] in ("[", "$") else f"++{key}=[{value}]"
-    if (kind is str or str in typing.get_args(kind)) and value != "null" and value[:1] not in ("'", '"'):
+    if kind is str or str in typing.get_args(kind):
         # A path may hold what Hydra's grammar reads as structure: blanks, commas, "=".
-        value = "'" + value.replace("'", "\\'") + "'"
+        value = ",".join(_quoted(one) for one in (value.split(",") if sweep else [value]))
     return f"++{key}={value}"
+
+
+def _quoted(value: str) -> str:
+    if value == "null" or value[:1] in ("'", '"'):
+        return value
+    return "'" + value.replace("'", "\\'") + "'"
 
 
 def _type_of(key: str, path: list[str], kind: Any) -> Any:
@@ -270,7 +325,7 @@ def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The innermost cause, which names the key and value, without Hydra's advice around it."""
     while error.__cause__ is not None:
         error = error.__cause__

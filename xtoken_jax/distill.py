@@ -201,6 +201,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 frozen=frozen,
                 records=made.records_of,
                 stop=stop,
+                settings=experiment.to_dict(),
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
             )
             from_first(lambda: _save_learnt(folder, state.projections, teachers, pairs))

@@ -1,24 +1,43 @@
-"""The curves of a run, as a picture."""
+"""The curves of a run, and of the runs of a sweep, as pictures."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import write_whole
+from xtoken_jax.ranking import Job
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 
 PICTURE = "curves.png"
 RESULT_FILE = "result.json"
 BASELINE_FOLDER = "no_teacher"
 _RUNS = {"": ("distilled", "tab:blue"), BASELINE_FOLDER: ("without a teacher", "tab:orange")}
+_COLOURED = 10  # jobs of a sweep; the others are gray
 _LEVELS = ("gray", "tab:green", "tab:purple")
-_TRAINING = {"ce": "cross-entropy (nats per token)", "kd": "distillation term (nats per chunk)"}
+_SHARES = {"agreement": "same top token", "lost_mass": "lost by W", "projection_moved": "W has moved"}
+_COLUMNS = 4  # panels side by side
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class _Panel:
+    """Lines over the steps, and levels, by label."""
+
+    title: str
+    lines: list[tuple[str, str, list[tuple[int, float]]]]  # label, colour, points
+    levels: dict[str, float] = field(default_factory=dict)
+    marker: str = ""
 
 
 def draw_curves(run: Path) -> Path:
@@ -39,32 +58,113 @@ def draw_curves(run: Path) -> Path:
     result = run / RESULT_FILE
     figures = json.loads(result.read_text())["figures"] if result.is_file() else {}
     teachers = {row: values for row, values in figures.items() if row.split()[0] == "teacher"}
-    validation = sorted(
-        {name for part in rows.values() for row in part for name in row.get("validation", {})}
-    )
-    panels = [name for name in _TRAINING if any(name in row for row in rows[""])] + validation
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained", dpi=110)
-    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for sub, (label, color) in _RUNS.items():
-            points = [
-                (row["step"], value) for row in rows.get(sub, []) if (value := _value(row, name)) is not None
-            ]
-            if points:
-                marker = "o" if name in validation else ""
-                axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3)
-        for (row, values), color in zip(teachers.items(), _LEVELS * len(teachers), strict=False):
-            if name in values:
-                axes.axhline(values[name], color=color, linestyle=":", label=row)
-        axes.set(title=_TRAINING.get(name, f"held-out {name}"), xlabel="step")
+    panels = [panel for panel in _training(rows) if panel.lines] + _held_out(rows, teachers)
+    columns = min(len(panels), _COLUMNS)
+    grid = -(-len(panels) // columns), columns
+    figure = Figure(figsize=(4.2 * grid[1], 3.4 * grid[0]), layout="constrained", dpi=110)
+    every = figure.subplots(*grid, squeeze=False).flat
+    for panel, axes in zip_longest(panels, every):
+        if panel is None:
+            axes.axis("off")
+        else:
+            _draw(panel, axes)
+    return _save(figure, run / PICTURE)
+
+
+def _training(rows: dict[str, Rows]) -> list[_Panel]:
+    """Cross-entropy; the distillation terms, each teacher's or its parts; and what are shares."""
+    ce = [(*_RUNS[sub], _points(part, "ce")) for sub, part in rows.items()]
+    teachers = list(dict.fromkeys(key[3:] for row in rows[""] for key in row if key.startswith("kd/")))
+    names = [name for name in teachers if "/" not in name]
+    # Of several teachers each one's term, of one alone the parts of its term.
+    terms = names if len(names) > 1 else [name for name in teachers if "/" in name]
+    kd = [("sum" if terms else "distilled", "tab:blue", _points(rows[""], "kd"))]
+    kd += [
+        (name if len(names) > 1 else name.split("/")[1], f"C{place}", _points(rows[""], f"kd/{name}"))
+        for place, name in enumerate(terms, 1)
+    ]
+    shares = [
+        (f"{said}, {name}" if len(names) > 1 else said, _points(rows[""], f"{key}/{name}"))
+        for key, said in _SHARES.items()
+        for name in names
+    ]
+    shown = [(label, f"C{place}", points) for place, (label, points) in enumerate(x for x in shares if x[1])]
+    return [
+        _Panel("cross-entropy (nats per token)", [line for line in ce if line[2]]),
+        _Panel("distillation term (nats per chunk)", [line for line in kd if line[2]]),
+        _Panel("shares", shown),
+    ]
+
+
+def _held_out(rows: dict[str, Rows], teachers: dict[str, dict[str, float]]) -> list[_Panel]:
+    """A panel for each figure, with the teachers' as levels."""
+    names = sorted({name for part in rows.values() for row in part for name in row.get("validation", {})})
+    panels = []
+    for name in names:
+        lines = []
+        for sub, part in rows.items():
+            found = [{"step": row["step"], **row["validation"]} for row in part if "validation" in row]
+            lines.append((*_RUNS[sub], _points(found, name)))
+        levels = {row: values[name] for row, values in teachers.items() if name in values}
+        panels.append(_Panel(f"held-out {name}", [line for line in lines if line[2]], levels, "o"))
+    return panels
+
+
+def _draw(panel: _Panel, axes: Axes) -> None:
+    for label, color, points in panel.lines:
+        axes.plot(*zip(*points, strict=True), color=color, label=label, marker=panel.marker, markersize=3)
+    for (label, value), color in zip(panel.levels.items(), cycle(_LEVELS), strict=False):
+        axes.axhline(value, color=color, linestyle=":", label=label)
+    axes.set(title=panel.title, xlabel="step")
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _points(rows: Rows, name: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+
+
+def draw_sweep(folder: Path, jobs: Sequence[Job]) -> Path | None:
+    """Draw the held-out figures of a sweep's jobs over the steps, the best ones in colour.
+
+    Args:
+        folder: the sweep's.
+        jobs: the best first.
+
+    Returns:
+        The path of the PNG; None where no job has a figure yet.
+    """
+    rows = {job.folder.name: _validations(job.folder) for job in jobs}
+    rows = {name: found for name, found in rows.items() if found}
+    names = list(dict.fromkeys(name for found in rows.values() for _, values in found for name in values))
+    if not names:
+        return None
+    size = 4.6 * len(names), 3.8 + 0.2 * min(len(rows), _COLOURED)
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    lines: dict[str, Any] = {}
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for place, (job, found) in enumerate(rows.items()):
+            points = [(step, values[name]) for step, values in found if name in values]
+            color = f"C{place}" if place < _COLOURED else "lightgray"
+            look: dict[str, Any] = {"color": color, "zorder": 3 - place / len(rows), "marker": "o"}
+            (line,) = axes.plot(*zip(*points, strict=True), markersize=3, **look)
+            lines.setdefault(job if place < _COLOURED else "others", line)
+        axes.set(title=f"held-out {name}", xlabel="step")
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    path = run / PICTURE
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", fontsize=8)
+    return _save(figure, folder / PICTURE)
+
+
+def _validations(run: Path) -> list[tuple[int, dict[str, float]]]:
+    path = run / METRICS_FILE
+    rows = read_metrics(path) if path.is_file() else []
+    return [(row["step"], row["validation"]) for row in rows if "validation" in row]
+
+
+def _save(figure: Figure, path: Path) -> Path:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_whole(path, picture.getvalue())
     return path
-
-
-def _value(row: dict[str, Any], name: str) -> float | None:
-    return row.get(name) if name in _TRAINING else row.get("validation", {}).get(name)

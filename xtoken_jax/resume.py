@@ -8,7 +8,8 @@ from typing import Any
 # Where a run is, how it is spread over devices and how often it saves changes no number in it, and how it
 # meets a loss that is not finite none before that.
 FREE = (
-    "run_dir", "resume", "mesh", "train.save_every", "train.keep", "train.non_finite", "train.max_skips",
+    "run_dir", "resume", "sweep", "mesh", "train.save_every", "train.keep", "train.non_finite",
+    "train.max_skips", "train.tensorboard", "train.wandb",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE
 from xtoken_jax.models.load import open_model
 from xtoken_jax.models.lora import join_lora, split_lora
 from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.report import RESULT_FILE
 from xtoken_jax.resume import Difference, covers, differences
 from xtoken_jax.tokens.tokenizer import Tokenizer
 from xtoken_jax.train.checkpoint import Checkpoints
@@ -38,6 +39,7 @@ from xtoken_jax.train.step import abstract_state
 
 RUN_FILE = "run.json"  # the settings, and beside them:
 CONTENTS = "contents"
+SWEEP_FOLDER = "sweep"  # of runs that were swept from the same name; not of this one
 CHANGES = "changes"  # what differed, one line each, where a run went on all the same
 _PATIENCE = 30.0  # seconds until what one host writes is seen by all
 _NAMED = 3  # differences that an error names
@@ -184,7 +186,7 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
             )
         if there is not None and not different:
             return []
-    elif run.exists() and (not run.is_dir() or set(run.iterdir()) - {partial_path(path)}):
+    elif run.exists() and (not run.is_dir() or set(run.iterdir()) - {partial_path(path), run / SWEEP_FOLDER}):
         raise UserError(f"{run}: exists and is not a run's folder; choose another run_dir=...")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -197,19 +199,33 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
     return different
 
 
+def finished(run: Path, experiment: Experiment) -> dict[str, Any] | None:
+    """What result.json says of a run with these very settings; None where it has not ended, or is another."""
+    if not ((run / RUN_FILE).is_file() and (run / RESULT_FILE).is_file()):
+        return None
+    begun, _, _ = _read(run / RUN_FILE)
+    different = differences(_settings(begun), _settings(experiment))
+    return None if different else _read_object(run / RESULT_FILE)
+
+
 def _flat_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[Difference]:
     keys = dict.fromkeys([*there, *here])
     return [Difference(k, there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
 
 
-def _read(path: Path) -> tuple[Experiment, dict[str, str] | None, list[str]]:
-    """Settings, contents and changes; a setting that came up after the run began is as by default."""
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); choose another run_dir=...") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no settings of a run; choose another run_dir=...")
+        raise UserError(f"{path}: holds nothing of a run; choose another run_dir=...")
+    return found
+
+
+def _read(path: Path) -> tuple[Experiment, dict[str, str] | None, list[str]]:
+    """Settings, contents and changes; a setting that came up after the run began is as by default."""
+    found = _read_object(path)
     made_of, changes = found.pop(CONTENTS, None), found.pop(CHANGES, [])
     try:
         typed = OmegaConf.merge(OmegaConf.structured(Experiment), found)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog
 from xtoken_jax.train.non_finite import NonFinite, NonFiniteLossError, RecordsOf, Skips
 from xtoken_jax.train.signals import Stopped, StopSignals
 from xtoken_jax.train.step import Metrics, Step, TrainState
+from xtoken_jax.train.trackers import Trackers, WandbConfig, check_installed
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -45,6 +46,8 @@ class TrainConfig:
         non_finite: stop at a loss or gradient that is not finite, or skip: the step changes nothing, and
             the next batch follows.
         max_skips: steps that may be skipped in a row.
+        tensorboard: also write what metrics.jsonl holds for TensorBoard.
+        wandb: likewise, to Weights & Biases.
     """
 
     steps: int = 5000
@@ -56,6 +59,8 @@ class TrainConfig:
     seed: int = 0
     non_finite: NonFinite = NonFinite.stop
     max_skips: int = 10
+    tensorboard: bool = False
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
@@ -65,6 +70,7 @@ class TrainConfig:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}")
+        check_installed(self.tensorboard, self.wandb)
 
     def logged(self, number: Any) -> Any:
         """Whether a step, an int or an array of one, has a line in metrics.jsonl."""
@@ -89,6 +95,7 @@ def train(
     records: RecordsOf | None = None,
     stop: StopSignals | None = None,
     seconds_at_peak: float | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Train to `config.steps`, from the newest checkpoint in `folder` if it holds one.
 
@@ -106,6 +113,7 @@ def train(
         stop: signals to leave at, with a checkpoint.
         seconds_at_peak: what a step would take if the devices did nothing but its models' arithmetic, at
             their peak; None where that is not known.
+        settings: of the experiment, to show beside the metrics.
 
     Returns:
         The last state.
@@ -138,8 +146,21 @@ def train(
             TextColumn("{task.fields[shown]}"),
         )  # fmt: skip
         started, tokens = time.perf_counter(), 0
-        with Progress(*columns, console=console, disable=first >= config.steps) as progress, stop.held():
+        trackers = Trackers(
+            folder,
+            log.kept,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            title=title,
+            settings=settings,
+        )
+        shown_on = Progress(*columns, console=console, disable=first >= config.steps)
+        with trackers, shown_on as progress, stop.held():
             bar = progress.add_task(title, total=config.steps, completed=first, shown="")
+
+            def write(number: int, values: dict[str, Any]) -> None:
+                log.write(number, values)
+                trackers.write(number, values)
 
             def evaluate_at(number: int) -> None:
                 nonlocal started
@@ -147,7 +168,7 @@ def train(
                 progress.update(bar, completed=number, shown="evaluating")
                 with stop.at_once():
                     figures = evaluate(join_lora(state.params, frozen))
-                log.write(number, {"validation": figures})
+                write(number, {"validation": figures})
                 progress.update(bar, shown=shown)
                 started += time.perf_counter() - begun  # tokens per second are those of training
 
@@ -190,7 +211,7 @@ def train(
                     speed: dict[str, float] = {"tokens_per_second": round(rate)}
                     if seconds_at_peak is not None:
                         speed["flops_utilization"] = seconds_at_peak * (number - first) / elapsed
-                    log.write(number, {**values, **skips.counted(), **speed})
+                    write(number, {**values, **skips.counted(), **speed})
                     checkpoints.check()
                     if values.get("kd_scale_capped") and not warned:
                         warned = True

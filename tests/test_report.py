@@ -1,0 +1,87 @@
+"""Pictures of a run and of a sweep: which lines they hold."""
+
+import json
+
+import pytest
+from matplotlib.figure import Figure
+
+from xtoken_jax.errors import UserError
+from xtoken_jax.ranking import Job
+from xtoken_jax.report import draw_curves, draw_sweep
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The last figure that was saved, as {title: {label: values}}."""
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *args, **options):
+        figures.append(figure)
+        return save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+
+    def read():
+        return {
+            axes.get_title(): {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+            for axes in figures[-1].axes
+            if axes.get_title()
+        }
+
+    return read
+
+
+def write(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_of_one_teacher_the_parts_of_its_term_and_the_shares(drawn, tmp_path):
+    row = {
+        "ce": 3.0, "kd": 0.5, "kd/teacher": 0.5, "kd/teacher/common": 0.3, "kd/teacher/uncommon": 0.2,
+        "agreement/teacher": 0.4, "lost_mass/teacher": None,
+    }  # fmt: skip
+    write(
+        tmp_path, [{"step": 1, **row}, {"step": 2, **row, "ce": 2.0}, {"step": 2, "validation": {"x": 1.5}}]
+    )
+    write(tmp_path / "no_teacher", [{"step": 2, "ce": 2.5}])
+    result = {"figures": {"teacher": {"x": 1.0}, "distilled": {"x": 1.5}}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert draw_curves(tmp_path) == tmp_path / "curves.png"
+    assert drawn() == {
+        "cross-entropy (nats per token)": {"distilled": [3.0, 2.0], "without a teacher": [2.5]},
+        "distillation term (nats per chunk)": {"sum": [0.5] * 2, "common": [0.3] * 2, "uncommon": [0.2] * 2},
+        "shares": {"same top token": [0.4, 0.4]},
+        "held-out x": {"distilled": [1.5], "teacher": [1.0, 1.0]},
+    }
+
+
+def test_several_teachers_have_a_line_each_by_name(drawn, tmp_path):
+    row = {"ce": 3.0, "kd": 0.5, "kd/teacher": 0.3, "kd/twin": 0.7, "kd/teacher/start": 0.3}
+    row |= {"agreement/teacher": 0.4, "agreement/twin": 0.5, "lost_mass/twin": 0.1}
+    write(tmp_path, [{"step": 1, **row}])
+    draw_curves(tmp_path)
+    assert drawn()["distillation term (nats per chunk)"] == {"sum": [0.5], "teacher": [0.3], "twin": [0.7]}
+    assert drawn()["shares"] == {
+        "same top token, teacher": [0.4], "same top token, twin": [0.5], "lost by W, twin": [0.1],
+    }  # fmt: skip
+
+
+def test_without_a_teacher_there_is_no_empty_panel(drawn, tmp_path):
+    write(tmp_path, [{"step": 1, "ce": 3.0}])
+    draw_curves(tmp_path)
+    assert [*drawn()] == ["cross-entropy (nats per token)"]
+    with pytest.raises(UserError, match="not a run"):
+        draw_curves(tmp_path / "none")
+
+
+def test_a_sweep_is_its_runs_in_one_panel_for_each_figure(drawn, tmp_path):
+    jobs = []
+    for place in range(12):
+        write(tmp_path / f"job{place}", [{"step": s, "validation": {"x": place + s}} for s in (0, 1)])
+        jobs.append(Job(tmp_path / f"job{place}", [f"a={place}"], "1", "finished", figures={"x": 1.0}))
+    jobs.append(Job(tmp_path / "none", ["a=99"], "1", "failed"))
+    draw_sweep(tmp_path, jobs)
+    lines = drawn()["held-out x"]
+    assert sorted(lines.values()) == [[place, place + 1] for place in range(12)]
+    assert draw_sweep(tmp_path, jobs[-1:]) is None

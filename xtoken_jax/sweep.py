@@ -1,0 +1,182 @@
+"""Many runs from one command: Hydra's sweepers choose them, its launchers start them, each is resumable."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import secrets
+import time
+import traceback
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from xtoken_jax.config import CONFIG_FOLDER, Experiment, checked_words, experiment_of, one_line
+from xtoken_jax.errors import UserError
+from xtoken_jax.files import write_whole
+from xtoken_jax.ranking import JOB_FILE, Job, read_jobs
+from xtoken_jax.runs import SWEEP_FOLDER, finished
+
+_HYDRA_FOLDER = "hydra"  # Hydra's own files, and the logs of a scheduler
+_LONGEST = 120  # characters of a job's folder
+# What these words of Hydra's choose -> the module that must be there, and the extra that brings it.
+_PLUGINS = {
+    "hydra/launcher=submitit": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
+    "hydra/sweeper=optuna": ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
+}
+
+
+def run_sweep(words: Sequence[str], console: Console) -> tuple[Path, list[Job]]:
+    """Run `xtoken distill -m`.
+
+    Args:
+        words: as on the command line, with commas or Hydra's functions where a key is swept, and Hydra's own
+            settings, such as hydra/launcher=submitit_slurm.
+        console: where it is said what becomes of the jobs.
+
+    Returns:
+        The sweep's folder, and the jobs that this command ran or found finished.
+
+    Raises:
+        UserError: a word that makes no sense, or a sweeper that gave up. A job that fails is no error: it is
+            told, and the others go on.
+    """
+    for start, (module, extra) in _PLUGINS.items():
+        if any(word.startswith(start) for word in words) and not _installed(module):
+            raise UserError(f"{start}: not installed; pip install 'xtoken-jax[{extra}]'")
+    words = checked_words(words, sweep=True)
+    own = [word for word in words if not word.startswith("hydra")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(own)
+        swept = {_key(word) for word, found in zip(own, parsed, strict=True) if found.is_sweep_override()}
+        fixed = [word for word in own if _key(word) not in swept]
+        with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
+            base = experiment_of(compose("distill", overrides=fixed), validate=False)
+        folder = Path(base.run_dir).expanduser().resolve() / SWEEP_FOLDER
+        number = secrets.token_hex(4)
+        job = partial(run_job, folder=folder, fixed={_key(word) for word in fixed}, sweep=number)
+        with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            settings = [*_settings(folder, base, words), *words]
+            hydra.multirun("distill", job, settings, with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from error
+    return folder, [job for job in read_jobs(folder) if job.sweep == number]
+
+
+def _settings(folder: Path, base: Experiment, words: Sequence[str]) -> list[str]:
+    """What Hydra is told of a sweep, unless the command says otherwise."""
+    own = str(folder / _HYDRA_FOLDER).replace("'", "\\'")
+    settings = [f"hydra.sweep.dir='{own}'", "hydra.output_subdir=null"]
+    settings += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    if any(word.startswith("hydra/sweeper=optuna") for word in words):
+        direction = "maximize" if base.sweep_rises() else "minimize"
+        settings += [f"hydra.sweeper.direction={direction}", "hydra.sweeper.max_failure_rate=1.0"]
+    named = {_key(word) for word in words}
+    return [word for word in settings if _key(word) not in named]
+
+
+def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) -> float | None:
+    """One job, in whatever process Hydra's launcher put it.
+
+    Returns:
+        The figure that the sweep is after; None if the job failed.
+    """
+    from xtoken_jax.distill import distill
+    from xtoken_jax.train.signals import Stopped, StopSignals
+
+    console = Console(highlight=False, soft_wrap=True)
+    # Of a key that is given twice, the last value holds.
+    last = {_key(word): word.lstrip("+") for word in HydraConfig.get().overrides.task}
+    overrides = [word for key, word in last.items() if key not in fixed]
+    run = folder / _name(overrides)
+    console.print(f"[bold]{run.name}[/bold]")
+    job = Job(run, overrides, sweep, "running")
+    begun = time.perf_counter()
+    try:
+        config.run_dir = str(run)
+        experiment = experiment_of(config)
+        result = finished(run, experiment)
+        if result is None:
+            _write(job)
+            with StopSignals() as stop:
+                distill(experiment, console, stop)
+            result = finished(run, experiment)
+            assert result is not None
+        else:
+            console.print("[dim]finished before[/dim]")
+        *_, figures = result["figures"].values()
+        name = experiment.sweep.metric or next(iter(figures))
+        if name not in figures:
+            raise UserError(f"sweep.metric={name}: no such held-out figure; there is {', '.join(figures)}")
+        _write(replace(job, status="finished", loss=result["loss"], figures=figures, metric=name))
+        return figures[name]
+    except Stopped:
+        _write(replace(job, status="stopped"))
+        raise
+    except Exception as error:  # whatever it is, the other jobs are not to suffer
+        first = (str(error).strip().splitlines() or [""])[0]
+        told = first if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {first}"
+        console.print(f"failed   {told}", markup=False, style="red")
+        _write(replace(job, status="failed", error=told))
+        if not isinstance(error, UserError | OSError):
+            console.print(traceback.format_exc(), markup=False, style="dim")
+        return None
+    finally:
+        _forget_programs()
+        console.print(f"[dim]{time.perf_counter() - begun:.0f} s[/dim]")
+
+
+def _write(job: Job) -> None:
+    """Beside the run's folder, which is the run's own."""
+    path = job.folder.with_name(job.folder.name + JOB_FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(job.to_dict(), indent=2) + "\n")
+
+
+def _forget_programs() -> None:
+    """The compiled programs of one job are of no use to the next."""
+    import jax
+
+    jax.clear_caches()
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
+
+
+def _name(overrides: Sequence[str]) -> str:
+    """A job's folder: what it is swept to; a checksum tells apart what is too long or has other signs."""
+    whole = ",".join(overrides) or "all"
+    plain = "".join(c if c.isalnum() or c in "=,.-_+" else "_" for c in whole)
+    if plain == whole and len(plain) <= _LONGEST:
+        return plain
+    return f"{plain[: _LONGEST - 9]}-{zlib.crc32(whole.encode()):08x}"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def dump(words: Sequence[str]) -> str:
+    """The composed experiment as YAML."""
+    from xtoken_jax.config import load_experiment
+
+    found: Any = OmegaConf.create(load_experiment(words).to_dict())
+    return OmegaConf.to_yaml(found)
