@@ -177,5 +177,9 @@ def export_checkpoint(
             raise UserError(f"{run}: holds no checkpoint yet")
         state, _ = checkpoints.restore(found, abstract_state(student, optimizer, mesh))
     params = join_lora(state.params, frozen)
-    export_hf(out, student, params, folder, dtype=dtype, max_shard_size=max_shard_size, donate=True)
+    template = experiment.student.chat_template
+    export_hf(
+        out, student, params, folder,
+        dtype=dtype, max_shard_size=max_shard_size, donate=True, chat_template=template,
+    )  # fmt: skip
     return found

@@ -55,7 +55,7 @@ class JsonLines:
         place, line = self._place(number)
         file, starts = self._files[place], self._starts[place]
         start, end = int(starts[line]), int(starts[line + 1]) if line + 1 < len(starts) else file.size
-        raw = file.read(start, end)
+        raw = file.read(start, end).strip()
         if file is not self._given[place]:
             self._given[place].check()
         try:
