@@ -102,7 +102,9 @@ def test_steps_move_the_adapters_alone_and_the_same_on_every_mesh(words):
 
     # the gradient is that of the whole model, cut down to the adapters
     def objective(params):
-        values = logits(*student(params, batch.student.ids))[..., : pair.student.size]
+        values = logits(*student(params, batch.student.ids, segments=batch.student.segments))[
+            ..., : pair.student.size
+        ]
         return masked_mean(*next_token_cross_entropy(values, batch.student.ids, batch.student.targets))
 
     whole = jax.jit(jax.grad(objective))(start)

@@ -85,14 +85,17 @@ def test_two_teachers_are_the_objective_put_together_by_hand(words, block, dynam
         teachers = {name: Teacher(models[name], terms[name], WEIGHTS[name]) for name in terms}
         loss = LossConfig(block=block, dynamic_scaling=dynamic, kd_weight=0.7, ce_weight=0.4)
         objective = Objective(models["student"], teachers, loss, size)
-        read = {name: models[name](params[name], batch.teachers[name].rows.ids) for name in teachers}
+        rows = {name: batch.teachers[name].rows for name in teachers}
+        read = {name: models[name](params[name], r.ids, segments=r.segments) for name, r in rows.items()}
 
         def found(params):
-            of_student = models["student"](params, batch.student.ids)
+            of_student = models["student"](params, batch.student.ids, segments=batch.student.segments)
             return objective.join(objective.means(of_student, read, tables, batch), batch)
 
         def by_hand(params):
-            student_logits = logits(*models["student"](params, batch.student.ids))[..., :size]
+            student_logits = logits(
+                *models["student"](params, batch.student.ids, segments=batch.student.segments)
+            )[..., :size]
             ce = masked_mean(
                 *next_token_cross_entropy(student_logits, batch.student.ids, batch.student.targets)
             )

@@ -243,11 +243,15 @@ def test_a_step_is_the_objective_put_together_by_hand(words, block, dynamic, sof
         def capped(raw, cap):
             return raw if cap is None else cap * jnp.tanh(raw / cap)
 
-        teacher_logits = capped(logits(*teacher(teacher_params, rows.rows.ids)), softcaps[1])
+        teacher_logits = capped(
+            logits(*teacher(teacher_params, rows.rows.ids, segments=rows.rows.segments)), softcaps[1]
+        )
         chunks = valid_chunks(rows.alignment)
 
         def by_hand(params):
-            student_logits = logits(*student(params, batch.student.ids))[..., : pair.student.size]
+            student_logits = logits(*student(params, batch.student.ids, segments=batch.student.segments))[
+                ..., : pair.student.size
+            ]
             student_logits = capped(student_logits, softcaps[0])
             log_p = jax.nn.log_softmax(student_logits[:, :-1], axis=-1)
             labels, counted = batch.student.ids[:, 1:], learnt[:, 1:]
