@@ -166,8 +166,10 @@ WEIGHTED = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("config", [CONFIG, WEIGHTED, dataclasses.replace(CONFIG, pack=False)])
-@pytest.mark.parametrize("taken", [0, 1, 4, 31])
+@pytest.mark.parametrize(
+    ("config", "taken"),
+    [(CONFIG, 0), (CONFIG, 31), (WEIGHTED, 4), (dataclasses.replace(CONFIG, pack=False), 7)],
+)
 def test_a_saved_position_resumes_exactly(config, taken):
     """Across epochs too, and in a new process: the state is all that is handed over."""
     batches = batches_of(config)
@@ -191,12 +193,12 @@ def test_the_batches_are_the_same_on_any_number_of_hosts_and_threads(hosts):
         batches_of(config, rows=slice(host * size, (host + 1) * size), threads=1 + 2 * host)
         for host in range(hosts)
     ]
-    for number in range(1, 13):
+    for number in range(1, 9):
         expected, found = next(whole), [next(part) for part in parts]
         joined = [np.concatenate(same_leaf) for same_leaf in zip(*map(leaves, found), strict=True)]
         assert same(expected, joined)
         assert whole.records == [row for part in parts for row in part.records]
-        if number == 6:
+        if number == 4:
             # They go on from one another's states too.
             lanes = {}
             for part in parts:
@@ -215,20 +217,6 @@ def test_another_batch_size_goes_on_at_about_the_same_place():
     after = sum(lane["taken"][""] for lane in other.get_state()["lanes"].values())
     assert before <= after < before + 4
     assert next(other).student.ids.shape == (4, 16)
-
-
-@pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 9.0)])
-def test_the_tokens_of_sources_follow_their_weights(shares):
-    train = {name: SourceConfig(weight=weight) for name, weight in zip(MANY, shares, strict=True)}
-    config = dataclasses.replace(CONFIG, train=train, batch_size=4)
-    batches = batches_of(config)
-    tokens = dict.fromkeys(MANY, 0)
-    for batch in (next(batches) for _ in range(150)):
-        for row, records in zip(batch.student.segments, batches.records, strict=True):
-            for segment, record in enumerate(records, 1):
-                tokens[record.source] += int((row == segment).sum())
-    found = tokens["second"] / sum(tokens.values())
-    assert abs(found - shares[1] / sum(shares)) < 0.03
 
 
 def test_packing_leaves_less_padding():

@@ -103,8 +103,7 @@ class Lane:
         """Of slot r in 0 .. B - 1; streams as `streams_of` returns them for the weights."""
         self._slot, self._streams, self._encode, self._config = slot, streams, encode, config
         self._weights = weights
-        phases = np.random.default_rng([config.seed, slot]).random(len(streams)) * config.student_length
-        self._phases = dict(zip(streams, phases.tolist(), strict=True))  # lanes begin in different sources
+        self._phases: dict[str, float] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -156,7 +155,13 @@ class Lane:
         weights = self._weights
         if weights is None:
             return ""
-        return min(weights, key=lambda name: self._tokens[name] / weights[name] + self._phases[name])
+        if self._phases is None:
+            # Lanes begin at different places of the turns that their sources take.
+            draws = np.random.default_rng([self._config.seed, self._slot]).random(len(weights)).tolist()
+            lengths = (len(student_of(self._encoded(name, 0, keep=True))) for name in weights)
+            self._phases = {n: draw * length for n, draw, length in zip(weights, draws, lengths, strict=True)}
+        phases = self._phases
+        return min(weights, key=lambda name: (self._tokens[name] + phases[name]) / weights[name])
 
     def _pieces(self, stream: str, number: int) -> list[_Piece]:
         """The parts of the lane's document of that number, in the order in which they come."""
@@ -168,7 +173,7 @@ class Lane:
             order = np.random.default_rng([self._config.seed, place]).permutation(len(parts)).tolist()
         return [_Piece(stream, number, Record(source, document, part), parts[part]) for part in order]
 
-    def _encoded(self, stream: str, number: int) -> Part:
+    def _encoded(self, stream: str, number: int, *, keep: bool = False) -> Part:
         if (stream, number) not in self._ahead:
             numbers = range(number, number + self._at_once)
             of = self._streams[stream]
@@ -177,7 +182,7 @@ class Lane:
             tokens = sum(len(student_of(row)) for row in rows)
             fitting = _TOKENS_AT_ONCE * len(rows) // max(tokens, 1)
             self._at_once = min(max(fitting, 1), _DOCUMENTS_AT_ONCE)
-        return self._ahead.pop((stream, number))
+        return self._ahead[stream, number] if keep else self._ahead.pop((stream, number))
 
     def get_state(self) -> State:
         """Where the lane is; the parts themselves are made again."""
