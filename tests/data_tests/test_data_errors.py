@@ -1,5 +1,6 @@
 """Files and datasets that are damaged, missing, or change while they are read: one line each."""
 
+import errno
 import gzip
 import json
 import os
@@ -148,3 +149,17 @@ def test_no_room_for_copies(tmp_path, monkeypatch):
         "DIR/file/data: no copy for random access can be kept there (Not a directory); XTOKEN_CACHE=FOLDER "
         "names another place"
     )
+
+
+def test_a_full_disk_leaves_no_copy(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    line = refusal(lambda: read(tmp_path / "a.jsonl.gz"), tmp_path)
+    assert line.startswith(
+        "DIR/cache/data: no copy for random access can be kept there (No space left on device)"
+    )
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
