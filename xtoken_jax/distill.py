@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from xtoken_jax.losses import LossKind, loss_tables
 from xtoken_jax.losses.objective import LossTables, VocabularySizes
 from xtoken_jax.mesh import make_mesh, place, replicated, rows_here
 from xtoken_jax.models.decoder import Model, Params
-from xtoken_jax.models.load import Start, open_model
+from xtoken_jax.models.load import ModelConfig, Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.files import load_projection, save_projection
@@ -127,11 +128,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         )
     configs = experiment.every_teacher()
     with jax.set_mesh(mesh):
-        tokenizer = Tokenizer.load(str(experiment.student.path))
-        pairs = {
-            name: TokenizerPair(tokenizer, Tokenizer.load(str(config.path)))
-            for name, config in configs.items()
-        }
+        tokenizer = _tokenizer(experiment.student)
+        pairs = {name: TokenizerPair(tokenizer, _tokenizer(config)) for name, config in configs.items()}
         key = jax.random.key(experiment.train.seed)
         _name(console, "student", tokenizer)
         student, params = open_model(experiment.student, tokenizer.size, mesh=mesh, key=key)
@@ -164,6 +162,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 for part, texts in (("train", train_text), ("validation", held_out_text))
             },
         )
+        made_of |= _chat_templates(tokenizer, pairs, [*train_text.values(), *held_out_text.values()])
         for name, cache in teachers.caches.items():
             made_of |= {f"{_group(name)}.cache": cache.index.checksum}
         agree_on(made_of)
@@ -236,7 +235,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         out = run / STUDENT_FOLDER
         dtype = experiment.export_dtype.value
         folder = resolve_folder(str(experiment.student.path), weights=False)
-        export_hf(out, student, trained, folder, dtype=dtype, donate=True)
+        template = experiment.student.chat_template
+        export_hf(out, student, trained, folder, dtype=dtype, donate=True, chat_template=template)
     kind = kinds.get(FIRST_TEACHER, LossKind.none)
     result: dict[str, object] = {"loss": kind.value, "figures": figures}
     if len(kinds) > 1:
@@ -265,6 +265,22 @@ def _seconds_at_peak(
     live = {name: teacher.model for name, teacher in teachers.items() if teacher.model is not None}
     read = [(model, data.length_of(name)) for name, model in live.items()]
     return None if peak is None else step_flops(student, read, data.batch_size, data.student_length) / peak
+
+
+def _tokenizer(config: ModelConfig) -> Tokenizer:
+    return Tokenizer.load(str(config.path), chat_template=config.chat_template)
+
+
+def _chat_templates(student: Tokenizer, pairs: Pairs, texts: Sequence[Documents]) -> dict[str, str]:
+    """Key -> fingerprint of each side's chat template, where there are conversations to render."""
+    if not any(documents.shape.messages for documents in texts):
+        return {}
+    teachers = {_group(name): pair.teacher for name, pair in pairs.items() if pair.teacher is not student}
+    sides = {"student": student} | teachers
+    return {
+        f"{side}.chat_template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16]
+        for side, tokenizer in sides.items()
+    }
 
 
 def _name(console: Console, side: str, tokenizer: Tokenizer) -> None:

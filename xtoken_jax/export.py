@@ -37,6 +37,7 @@ def export_hf(
     dtype: str = "float32",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     donate: bool = False,
+    chat_template: str | None = None,
 ) -> Path:
     """Writes config.json, safetensors and the student's tokenizer files; returns `out_dir`.
 
@@ -55,6 +56,7 @@ def export_hf(
             as it was read. (Training runs in float32: for a trained student this rounds.)
         max_shard_size: bytes of weights in a file, a number or such as "5GB"; see `save_weights`.
         donate: merge adapters in the memory of `params`, which cannot be used afterwards.
+        chat_template: a Jinja file in place of the folder's template.
 
     Raises:
         UserError: a folder in the way that is not an export, no tokenizer folder, no weights there for
@@ -84,6 +86,8 @@ def export_hf(
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
+        if chat_template is not None:
+            shutil.copyfile(Path(chat_template).expanduser(), partial / "chat_template.jinja")
         for path in [*partial.iterdir(), partial]:
             to_disk(path)
         _swap_in(partial, out)

@@ -282,5 +282,9 @@ def export_checkpoint(
         learnt = abstract_learnt(checkpoints.projection_shapes(found), of_projections, mesh)
         state, _ = checkpoints.restore(found, abstract_state(student, optimizer, mesh, learnt))
     params = join_lora(state.params, frozen)
-    export_hf(out, student, params, folder, dtype=dtype, max_shard_size=max_shard_size, donate=True)
+    template = experiment.student.chat_template
+    export_hf(
+        out, student, params, folder,
+        dtype=dtype, max_shard_size=max_shard_size, donate=True, chat_template=template,
+    )  # fmt: skip
     return found

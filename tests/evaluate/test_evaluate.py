@@ -84,6 +84,31 @@ def test_bits_per_byte_by_hand(pair_folders, tokenizer, softcap):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_bits_per_byte_of_what_is_to_be_learnt(pair_folders, tokenizer):
+    """Of a completion: as much as the whole costs more than the prompt, over its own bytes."""
+    model, params = load_model(pair_folders[0])
+    prompt, completion = "12+30=", "42\n"
+    rows = [
+        np.concatenate([[0], tokenizer.encode(text)]).astype(np.int32)
+        for text in (prompt, prompt + completion)
+    ]
+    bits = [
+        bits_per_byte(model, params, tokenizer, [row], batch_size=1, length=16) * len(text)
+        for row, text in zip(rows, (prompt, prompt + completion), strict=True)
+    ]
+    targets = np.arange(len(rows[1])) >= len(rows[0])
+    found = bits_per_byte(
+        model,
+        params,
+        tokenizer,
+        rows,
+        batch_size=2,
+        length=16,
+        targets=[np.zeros(len(rows[0]), bool), targets],
+    )
+    np.testing.assert_allclose(found, (bits[1] - bits[0]) / len(completion), rtol=1e-4)
+
+
 def test_rows_fill_the_last_batch():
     rows = [np.array([i]) for i in range(5)]
     batches = list(in_batches(rows, 2))

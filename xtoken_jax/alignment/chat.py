@@ -171,7 +171,8 @@ def _locate(
     template = tokenizer.chat_template
     if template is None:
         raise UserError(
-            f"{tokenizer.name}: no chat template; give one (chat_template.jinja in its folder), or plain text"
+            f"{tokenizer.name}: no chat template for conversations; put a chat_template.jinja into its "
+            "folder, or name such a file with student.chat_template or teacher.chat_template"
         )
     ids, spans, faithful, learnt, text_starts = [], [], [], [], [0]
     texts = [render(tokenizer, template, c, functools.partial(where, b)) for b, c in enumerate(conversations)]

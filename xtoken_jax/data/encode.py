@@ -128,7 +128,7 @@ def read_parts(
     """All parts of each source's documents, in the order of its text.
 
     Raises:
-        UserError: a source whose text is too short for a part of two tokens.
+        UserError: a source that is too short for a part with a token to learn.
     """
     found = {}
     for name, texts in documents.items():
@@ -139,7 +139,7 @@ def read_parts(
             for part in cut_parts(row, config)
         ]
         if not found[name]:
-            raise UserError(f"source {name!r}: its text is too short, no row has two tokens")
+            raise UserError(f"source {name!r}: its text is too short, no row has a token to learn")
     return found
 
 
@@ -166,4 +166,4 @@ def check_text(
         ):
             first, at_once = first + at_once, _AT_ONCE
         if first >= len(texts):
-            raise UserError(f"source {name!r}: its text is too short, no row has two tokens")
+            raise UserError(f"source {name!r}: its text is too short, no row has a token to learn")

@@ -55,7 +55,7 @@ class JsonLines:
         place, line = self._place(number)
         file, starts = self._files[place], self._starts[place]
         start, end = int(starts[line]), int(starts[line + 1]) if line + 1 < len(starts) else file.size
-        raw = file.read(start, end)
+        raw = file.read(start, end).strip()
         if file is not self._given[place]:
             self._given[place].check()
         try:
@@ -95,18 +95,20 @@ def _open(given: DataFile) -> tuple[DataFile, np.ndarray]:
 
 def _line_starts(file: DataFile) -> np.ndarray:
     """int64: where each line begins that is not all blanks."""
-    found = []
+    found, opening = [], []
+    next_line = np.zeros(1, np.int64)
     for base in range(0, file.size, _PIECE):
         piece = np.frombuffer(file.read(base, min(base + _PIECE, file.size)), np.uint8)
-        found.append(np.flatnonzero(piece == ord("\n")) + (base + 1))
-    starts = np.concatenate([[0], *found]).astype(np.int64)
-    starts = starts[starts < file.size]
+        starts = np.concatenate([next_line, np.flatnonzero(piece == ord("\n")) + (base + 1)])
+        inside = starts < base + len(piece)
+        starts, next_line = starts[inside], starts[~inside]
+        found.append(starts)
+        opening.append(piece[starts - base])
+    if not found:
+        return np.zeros(0, np.int64)
+    starts = np.concatenate(found)
     # Most lines open with a brace; only of the others is all looked at.
-    opens = np.zeros(len(starts), bool)
-    for base in range(0, file.size, _PIECE):
-        piece = np.frombuffer(file.read(base, min(base + _PIECE, file.size)), np.uint8)
-        first, last = np.searchsorted(starts, [base, base + len(piece)])
-        opens[first:last] = piece[starts[first:last] - base] > ord(" ")
+    opens = np.concatenate(opening) > ord(" ")
     for line in np.flatnonzero(~opens).tolist():
         end = int(starts[line + 1]) if line + 1 < len(starts) else file.size
         opens[line] = bool(file.read(int(starts[line]), end).strip())

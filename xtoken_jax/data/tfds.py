@@ -44,7 +44,7 @@ class TfdsExamples:
         try:
             instructions = builder.info.splits[split].file_instructions
         except (KeyError, ValueError, AssertionError) as error:
-            there = ", ".join(builder.info.splits)
+            there = ", ".join(sorted(builder.info.splits))
             raise UserError(
                 f"{path}: no split {split!r}; there is {there}, and parts as train[:10%]"
             ) from error
@@ -59,7 +59,7 @@ class TfdsExamples:
 
     def keys(self) -> list[str] | None:
         """Those of its features."""
-        return list(self._features) if hasattr(self._features, "keys") else ["text"]
+        return sorted(self._features) if hasattr(self._features, "keys") else ["text"]
 
     def read(self, number: int, keys: Sequence[str]) -> dict[str, Any]:
         """An example, as numpy arrays and bytes."""

@@ -93,6 +93,7 @@ class ModelConfig:
             is kept) or dots (and its matrix products).
         attention: xla, cudnn on NVIDIA GPUs in bfloat16, splash on TPUs, or auto, which chooses by device.
         lora: adapters, for a student.
+        chat_template: a Jinja file, in place of the folder's own template; for conversations.
     """
 
     path: str | None = None
@@ -102,6 +103,7 @@ class ModelConfig:
     remat: Remat = Remat.none
     attention: AttentionKind = AttentionKind.auto
     lora: AdapterConfig = field(default_factory=AdapterConfig)
+    chat_template: str | None = None
 
 
 def open_model(

@@ -48,7 +48,9 @@ class Tokenizer:
     warning: str | None = None
 
     @classmethod
-    def load(cls, path_or_id: str | Path, *, compare_auto: bool = True) -> Tokenizer:
+    def load(
+        cls, path_or_id: str | Path, *, compare_auto: bool = True, chat_template: str | None = None
+    ) -> Tokenizer:
         """Read `tokenizer.json`, and the roles from `tokenizer_config.json` beside it.
 
         `transformers.AutoTokenizer` is not used: it can rebuild the pre-tokenizer of a
@@ -59,6 +61,7 @@ class Tokenizer:
             compare_auto: also encode hard texts with `AutoTokenizer`, where transformers is
                 installed, and keep a `warning` if its ids differ. A tokenizer is compared once;
                 the answer is kept in the user's cache folder.
+            chat_template: a Jinja file, in place of what the folder has.
 
         Raises:
             UserError: no folder, no tokenizer.json, a file that cannot be read or whose ids do not
@@ -110,7 +113,7 @@ class Tokenizer:
             adds_bos=adds_bos and "bos" in roles,
             fingerprint=fingerprint,
             backend=backend,
-            chat_template=_chat_template(folder, config),
+            chat_template=_chat_template(folder, config) if chat_template is None else _read(chat_template),
             warning=compare_auto_tokenizer(folder, config, backend, fingerprint) if compare_auto else None,
         )
 
@@ -160,14 +163,18 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The folder's default chat template, from its own file or from `tokenizer_config.json`."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 ({error})") from error
+        return _read(path)
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     return template if isinstance(template, str) else None
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a chat template ({error})") from error
 
 
 @dataclass(frozen=True)
