@@ -57,11 +57,11 @@ def distill(words):
     return command
 
 
-def toy(folder, seconds=0.0, blind=-1):
-    """The command of `start` for tests/hosts_toy.py, whose arguments these are."""
+def toy(folder, **options):
+    """The command of `start` for tests/hosts_toy.py."""
 
     def command(index, count, port):
-        words = index, count, port, folder, seconds, blind
+        words = index, count, port, folder, json.dumps(options)
         return [str(ROOT / "tests" / "hosts_toy.py"), *map(str, words)]
 
     return command

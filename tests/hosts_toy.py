@@ -1,7 +1,7 @@
 """A loop of a few numbers as one process of several.
 
-python hosts_toy.py INDEX COUNT PORT FOLDER SECONDS BLIND: a step takes so many seconds, and process number
-BLIND, from 0, cannot read the checkpoint of the last step.
+python hosts_toy.py INDEX COUNT PORT FOLDER OPTIONS; of which, as JSON, `seconds` is what a step takes, `bad`
+the step with a loss of NaN, and `blind` the process that cannot read the checkpoint of the last step.
 """
 
 import json
@@ -37,7 +37,7 @@ class Batches:
         self.drawn = state["lanes"][str(self.rows[0])]
 
 
-def run(folder, steps, stop, step_seconds=0.0):
+def run(folder, stop, seconds=0.0, bad=0):
     import time
 
     import jax
@@ -46,6 +46,7 @@ def run(folder, steps, stop, step_seconds=0.0):
     from jax.sharding import NamedSharding, PartitionSpec
     from rich.console import Console
 
+    from xtoken_jax.data.encode import Record
     from xtoken_jax.mesh import MeshConfig, make_mesh, place, replicated, rows_here
     from xtoken_jax.train.loop import TrainConfig, train
     from xtoken_jax.train.step import TrainState
@@ -56,13 +57,15 @@ def run(folder, steps, stop, step_seconds=0.0):
     @jax.jit
     def one(state, teacher_params, tables, batch, frozen=None):
         w = state.params["w"] * 0.9 + jnp.sin(batch.student.ids.astype(jnp.float32)).mean()
-        metrics = {"loss": (w * w).sum(), "finite": jnp.isfinite(w).all()}
+        loss = jnp.where(state.step + 1 == bad, jnp.nan, (w * w).sum())
+        metrics = {"loss": loss, "gradient_norm": loss, "finite": jnp.isfinite(loss)}
         return TrainState(state.step + 1, {"w": w}, state.opt_state), metrics
 
     def step(*arguments):
-        time.sleep(step_seconds)
+        time.sleep(seconds)
         return one(*arguments)
 
+    rows = rows_here(mesh, ROWS)
     with jax.set_mesh(mesh):
         zero = place(np.int32(0), replicated(mesh))
         state = TrainState(zero, {"w": place(np.arange(8, dtype=np.float32), split)}, {})
@@ -71,15 +74,16 @@ def run(folder, steps, stop, step_seconds=0.0):
             state,
             abstract,
             step,
-            Batches(rows_here(mesh, ROWS)),
+            Batches(rows),
             teacher_params={},
             tables={},
             evaluate=lambda params: {"w": float(params["w"].sum())},
-            config=TrainConfig(steps=steps, log_every=1, evaluate_every=0, save_every=4),
+            config=TrainConfig(steps=STEPS, log_every=1, evaluate_every=0, save_every=4),
             folder=Path(folder),
             mesh=mesh,
             title="toy",
             console=Console(quiet=not is_first(), soft_wrap=True),
+            records=lambda number: [[Record("text", number + row, 0)] for row in rows],
             stop=stop,
         )
         return float(jax.jit(lambda params: params["w"].sum())(state.params))
@@ -99,17 +103,18 @@ def blind():
     ocp.StandardCheckpointHandler.restore = failing
 
 
-def main(index, count, port, folder, seconds, blind_one):
+def main(index, count, port, folder, options):
     from xtoken_jax.train.signals import StopSignals
 
-    if index == blind_one:
+    options = json.loads(options)
+    if options.pop("blind", None) == int(index):
         blind()
     address = f"127.0.0.1:{port}"
     config = HostsConfig(coordinator=address, count=int(count), index=int(index), wait=60, lost_after=4)
     with StopSignals() as stop, joined(config):
         once = from_first(lambda: [int(index), "said"])
         said = gather({"index": int(index)})
-        total = run(folder, STEPS, stop, float(seconds))
+        total = run(folder, stop, **options)
     print(json.dumps({"first": once, "all": said, "total": total}))
 
 

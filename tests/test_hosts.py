@@ -50,7 +50,7 @@ def files_of(folder):
 @pytest.fixture(scope="module")
 def whole_toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    return folder, hosts_toy.run(folder, hosts_toy.STEPS, None)
+    return folder, hosts_toy.run(folder, None)
 
 
 def test_two_processes_give_what_one_gives(whole_toy, tmp_path):
@@ -94,7 +94,7 @@ def test_keys_that_do_not_go_together_are_refused(keys, message, monkeypatch):
 def test_a_signal_to_one_saves_in_all_and_either_number_goes_on(whole_toy, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     for count, step in ((2, 3), (1, 6), (2, 9)):
-        processes = hosts.start(hosts.toy(folder, 0.5), count, log)
+        processes = hosts.start(hosts.toy(folder, seconds=0.5), count, log)
         hosts.wait_for_step(folder, step)
         processes[-1].send_signal(signal.SIGTERM)
         ends = hosts.finish(processes, log)
@@ -113,7 +113,7 @@ def test_a_signal_to_one_saves_in_all_and_either_number_goes_on(whole_toy, tmp_p
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_lost_process_ends_the_other_in_time(killed, whole_toy, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    processes = hosts.start(hosts.toy(folder, 0.5), 2, log)
+    processes = hosts.start(hosts.toy(folder, seconds=0.5), 2, log)
     hosts.wait_for_step(folder, 6)
     processes[killed].kill()
     begun = time.monotonic()
@@ -139,12 +139,25 @@ def test_a_checkpoint_that_one_cannot_read_is_passed_over_by_all(of_all, whole_t
     for path in (folder / "checkpoints" / "12" / "state" / "d").iterdir():
         if of_all:
             path.write_bytes(path.read_bytes()[:10])
-    ends = hosts.run(hosts.toy(folder, blind=-1 if of_all else 1), 2, log)
+    ends = hosts.run(hosts.toy(folder, blind=None if of_all else 1), 2, log)
     assert [code for code, _ in ends] == [0, 0], ends
     assert (folder / "checkpoints-damaged" / "12").is_dir()
     assert "checkpoints/12: is damaged" in ends[0][1]
     assert "goes on from step 8" in ends[0][1]
     assert_same_rows(folder, whole_toy[0])
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_and_names_the_rows_of_all(tmp_path):
+    ends = hosts.run(hosts.toy(tmp_path / "run", bad=6), 2, tmp_path / "log")
+    for code, text in ends:
+        assert code == 2, text
+        assert "step 6: the loss is nan" in text.splitlines()[-1]
+        assert "checkpoints/4" in text.splitlines()[-1]
+        assert "Traceback" not in text
+    (row,) = map(json.loads, (tmp_path / "run" / "non_finite.jsonl").read_text().splitlines())
+    documents = [part["document"] for (part,) in row["rows"]]
+    assert documents == [6 + n for n in range(hosts_toy.ROWS)]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,7 +15,10 @@ from xtoken_jax.mesh import (
     constrain,
     make_mesh,
     named_sharding,
+    place,
+    place_rows,
     replicated,
+    rows_here,
     single_device_mesh,
 )
 
@@ -80,3 +84,13 @@ def test_constrain_pins_under_a_mesh_and_is_nothing_without_one():
     with jax.set_mesh(mesh):
         pinned = jax.jit(lambda x: constrain(x, "B T D"))(x)
     assert pinned.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 3)
+
+
+def test_rows_of_one_process_are_all_and_are_placed_as_they_are():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert rows_here(mesh, 8) == list(range(8))
+    rows = {"ids": np.arange(16).reshape(8, 2)}
+    placed = place_rows(rows, mesh)["ids"]
+    assert placed.sharding == batch_sharding(mesh)
+    np.testing.assert_array_equal(placed, rows["ids"])
+    np.testing.assert_array_equal(place(rows, replicated(mesh))["ids"], rows["ids"])

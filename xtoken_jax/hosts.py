@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from xtoken_jax.lifeline import Lifeline
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _SLICE = 1000  # milliseconds of waiting without a look at signals
 _rounds = itertools.count()  # each exchange has a name of its own, the same on all
+_said: deque[str] = deque()  # by this process to `gather`, and still there
 
 T = TypeVar("T")
 
@@ -129,8 +131,12 @@ def gather(value: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     name = f"xtoken_said/{next(_rounds)}/"
-    _board().key_value_set(f"{name}{jax.process_index()}", json.dumps(value))
-    return [_wait_for(f"{name}{i}") for i in range(jax.process_count())]
+    _said.append(f"{name}{jax.process_index()}")
+    _board().key_value_set(_said[-1], json.dumps(value))
+    found = [_wait_for(f"{name}{i}") for i in range(jax.process_count())]
+    if len(_said) > 1:  # all have read what was said before, or they would not be here
+        _board().key_value_delete(_said.popleft())
+    return found
 
 
 def from_first(action: Callable[[], T]) -> T:
