@@ -81,6 +81,21 @@ def test_a_segment_is_as_alone():
         np.testing.assert_allclose(hidden[:, piece], alone, atol=1e-4)
 
 
+def test_segments_choose_their_frequencies_alone():
+    """LongRoPE has others for texts past the pretrained length, which a short neighbour is not."""
+    folder = tiny.DATA.parent / "tiny_families" / "phi4_long"
+    model, params = load_model(folder)
+    length = model.config.rope_scaling.original_max_position_embeddings
+    tokens = np.arange(3, 3 + 2 * length, dtype=np.int32)[None, :] % model.config.vocab_size
+    segments = np.array([[1] * (length - 4) + [2] * (length + 4)], np.int32)
+    hidden, _ = forward(model, params, tokens, segments=segments)
+    for piece in (slice(0, length - 4), slice(length - 4, 2 * length)):
+        alone, _ = forward(model, params, tokens[:, piece])
+        np.testing.assert_allclose(hidden[:, piece], alone, atol=1e-4)
+    whole, _ = forward(model, params, tokens)
+    assert np.abs(whole - hidden)[:, : length - 4].max() > 1e-2
+
+
 def test_positions_count_by_their_differences():
     model, params = load("llama3")
     tokens = np.arange(3, 13, dtype=np.int32)[None, :]
