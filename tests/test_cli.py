@@ -7,6 +7,8 @@ import signal
 import pytest
 
 from xtoken_jax.cli import main
+from xtoken_jax.evaluate.completions import chat_prompt
+from xtoken_jax.tokens.tokenizer import Tokenizer
 
 COMMANDS = ("distill", "audit", "project", "align", "evaluate", "generate", "export", "report")
 
@@ -215,6 +217,27 @@ def test_generate(capsys, pair_folders):
 )
 def test_a_mistake_in_generate(capsys, pair_folders, words, expected):
     fails(capsys, ["generate", "nowhere", "--prompt", "x", *words], expected)  # before anything is loaded
+
+
+def test_generate_answers_in_the_chat_template(capsys, pair_folders, tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(pair_folders[0], folder)
+    words = ["generate", folder, "--chat", "--prompt", "12+30=", "--max-new-tokens", "5", "--json"]
+    fails(capsys, words, "no chat template")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<eos>{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<eos>answer:{% endif %}"
+    )
+    assert main(list(map(str, words))) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    # by hand: the same ids go in
+    tokenizer = Tokenizer.load(str(folder))
+    text, (eos,) = "user: 12+30=", tokenizer.markup_backend.encode("<eos>", add_special_tokens=False).ids
+    between = [tokenizer.encode_batch([part])[0].tolist() for part in (text, "answer:")]
+    assert chat_prompt(tokenizer, "12+30=") == [eos, *between[0], eos, *between[1]]
+    assert answer["prompt"] == "12+30="
+    assert len(answer["tokens"]) <= 5
+    fails(capsys, [*words, "--prompt", "a <eos>"], "the prompt spells <eos>")
 
 
 def test_generate_names_what_is_missing(capsys, pair_folders, tmp_path):

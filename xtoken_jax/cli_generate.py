@@ -13,7 +13,8 @@ TEXT = "what a model writes behind prompts"
 HELP = """\
 The likeliest token is taken at each step, unless a temperature is given. A text ends at the model's own
 end tokens (config.json, generation_config.json and the tokenizer's EOS), at a --stop string, or after
---max-new-tokens. A prompt is plain text: a chat model's markers in it are letters, not control tokens.
+--max-new-tokens. A prompt is plain text: a chat model's markers in it are letters, not control tokens;
+with --chat it is what a user says, in the model's chat template.
 
 example:
   xtoken generate runs/quickstart/student --prompt "347%5=" --stop $'\\n'
@@ -29,6 +30,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="text to go on from; can be repeated"
     )
+    sub.add_argument("--chat", action="store_true", help="each prompt as a user's turn, to be answered")
     sub.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens a prompt at most (default: 128)"
     )
@@ -52,7 +54,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Prints each prompt and what follows it on stdout, and how it ended on `console`."""
     import jax
 
-    from xtoken_jax.evaluate.completions import complete, end_tokens
+    from xtoken_jax.evaluate.completions import chat_prompt, complete, end_tokens
     from xtoken_jax.hub import resolve_folder
     from xtoken_jax.mesh import single_device_mesh
     from xtoken_jax.models.generate import check_settings
@@ -69,7 +71,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
     mesh = single_device_mesh()
     with jax.set_mesh(mesh):
         model, params = open_model(ModelConfig(path=options.model), tokenizer.size, mesh=mesh, key=key)
-        longest = max(map(len, tokenizer.encode_batch(options.prompt))) + options.max_new_tokens
+        prompts = [chat_prompt(tokenizer, text) if options.chat else text for text in options.prompt]
+        encoded = (
+            [len(p) for p in prompts] if options.chat else map(len, tokenizer.encode_batch(options.prompt))
+        )
+        longest = max(encoded) + options.max_new_tokens
         if longest > model.config.max_position_embeddings:
             console.print(
                 f"warning: texts may come to {longest:,} tokens; the model was made for "
@@ -80,7 +86,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             model,
             params,
             tokenizer,
-            options.prompt,
+            prompts,
             eos_ids=end_tokens(model.config, tokenizer, resolve_folder(options.model)),
             key=key,
             console=console,
@@ -94,5 +100,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     for prompt, completion in zip(options.prompt, found, strict=True):
-        print(prompt + completion.text, flush=True)
+        print(completion.text if options.chat else prompt + completion.text, flush=True)
         console.print(f"{len(completion.tokens)} tokens, {_ENDS[completion.finish]}", style="dim")

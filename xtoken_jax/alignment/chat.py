@@ -211,8 +211,18 @@ def _locate(
     return located, np.concatenate(learnt or [never])
 
 
-def render(tokenizer: Tokenizer, template: str, conversation: Conversation, where: Callable[[], str]) -> str:
-    """A conversation in a chat template, as transformers renders it; UserError if the template refuses it."""
+def render(
+    tokenizer: Tokenizer,
+    template: str,
+    conversation: Conversation,
+    where: Callable[[], str],
+    *,
+    answer: bool = False,
+) -> str:
+    """A conversation in a chat template, as transformers renders it; UserError if the template refuses it.
+
+    `where` says what the user finds it by. With `answer` it ends where the assistant's next turn begins.
+    """
     with quiet_import():
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -222,7 +232,9 @@ def render(tokenizer: Tokenizer, template: str, conversation: Conversation, wher
         if role in tokenizer.roles
     }
     try:
-        rendered = render_jinja_template(conversations=[list(conversation)], chat_template=template, **names)
+        rendered = render_jinja_template(
+            conversations=[list(conversation)], chat_template=template, add_generation_prompt=answer, **names
+        )
     # a template raises what it likes
     except Exception as error:
         raise UserError(f"{where()}: the chat template of {tokenizer.name} refuses it: {error}") from error

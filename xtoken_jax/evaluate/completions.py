@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import numpy as np
 
+from xtoken_jax.alignment.chat import render
+from xtoken_jax.errors import UserError
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.generate import cut_at_stop, generate
@@ -41,7 +43,7 @@ def complete(
     model: Model,
     params: Params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
@@ -57,16 +59,20 @@ def complete(
 
     Args:
         model, params, tokenizer: which belong together.
-        prompts: texts; special tokens spelled out in them are text.
+        prompts: texts, in which special tokens spelled out are text; or ids, which stand as they are.
 
     The others are those of `xtoken_jax.models.generate.generate`, which says what is refused. An empty prompt
     is refused where the tokenizer adds no BOS.
     """
     opening = [tokenizer.roles["bos"]] if tokenizer.adds_bos else []
+    rows = [
+        opening + tokenizer.encode_batch([prompt])[0].tolist() if isinstance(prompt, str) else list(prompt)
+        for prompt in prompts
+    ]
     found = generate(
         model,
         params,
-        [opening + ids.tolist() for ids in tokenizer.encode_batch(prompts)],
+        rows,
         max_new_tokens=max_new_tokens,
         eos_ids=eos_ids,
         temperature=temperature,
@@ -86,6 +92,23 @@ def complete(
         finish: Literal["eos", "stop", "length"] = "length" if len(tokens) == max_new_tokens else "eos"
         completions.append(Completion(text, tuple(tokens), "stop" if text != whole else finish))
     return completions
+
+
+def chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a conversation of one user's turn, in the tokenizer's chat template, up to the answer.
+
+    Raises:
+        UserError: no template, one that refuses it, or a text that spells a special token.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(f"{tokenizer.name}: no chat template (chat_template.jinja in its folder)")
+    ids = tokenizer.markup_backend.encode(text, add_special_tokens=False).ids
+    if spelled := tokenizer.token_bytes.special & set(ids):
+        token = tokenizer.backend.id_to_token(min(spelled))
+        raise UserError(f"the prompt spells {token}, which in a chat is a control token")
+    turn = [{"role": "user", "content": text}]
+    rendered = render(tokenizer, tokenizer.chat_template, turn, lambda: "the prompt", answer=True)
+    return tokenizer.markup_backend.encode(rendered, add_special_tokens=False).ids
 
 
 def end_tokens(config: DecoderConfig, tokenizer: Tokenizer, folder: Path) -> tuple[int, ...]:
