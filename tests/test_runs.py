@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from xtoken_jax.config import load_experiment
-from xtoken_jax.data.sources import digest, read_sources
+from xtoken_jax.data.sources import read_sources
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models.load import open_model
@@ -42,7 +42,7 @@ def claimed(words):
         for name, (config, tokenizer) in sides.items()
     }
     texts = {
-        part: {name: digest(documents) for name, documents in read_sources(sources).items()}
+        part: {name: documents.digest for name, documents in read_sources(sources).items()}
         for part, sources in (("train", experiment.data.train), ("validation", experiment.data.validation))
     }
     return claim(
