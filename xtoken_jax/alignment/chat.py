@@ -211,18 +211,23 @@ def _locate(
     return located, np.concatenate(learnt or [never])
 
 
-def render(tokenizer: Tokenizer, template: str, conversation: Conversation, where: Callable[[], str]) -> str:
-    """A conversation in a chat template, as transformers renders it; UserError if the template refuses it."""
+@functools.cache
+def _renderer() -> Callable[..., Any]:
     with quiet_import():
         from transformers.utils.chat_template_utils import render_jinja_template
 
+    return render_jinja_template
+
+
+def render(tokenizer: Tokenizer, template: str, conversation: Conversation, where: Callable[[], str]) -> str:
+    """A conversation in a chat template, as transformers renders it; UserError if the template refuses it."""
     names: dict[str, Any] = {
         f"{role}_token": tokenizer.backend.id_to_token(tokenizer.roles[role])
         for role in ("bos", "eos", "pad", "unk")
         if role in tokenizer.roles
     }
     try:
-        rendered = render_jinja_template(conversations=[list(conversation)], chat_template=template, **names)
+        rendered = _renderer()(conversations=[list(conversation)], chat_template=template, **names)
     # a template raises what it likes
     except Exception as error:
         raise UserError(f"{where()}: the chat template of {tokenizer.name} refuses it: {error}") from error
