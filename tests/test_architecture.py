@@ -192,7 +192,7 @@ def test_hidden_imports_are_seen():
 
 HEAVY = [
     "flax", "optax", "orbax", "transformers", "grain", "hydra", "omegaconf", "matplotlib", "tokenizers",
-    "safetensors", "huggingface_hub", "torch", "tensorflow", "pyarrow", "zstandard", "datasets",
+    "safetensors", "huggingface_hub", "torch", "tensorflow", "pyarrow", "datasets",
     "tensorflow_datasets", "array_record", "rich",
 ]  # fmt: skip
 
