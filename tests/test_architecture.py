@@ -203,7 +203,8 @@ def test_hidden_imports_are_seen():
 
 HEAVY = [
     "flax", "optax", "orbax", "transformers", "grain", "hydra", "omegaconf", "matplotlib", "tokenizers",
-    "safetensors", "huggingface_hub", "torch", "tensorflow", "rich",
+    "safetensors", "huggingface_hub", "torch", "tensorflow", "pyarrow", "datasets",
+    "tensorflow_datasets", "array_record", "rich",
 ]  # fmt: skip
 
 
@@ -214,6 +215,7 @@ HEAVY = [
         ("import xtoken_jax.losses", HEAVY),
         ("import xtoken_jax; xtoken_jax.losses; xtoken_jax.Partition; xtoken_jax.Alignment", HEAVY),
         ("import xtoken_jax.cli", [*HEAVY[:-1], "jax"]),
+        ("import xtoken_jax.data.sources", [*HEAVY, "jax"]),
     ],
 )
 def test_importing_is_light(statement, barred):

@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -163,3 +164,26 @@ def test_a_full_disk_leaves_no_copy(tmp_path, monkeypatch):
         "DIR/cache/data: no copy for random access can be kept there (No space left on device)"
     )
     assert list((tmp_path / "cache" / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("a.parquet", "pyarrow"),
+        ("a.array_record", "array_record"),
+        ("a.jsonl.zst", "zstandard"),
+        ("tfds", "tensorflow_datasets"),
+        ("hub", "datasets"),
+    ],
+)
+def test_a_package_that_is_missing(tmp_path, monkeypatch, name, package):
+    for module in [m for m in sys.modules if m == package or m.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it fails
+    if name in WRITERS:
+        (tmp_path / name).write_bytes(b"x")
+        line = refusal(lambda: read(tmp_path / name), tmp_path)
+    else:
+        line = refusal(lambda: read("org/name", SourceKind[name]), tmp_path)
+    assert f"need {package.replace('_', '-') if name == 'tfds' else package}" in line
+    assert line.endswith(": pip install 'xtoken-jax[data]'")

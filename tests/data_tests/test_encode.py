@@ -1,6 +1,7 @@
 """Exchanges and conversations as rows: marks, targets, several teachers of one student."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -108,6 +109,13 @@ def test_encoding_together_or_alone_is_the_same():
         for name in row:
             np.testing.assert_array_equal(row[name].student.ids, alone[name].student.ids)
             np.testing.assert_array_equal(row[name].teacher.targets, alone[name].teacher.targets)
+
+
+def test_conversations_from_several_threads():
+    expected = [row["one"].student.ids.tolist() for row in encode(pairs(), [DOCUMENTS[2]])]
+    with ThreadPoolExecutor(4) as pool:
+        for rows in pool.map(lambda _: encode(pairs(), [DOCUMENTS[2]]), range(60)):
+            assert [row["one"].student.ids.tolist() for row in rows] == expected
 
 
 def test_parts_of_a_prompt_alone_are_left_out():

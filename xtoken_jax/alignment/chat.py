@@ -211,6 +211,14 @@ def _locate(
     return located, np.concatenate(learnt or [never])
 
 
+@functools.cache
+def _renderer() -> Callable[..., Any]:
+    with quiet_import():
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template
+
+
 def render(
     tokenizer: Tokenizer,
     template: str,
@@ -223,16 +231,13 @@ def render(
 
     `where` says what the user finds it by. With `answer` it ends where the assistant's next turn begins.
     """
-    with quiet_import():
-        from transformers.utils.chat_template_utils import render_jinja_template
-
     names: dict[str, Any] = {
         f"{role}_token": tokenizer.backend.id_to_token(tokenizer.roles[role])
         for role in ("bos", "eos", "pad", "unk")
         if role in tokenizer.roles
     }
     try:
-        rendered = render_jinja_template(
+        rendered = _renderer()(
             conversations=[list(conversation)], chat_template=template, add_generation_prompt=answer, **names
         )
     # a template raises what it likes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,9 +90,14 @@ class Part:
 
 def open_parts(parts: Sequence[Part]) -> Any:
     """array_record's own reader of several files, which it opens when it has to; for several threads."""
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    return _module("array_record_data_source").ArrayRecordDataSource(parts)
 
-    return ArrayRecordDataSource(parts)
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(f"array_record.python.{name}")
+    except ImportError as error:
+        raise UserError("ArrayRecord files need array_record: pip install 'xtoken-jax[data]'") from error
 
 
 @contextmanager
@@ -106,10 +112,9 @@ def _reading(file: DataFile) -> Iterator[None]:
 
 
 def _count(file: DataFile) -> int:
-    from array_record.python.array_record_module import ArrayRecordReader
-
+    module = _module("array_record_module")
     with _reading(file):
-        reader = ArrayRecordReader(str(file.path))
+        reader = module.ArrayRecordReader(str(file.path))
         count = int(reader.num_records())
         reader.close()
     return count

@@ -74,7 +74,7 @@ def quiet_import() -> Iterator[None]:
         yield
     finally:
         if before is None:
-            del os.environ["TRANSFORMERS_VERBOSITY"]
+            os.environ.pop("TRANSFORMERS_VERBOSITY", None)  # another thread may have been faster
         else:
             os.environ["TRANSFORMERS_VERBOSITY"] = before
 
