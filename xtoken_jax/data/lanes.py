@@ -1,27 +1,30 @@
 """Lanes: each row of the batch is an endless stream of its own, in an order that the seed decides.
 
-Row r of the batch takes the documents number r, r + B, r + 2 B, ... of the endless order, cuts them to
-parts and fills its rows with these. So whoever makes some of the rows, on whatever number of hosts and
+Row r of the batch takes the documents number r, r + B, r + 2 B, ... of the endless order and cuts them to
+parts, of which a pool waits and is mixed, or a batch would be B long documents for as long as they last;
+rows are filled from it. So whoever makes some of the rows, on whatever number of hosts and
 with whatever number of threads, makes the same ones; and where a lane is takes a few numbers to say.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import grain
 import numpy as np
 
 from xtoken_jax.alignment.rows import join_together
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Document, Part, Record, cut_parts, student_of
 
-_LOOK_AHEAD = 16  # parts among which one that fits is looked for
+# In a lane wait as many parts as make two rows, and 8; up to 64 of no more tokens than this, but for a quick
+# start only one more with each row.
+_POOL_LEAST, _POOL, _POOL_TOKENS = 8, 64, 65_536
 _TOKENS_AT_ONCE = 16_384  # about as many are encoded in one call, in documents of
 _DOCUMENTS_AT_ONCE = 32  # at most: a call costs as much as a thousand tokens
 
@@ -50,11 +53,19 @@ class Stream:
         self._documents = documents
         self._names = list(documents)
         self._starts = [0, *itertools.accumulate(map(len, documents.values()))]
-        self._order = grain.MapDataset.range(self._starts[-1]).seed(seed).shuffle().repeat()
+        self._seed = seed
+        # Lanes are in one epoch or two, of very little text in a few.
+        self._order = functools.lru_cache(maxsize=4)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        order = np.arange(self._starts[-1], dtype=np.int32 if self._starts[-1] < 2**31 else np.int64)
+        np.random.default_rng([self._seed, epoch]).shuffle(order)
+        return order
 
     def at(self, number: int) -> tuple[str, int]:
         """Source and number in it of the document that comes in a place, from 0, of the order."""
-        index = int(self._order[number])
+        epoch, place = divmod(number, self._starts[-1])
+        index = int(self._order(epoch)[place])
         source = bisect.bisect_right(self._starts, index) - 1
         return self._names[source], index - self._starts[source]
 
@@ -82,14 +93,16 @@ class _Piece:
     number: int
     record: Record
     tokens: Part
+    sizes: tuple[int, ...]  # tokens on the student's and on each teacher's side
+    turn: int = 0  # parts come in rising order of it, where they fit
 
 
 class Lane:
     """The rows of one place in the batch.
 
     With weights, the next document comes from the source whose student tokens so far are furthest behind
-    its weight. A document's parts come in an order of their own: a long text that several lanes read is
-    read in different places.
+    its weight. A document's parts come to the pool in an order of their own: a long text that several
+    lanes read is read in different places.
     """
 
     def __init__(
@@ -109,6 +122,7 @@ class Lane:
     def _begin(self) -> None:
         self._taken = dict.fromkeys(self._streams, 0)  # documents
         self._tokens = dict.fromkeys(self._streams, 0)  # of the student, in those documents
+        self._rows, self._come = 0, 0  # rows made, parts that came to wait
         self._waiting: list[_Piece] = []
         self._rest: deque[_Piece] = deque()  # of the document taken last
         self._ahead: dict[tuple[str, int], Part] = {}  # encoded together with one that was needed
@@ -118,38 +132,46 @@ class Lane:
         return self
 
     def __next__(self) -> Row:
-        room = [self._config.student_length]
+        self._fill()
+        self._rows += 1
+        teachers = map(self._config.length_of, self._waiting[0].tokens)
+        room: tuple[int, ...] = (self._config.student_length, *teachers)
         pieces: list[_Piece] = []
-        place = 0
-        while True:
-            self._fill(_LOOK_AHEAD if self._config.pack else 1)
-            if place == len(self._waiting):
-                break
-            if not pieces:
-                names = self._waiting[0].tokens
-                room = [self._config.student_length, *(self._config.length_of(name) for name in names)]
-            left = [r - n for r, n in zip(room, _sizes(self._waiting[place].tokens), strict=True)]
-            if min(left) < 0:
-                place += 1
-                continue
-            room = left
-            pieces.append(self._waiting.pop(place))
-            if not self._config.pack:
-                break
+        passed: list[_Piece] = []
+        for piece in self._waiting:
+            left = tuple(r - n for r, n in zip(room, piece.sizes, strict=True))
+            if min(left) < 0 or (pieces and not self._config.pack):
+                passed.append(piece)
+            else:
+                room = left
+                pieces.append(piece)
+        self._waiting = passed
         joined = join_together([[*piece.tokens.values()] for piece in pieces])
         tokens = dict(zip(pieces[0].tokens, joined, strict=True))
         return Row(tokens, tuple(piece.record for piece in pieces))
 
-    def _fill(self, count: int) -> None:
-        """Have `count` parts waiting."""
-        while len(self._waiting) < count:
+    def _fill(self) -> None:
+        """Have as many parts waiting as there are to be."""
+        wanted, enough = min(_POOL, _POOL_LEAST + self._rows), 2 * self._config.student_length
+        tokens = sum(piece.sizes[0] for piece in self._waiting)
+        rng = np.random.default_rng([self._config.seed, self._slot, self._rows])
+        while (
+            (count := len(self._waiting)) < _POOL_LEAST
+            or tokens < enough
+            or (count < wanted and tokens < _POOL_TOKENS)
+        ):
             while not self._rest:
                 stream = self._choose()
                 pieces = self._pieces(stream, self._taken[stream])
                 self._taken[stream] += 1
-                self._tokens[stream] += sum(len(student_of(piece.tokens)) for piece in pieces)
+                self._tokens[stream] += sum(piece.sizes[0] for piece in pieces)
                 self._rest = deque(pieces)
-            self._waiting.append(self._rest.popleft())
+            # Whoever comes may overtake as many as wait, or be overtaken: nobody waits for long.
+            turn = self._come + int(rng.integers(wanted))
+            self._come += 1
+            piece = replace(self._rest.popleft(), turn=turn)
+            bisect.insort(self._waiting, piece, key=lambda other: other.turn)
+            tokens += piece.sizes[0]
 
     def _choose(self) -> str:
         weights = self._weights
@@ -171,7 +193,11 @@ class Lane:
         order = [0]
         if len(parts) != 1:
             order = np.random.default_rng([self._config.seed, place]).permutation(len(parts)).tolist()
-        return [_Piece(stream, number, Record(source, document, part), parts[part]) for part in order]
+        records = [Record(source, document, part) for part in order]
+        return [
+            _Piece(stream, number, record, parts[record.part], _sizes(parts[record.part]))
+            for record in records
+        ]
 
     def _encoded(self, stream: str, number: int, *, keep: bool = False) -> Part:
         if (stream, number) not in self._ahead:
@@ -186,14 +212,16 @@ class Lane:
 
     def get_state(self) -> State:
         """Where the lane is; the parts themselves are made again."""
-        state: State = {"taken": dict(self._taken), "tokens": dict(self._tokens)}
-        state["waiting"] = [[p.stream, p.number, p.record.part] for p in self._waiting]
+        state: State = {"rows": self._rows, "come": self._come}
+        state |= {"taken": dict(self._taken), "tokens": dict(self._tokens)}
+        state["waiting"] = [[p.stream, p.number, p.record.part, p.turn] for p in self._waiting]
         state["rest"] = [self._rest[0].stream, self._rest[0].number, len(self._rest)] if self._rest else None
         return state
 
     def set_state(self, state: State) -> None:
         """Go on from what `get_state` returned, of this lane."""
         self._begin()
+        self._rows, self._come = state["rows"], state["come"]
         self._taken |= {name: n for name, n in state["taken"].items() if name in self._streams}
         self._tokens |= {name: n for name, n in state["tokens"].items() if name in self._streams}
         made: dict[tuple[str, int], list[_Piece]] = {}
@@ -203,22 +231,22 @@ class Lane:
                 made[stream, number] = self._pieces(stream, number) if stream in self._streams else []
             return made[stream, number]
 
-        for stream, number, part in state["waiting"]:
-            self._waiting += [p for p in pieces(stream, number) if p.record.part == part]
+        for stream, number, part, turn in state["waiting"]:
+            found = (piece for piece in pieces(stream, number) if piece.record.part == part)
+            self._waiting += [replace(piece, turn=turn) for piece in found]
         if state["rest"] is not None:
             stream, number, count = state["rest"]
             self._rest = deque(pieces(stream, number)[-count:])
         self._ahead.clear()
 
 
-def _sizes(part: Part) -> list[int]:
-    """Tokens on the student's and on each teacher's side."""
-    return [len(student_of(part)), *(len(spans.teacher) for spans in part.values())]
+def _sizes(part: Part) -> tuple[int, ...]:
+    return (len(student_of(part)), *(len(spans.teacher) for spans in part.values()))
 
 
 def spread(states: Sequence[State], count: int) -> State:
     """A state for each of `count` lanes that go on from about where other lanes were: nothing waits."""
-    found: State = {"waiting": [], "rest": None}
+    found: State = {"rows": 0, "come": 0, "waiting": [], "rest": None}
     for key in ("taken", "tokens"):
         total: dict[str, int] = {}
         for state in states:
