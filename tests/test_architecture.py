@@ -59,7 +59,7 @@ ALLOWED = {
 # These may import anything.
 WIRING = {
     "__init__", "cache_contents", "cache_teacher", "cli", "cli_cache", "cli_generate", "cli_tokenizers",
-    "distill", "runs", "sweep",
+    "distill", "held_out", "runs", "sweep", "teachers",
 }  # fmt: skip
 
 # Anyone's code can use these with nothing but jax.

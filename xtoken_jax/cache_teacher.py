@@ -25,9 +25,9 @@ from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Document, cut_parts, encode
 from xtoken_jax.data.sources import SourceKind, read_sources
 from xtoken_jax.data.teacher_cache import Index, ShardInfo, add_shard, is_whole, read_index
-from xtoken_jax.distill import held_out_parts
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep, Kept, Lost, distributions
+from xtoken_jax.held_out import held_out_parts
 from xtoken_jax.mesh import batch_sharding, make_mesh
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model

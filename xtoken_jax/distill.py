@@ -5,47 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.alignment.spans import Side
-from xtoken_jax.cache_contents import of_held_out, of_teacher, of_text
-from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
-from xtoken_jax.coverage.audit import audit
-from xtoken_jax.data import arithmetic
+from xtoken_jax.cache_contents import of_held_out, of_text
+from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.documents import Documents
-from xtoken_jax.data.encode import Part, read_parts, student_of
 from xtoken_jax.data.sources import SourceKind, read_sources
-from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.errors import UserError
-from xtoken_jax.evaluate.accuracy import exact_match
-from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.export import export_hf
 from xtoken_jax.files import write_whole
+from xtoken_jax.held_out import Figures, held_out_parts
 from xtoken_jax.hosts import from_first
 from xtoken_jax.hub import resolve_folder
-from xtoken_jax.losses import LossKind, loss_tables
-from xtoken_jax.losses.objective import LossTables, VocabularySizes
-from xtoken_jax.mesh import make_mesh, place, replicated, rows_here
+from xtoken_jax.losses import LossKind
+from xtoken_jax.mesh import make_mesh, rows_here
 from xtoken_jax.models.decoder import Model, Params
-from xtoken_jax.models.load import ModelConfig, Start, open_model
+from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
-from xtoken_jax.projection.cache import cached_projection
-from xtoken_jax.projection.files import load_projection, save_projection
-from xtoken_jax.projection.matrix import Projection
-from xtoken_jax.projection.partners import partners_of_teacher
-from xtoken_jax.projection.prefixes import prefix_tables
+from xtoken_jax.projection.files import save_projection
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
 from xtoken_jax.runs import agree, agree_on, claim, contents
+from xtoken_jax.teachers import Pairs, Teachers, group_of, introduce, key_of, load_teachers, open_tokenizer
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.flops import peak_flops, step_flops
 from xtoken_jax.train.learnt import Learnt, make_projection_optimizer, projection_of, start_learning
@@ -57,10 +46,6 @@ from xtoken_jax.train.signals import StopSignals
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
 STUDENT_FOLDER = "student"
-_PROMPTS_AT_ONCE = 256
-
-Figures = dict[str, float]
-Pairs = dict[str, TokenizerPair]
 
 
 @dataclass(frozen=True)
@@ -80,26 +65,6 @@ class Result:
     metrics: Path
     picture: Path
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Teachers:
-    """All teachers, by name."""
-
-    static: dict[str, Teacher] = field(default_factory=dict)
-    params: dict[str, Params] = field(default_factory=dict)
-    tables: dict[str, LossTables] = field(default_factory=dict)
-    projections: dict[str, Projection] = field(default_factory=dict)  # W, where the tables are made of it
-    caches: dict[str, TeacherCache] = field(default_factory=dict)  # of those that are not in memory
-
-
-class _Term(NamedTuple):
-    """A teacher's term: the settled kind, why it is this one, what it reads, and the W that is made of."""
-
-    kind: LossKind
-    reason: str
-    tables: LossTables
-    projection: Projection | None = None
 
 
 def distill(experiment: Experiment, console: Console, stop: StopSignals | None = None) -> Result:
@@ -128,16 +93,16 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         )
     configs = experiment.every_teacher()
     with jax.set_mesh(mesh):
-        tokenizer = _tokenizer(experiment.student)
-        pairs = {name: TokenizerPair(tokenizer, _tokenizer(config)) for name, config in configs.items()}
+        tokenizer = open_tokenizer(experiment.student)
+        pairs = {name: TokenizerPair(tokenizer, open_tokenizer(config)) for name, config in configs.items()}
         key = jax.random.key(experiment.train.seed)
-        _name(console, "student", tokenizer)
+        introduce(console, "student", tokenizer)
         student, params = open_model(experiment.student, tokenizer.size, mesh=mesh, key=key)
         start, frozen = split_lora(params)
         if student.lora is not None:
             console.print(_adapters(student.lora, start, params))
         del params
-        teachers = _load_teachers(experiment, pairs, mesh, console)
+        teachers = load_teachers(experiment, pairs, mesh, console)
         kinds = {name: teacher.loss.kind for name, teacher in teachers.static.items()}
         # Without a teacher the student's own boundaries are those that rows are cut at.
         pairs = pairs or {"student": TokenizerPair(tokenizer, tokenizer)}
@@ -156,7 +121,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         console.print(f"text     documents: {counts}", markup=False)
         made_of = contents(
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
-            {_key(name, "projection"): projection for name, projection in teachers.projections.items()},
+            {key_of(name, "projection"): projection for name, projection in teachers.projections.items()},
             {
                 part: {name: documents.digest for name, documents in texts.items()}
                 for part, texts in (("train", train_text), ("validation", held_out_text))
@@ -164,13 +129,13 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         )
         made_of |= _chat_templates(tokenizer, pairs, [*train_text.values(), *held_out_text.values()])
         for name, cache in teachers.caches.items():
-            made_of |= {f"{_group(name)}.cache": cache.index.checksum}
+            made_of |= {f"{group_of(name)}.cache": cache.index.checksum}
         agree_on(made_of)
         for change in from_first(lambda: [str(d) for d in claim(run, experiment, made_of)]):
             console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
 
         def one_run(
-            params: Params, folder: Path, teachers: _Teachers, title: str
+            params: Params, folder: Path, teachers: Teachers, title: str
         ) -> tuple[Params, Figures, Figures]:
             """Parameters at the end, and the held-out figures of the start and of the end."""
             optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
@@ -225,7 +190,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         if configs and experiment.baseline:
             # A run donates the parameters that it starts from, and the next one needs the same.
             copy = jax.tree.map(lambda x: x.copy(), start)
-            plain = one_run(copy, run / BASELINE_FOLDER, _Teachers(), "without a teacher")[-1]
+            plain = one_run(copy, run / BASELINE_FOLDER, Teachers(), "without a teacher")[-1]
         title = "distilling" if configs else "training"
         trained, figures["student, untouched"], end = one_run(start, run, teachers, title)
         if plain is not None:
@@ -267,26 +232,16 @@ def _seconds_at_peak(
     return None if peak is None else step_flops(student, read, data.batch_size, data.student_length) / peak
 
 
-def _tokenizer(config: ModelConfig) -> Tokenizer:
-    return Tokenizer.load(str(config.path), chat_template=config.chat_template)
-
-
 def _chat_templates(student: Tokenizer, pairs: Pairs, texts: Sequence[Documents]) -> dict[str, str]:
     """Key -> fingerprint of each side's chat template, where there are conversations to render."""
     if not any(documents.shape.messages for documents in texts):
         return {}
-    teachers = {_group(name): pair.teacher for name, pair in pairs.items() if pair.teacher is not student}
+    teachers = {group_of(name): pair.teacher for name, pair in pairs.items() if pair.teacher is not student}
     sides = {"student": student} | teachers
     return {
         f"{side}.chat_template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16]
         for side, tokenizer in sides.items()
     }
-
-
-def _name(console: Console, side: str, tokenizer: Tokenizer) -> None:
-    console.print(f"{side}  {tokenizer.name}\n         {tokenizer.describe()}", markup=False)
-    if tokenizer.warning:
-        console.print(f"warning  {tokenizer.warning}", markup=False, style="yellow")
 
 
 def _adapters(lora: LoraConfig, adapters: Params, params: Params) -> str:
@@ -295,12 +250,7 @@ def _adapters(lora: LoraConfig, adapters: Params, params: Params) -> str:
     return f"lora     rank {lora.rank} on {names}: {trained:,} of {every:,} parameters train"
 
 
-def _group(name: str) -> str:
-    """Where a teacher stands in the config."""
-    return FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
-
-
-def _save_learnt(folder: Path, learnt: dict[str, Learnt], teachers: _Teachers, pairs: Pairs) -> None:
+def _save_learnt(folder: Path, learnt: dict[str, Learnt], teachers: Teachers, pairs: Pairs) -> None:
     """Each W that was trained, as `projection=` and `teachers.NAME.projection=` read it."""
     for name, own in learnt.items():
         path = folder / ("projection" if name == FIRST_TEACHER else f"projection-{name}")
@@ -309,18 +259,13 @@ def _save_learnt(folder: Path, learnt: dict[str, Learnt], teachers: _Teachers, p
         )
 
 
-def _key(name: str, key: str) -> str:
-    """What a key is called in the config that the experiment itself has for the first teacher."""
-    return key if name == FIRST_TEACHER else f"{_group(name)}.{key}"
-
-
 def _models(
     experiment: Experiment,
     tokenizer: Tokenizer,
     pairs: Pairs,
     student: Model,
     start: Params,
-    teachers: _Teachers,
+    teachers: Teachers,
 ) -> dict[str, tuple[Model, Params | None, Tokenizer]]:
     """What `contents` takes: a student's random start is not content, its seed is a setting.
 
@@ -331,150 +276,5 @@ def _models(
     for name, teacher in teachers.static.items():
         if teacher.model is None:
             continue
-        found[_group(name)] = teacher.model, teachers.params[name], pairs[name].teacher
+        found[group_of(name)] = teacher.model, teachers.params[name], pairs[name].teacher
     return found
-
-
-def _sizes(pair: TokenizerPair) -> LossTables:
-    return VocabularySizes(pair.student.size, pair.teacher.size)
-
-
-# What these losses read is made of the two tokenizers alone.
-_WITHOUT_W: dict[LossKind, Callable[[TokenizerPair], LossTables]] = {
-    LossKind.prefix_kl: prefix_tables, LossKind.uld: _sizes, LossKind.alm: _sizes,
-}  # fmt: skip
-
-
-def _load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Console) -> _Teachers:
-    """The teachers with what their terms read, and the terms, which the audit chooses for "auto"."""
-    found, configs = _Teachers(), experiment.every_teacher()
-    if not configs:
-        console.print("loss     next-token cross-entropy, no teacher")
-    for name, config in configs.items():
-        pair = pairs[name]
-        _name(console, "teacher", pair.teacher)
-        model = None
-        if config.cache is None:
-            model, found.params[name] = open_model(
-                config, pair.teacher.size, mesh=mesh, key=jax.random.key(0)
-            )
-        term = _term(name, config, pair)
-        loss = replace(config.loss, kind=term.kind)
-        loss.validate_merge()
-        if config.cache is not None:
-            cache = TeacherCache(
-                Path(config.cache).expanduser(), loss.logit_temperature, key=f"{_group(name)}.cache"
-            )
-            cache.check(of_teacher(experiment, name, pairs))
-            console.print(f"cache    {config.cache}", markup=False)
-            found.caches[name] = cache
-        weight = f", weight {config.weight:g}" if len(configs) > 1 else ""
-        console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
-        found.static[name] = Teacher(model, loss, config.weight, partners_of_teacher(pair))
-        found.tables[name] = place(term.tables, replicated(mesh))
-        if term.projection is not None:
-            found.projections[name] = term.projection
-    return found
-
-
-def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term:
-    kind, reason = config.loss.kind, "as configured"
-    shared = pair.student.fingerprint == pair.teacher.fingerprint
-    if kind is LossKind.auto and shared and config.projection is None:
-        kind, reason = LossKind.same_vocabulary, "the teacher has the student's tokenizer"
-    if config.loss.learn_projection and kind not in (LossKind.auto, LossKind.p_kl):
-        raise _trains_no_projection(name, kind, reason)
-    if kind in _WITHOUT_W:
-        if config.projection is not None:
-            raise UserError(
-                f"{_key(name, 'projection')}={config.projection}: {_key(name, 'loss.kind')}={kind.value} "
-                "reads no W"
-            )
-        return _Term(kind, reason, _WITHOUT_W[kind](pair))
-    if kind is LossKind.same_vocabulary and shared:
-        return _Term(kind, reason, _sizes(pair))
-    if config.projection is None:
-        projection = cached_projection(pair)
-    else:
-        projection = load_projection(config.projection, pair)
-    if kind is LossKind.auto:
-        found = audit(pair, projection)
-        kind, reason = LossKind(found.recommended_loss), found.reason
-    if not config.loss.learn_projection:
-        return _Term(kind, reason, loss_tables(kind, projection), projection)
-    if kind is not LossKind.p_kl:
-        raise _trains_no_projection(name, kind, reason)
-    return _Term(kind, f"{reason}; W trains", loss_tables(kind, projection.learnable()), projection)
-
-
-def _trains_no_projection(name: str, kind: LossKind, reason: str) -> UserError:
-    return UserError(
-        f"{_key(name, 'loss.learn_projection')}=true: auto takes {kind.value}, whose W does not train "
-        f"({reason}); choose p_kl, or leave it out"
-    )
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The validation sources, ready for models of either side."""
-
-    data: DataConfig
-    student: Tokenizer
-    pairs: Pairs
-    parts: dict[str, list[Part]]
-    problems: dict[str, list[arithmetic.Problem]]
-
-    def of_student(
-        self, model: Model, params: Params, *, between: Callable[[], None] | None = None
-    ) -> Figures:
-        """Figures of a model with the student's tokenizer; what `between` raises now and then breaks off."""
-        rows = {name: [student_of(part) for part in parts] for name, parts in self.parts.items()}
-        return self._figures(model, params, self.student, rows, self.data.student_length, between)
-
-    def of_teacher(self, teacher: str, model: Model, params: Params) -> Figures:
-        """Figures of a model with a teacher's tokenizer."""
-        rows = {name: [part[teacher].teacher for part in parts] for name, parts in self.parts.items()}
-        return self._figures(model, params, self.pairs[teacher].teacher, rows, self.data.length_of(teacher))
-
-    def _figures(
-        self,
-        model: Model,
-        params: Params,
-        tokenizer: Tokenizer,
-        texts: dict[str, list[Side]],
-        length: int,
-        between: Callable[[], None] | None = None,
-    ) -> Figures:
-        """Bits per byte of each text and accuracy on each set of problems."""
-        found = {
-            f"{name} bits/byte": bits_per_byte(
-                model,
-                params,
-                tokenizer,
-                [row.ids for row in rows],
-                batch_size=self.data.batch_size,
-                length=length,
-                targets=[row.targets for row in rows],
-                between=between,
-            )
-            for name, rows in texts.items()
-        }
-        for name, problems in self.problems.items():
-            if between is not None:
-                between()
-            accuracy = exact_match(model, params, tokenizer, problems, batch_size=_PROMPTS_AT_ONCE)
-            found[f"{name} accuracy"] = accuracy
-        return found
-
-
-def held_out_parts(
-    experiment: Experiment, student: Tokenizer, pairs: Pairs, texts: Mapping[str, Documents]
-) -> HeldOut:
-    """Of an experiment whose validation texts have been read."""
-    problems = {
-        name: arithmetic.problems(s.documents, split=s.split, seed=s.seed)
-        for name, s in experiment.data.validation.items()
-        if s.kind is SourceKind.arithmetic
-    }
-    parts = read_parts(pairs, texts, experiment.data)
-    return HeldOut(experiment.data, student, pairs, parts, problems)

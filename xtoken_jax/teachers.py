@@ -1,0 +1,153 @@
+"""The teachers of an experiment: their models or caches, the terms of the loss and what these read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from xtoken_jax.cache_contents import of_teacher
+from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
+from xtoken_jax.coverage.audit import audit
+from xtoken_jax.data.teacher_cache import TeacherCache
+from xtoken_jax.errors import UserError
+from xtoken_jax.losses import LossKind, loss_tables
+from xtoken_jax.losses.objective import LossTables, VocabularySizes
+from xtoken_jax.mesh import place, replicated
+from xtoken_jax.models.decoder import Params
+from xtoken_jax.models.load import ModelConfig, open_model
+from xtoken_jax.projection.cache import cached_projection
+from xtoken_jax.projection.files import load_projection
+from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.projection.partners import partners_of_teacher
+from xtoken_jax.projection.prefixes import prefix_tables
+from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
+from xtoken_jax.train.objective import Teacher
+
+Pairs = dict[str, TokenizerPair]
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """All teachers, by name."""
+
+    static: dict[str, Teacher] = field(default_factory=dict)
+    params: dict[str, Params] = field(default_factory=dict)
+    tables: dict[str, LossTables] = field(default_factory=dict)
+    projections: dict[str, Projection] = field(default_factory=dict)  # W, where the tables are made of it
+    caches: dict[str, TeacherCache] = field(default_factory=dict)  # of those that are not in memory
+
+
+class _Term(NamedTuple):
+    """A teacher's term: the settled kind, why it is this one, what it reads, and the W that is made of."""
+
+    kind: LossKind
+    reason: str
+    tables: LossTables
+    projection: Projection | None = None
+
+
+def open_tokenizer(config: ModelConfig) -> Tokenizer:
+    """That of a model, with its chat template or the one that the config names."""
+    return Tokenizer.load(str(config.path), chat_template=config.chat_template)
+
+
+def introduce(console: Console, side: str, tokenizer: Tokenizer) -> None:
+    """Say what a tokenizer is, and what is odd about it."""
+    console.print(f"{side}  {tokenizer.name}\n         {tokenizer.describe()}", markup=False)
+    if tokenizer.warning:
+        console.print(f"warning  {tokenizer.warning}", markup=False, style="yellow")
+
+
+def group_of(name: str) -> str:
+    """Where a teacher stands in the config."""
+    return FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
+
+
+def key_of(name: str, key: str) -> str:
+    """What a key is called in the config that the experiment itself has for the first teacher."""
+    return key if name == FIRST_TEACHER else f"{group_of(name)}.{key}"
+
+
+def _sizes(pair: TokenizerPair) -> LossTables:
+    return VocabularySizes(pair.student.size, pair.teacher.size)
+
+
+# What these losses read is made of the two tokenizers alone.
+_WITHOUT_W: dict[LossKind, Callable[[TokenizerPair], LossTables]] = {
+    LossKind.prefix_kl: prefix_tables, LossKind.uld: _sizes, LossKind.alm: _sizes,
+}  # fmt: skip
+
+
+def load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Console) -> Teachers:
+    """The teachers with what their terms read, and the terms, which the audit chooses for "auto"."""
+    found, configs = Teachers(), experiment.every_teacher()
+    if not configs:
+        console.print("loss     next-token cross-entropy, no teacher")
+    for name, config in configs.items():
+        pair = pairs[name]
+        introduce(console, "teacher", pair.teacher)
+        model = None
+        if config.cache is None:
+            model, found.params[name] = open_model(
+                config, pair.teacher.size, mesh=mesh, key=jax.random.key(0)
+            )
+        term = _term(name, config, pair)
+        loss = replace(config.loss, kind=term.kind)
+        loss.validate_merge()
+        if config.cache is not None:
+            cache = TeacherCache(
+                Path(config.cache).expanduser(), loss.logit_temperature, key=f"{group_of(name)}.cache"
+            )
+            cache.check(of_teacher(experiment, name, pairs))
+            console.print(f"cache    {config.cache}", markup=False)
+            found.caches[name] = cache
+        weight = f", weight {config.weight:g}" if len(configs) > 1 else ""
+        console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
+        found.static[name] = Teacher(model, loss, config.weight, partners_of_teacher(pair))
+        found.tables[name] = place(term.tables, replicated(mesh))
+        if term.projection is not None:
+            found.projections[name] = term.projection
+    return found
+
+
+def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term:
+    kind, reason = config.loss.kind, "as configured"
+    shared = pair.student.fingerprint == pair.teacher.fingerprint
+    if kind is LossKind.auto and shared and config.projection is None:
+        kind, reason = LossKind.same_vocabulary, "the teacher has the student's tokenizer"
+    if config.loss.learn_projection and kind not in (LossKind.auto, LossKind.p_kl):
+        raise _trains_no_projection(name, kind, reason)
+    if kind in _WITHOUT_W:
+        if config.projection is not None:
+            raise UserError(
+                f"{key_of(name, 'projection')}={config.projection}: {key_of(name, 'loss.kind')}={kind.value} "
+                "reads no W"
+            )
+        return _Term(kind, reason, _WITHOUT_W[kind](pair))
+    if kind is LossKind.same_vocabulary and shared:
+        return _Term(kind, reason, _sizes(pair))
+    if config.projection is None:
+        projection = cached_projection(pair)
+    else:
+        projection = load_projection(config.projection, pair)
+    if kind is LossKind.auto:
+        found = audit(pair, projection)
+        kind, reason = LossKind(found.recommended_loss), found.reason
+    if not config.loss.learn_projection:
+        return _Term(kind, reason, loss_tables(kind, projection), projection)
+    if kind is not LossKind.p_kl:
+        raise _trains_no_projection(name, kind, reason)
+    return _Term(kind, f"{reason}; W trains", loss_tables(kind, projection.learnable()), projection)
+
+
+def _trains_no_projection(name: str, kind: LossKind, reason: str) -> UserError:
+    return UserError(
+        f"{key_of(name, 'loss.learn_projection')}=true: auto takes {kind.value}, whose W does not train "
+        f"({reason}); choose p_kl, or leave it out"
+    )
