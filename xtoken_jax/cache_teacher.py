@@ -31,7 +31,8 @@ from xtoken_jax.held_out import held_out_parts
 from xtoken_jax.mesh import batch_sharding, make_mesh
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model
-from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
+from xtoken_jax.teachers import chat_templates, open_tokenizer
+from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 SHARD_BYTES = 64 * 2**20  # about as many, before compression
 _AT_ONCE = 64  # documents encoded in one call
@@ -102,8 +103,8 @@ def cache_teacher(
             f"data.batch_size={experiment.data.batch_size}: not a multiple of the {devices} devices of the "
             "mesh's data and fsdp axes"
         )
-    student = Tokenizer.load(str(experiment.student.path))
-    pairs = {name: TokenizerPair(student, Tokenizer.load(str(c.path))) for name, c in configs.items()}
+    student = open_tokenizer(experiment.student)
+    pairs = {name: TokenizerPair(student, open_tokenizer(config)) for name, config in configs.items()}
     size = pairs[teacher].teacher.size
     if keep.top_k is not None and keep.top_k >= size:
         keep = keep._replace(top_k=None)
@@ -113,7 +114,8 @@ def cache_teacher(
             {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
         )
         texts = of_held_out(experiment, validation)
-    made_of = {**of_teacher(experiment, teacher, pairs), **of_text(train)}
+    made_of = of_teacher(experiment, teacher, pairs) | of_text(train)
+    made_of |= chat_templates(student, pairs, [*train.values(), *validation.values()])
     index = _begin(
         out, Index(made_of, {**keep._asdict(), "temperatures": list(keep.temperatures)}, size, list(train))
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,6 @@ from xtoken_jax.cache_contents import of_held_out, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
-from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.sources import SourceKind, read_sources
 from xtoken_jax.errors import UserError
 from xtoken_jax.export import export_hf
@@ -34,7 +31,16 @@ from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.files import save_projection
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
 from xtoken_jax.runs import agree, agree_on, claim, contents
-from xtoken_jax.teachers import Pairs, Teachers, group_of, introduce, key_of, load_teachers, open_tokenizer
+from xtoken_jax.teachers import (
+    Pairs,
+    Teachers,
+    chat_templates,
+    group_of,
+    introduce,
+    key_of,
+    load_teachers,
+    open_tokenizer,
+)
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.flops import peak_flops, step_flops
 from xtoken_jax.train.learnt import Learnt, make_projection_optimizer, projection_of, start_learning
@@ -112,8 +118,9 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
             )
             held_out = held_out_parts(experiment, tokenizer, pairs, held_out_text)
+        templates = chat_templates(tokenizer, pairs, [*train_text.values(), *held_out_text.values()])
         for cache in teachers.caches.values():
-            cache.check(of_text(train_text))
+            cache.check(of_text(train_text) | templates)
         rows = rows_here(mesh, experiment.data.batch_size)
         batches = partial(training_batches, pairs, train_text, experiment.data, rows=rows)
         batches(caches=teachers.caches)  # too little text is said before anything is written
@@ -127,7 +134,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 for part, texts in (("train", train_text), ("validation", held_out_text))
             },
         )
-        made_of |= _chat_templates(tokenizer, pairs, [*train_text.values(), *held_out_text.values()])
+        made_of |= templates
         for name, cache in teachers.caches.items():
             made_of |= {f"{group_of(name)}.cache": cache.index.checksum}
         agree_on(made_of)
@@ -230,18 +237,6 @@ def _seconds_at_peak(
     live = {name: teacher.model for name, teacher in teachers.items() if teacher.model is not None}
     read = [(model, data.length_of(name)) for name, model in live.items()]
     return None if peak is None else step_flops(student, read, data.batch_size, data.student_length) / peak
-
-
-def _chat_templates(student: Tokenizer, pairs: Pairs, texts: Sequence[Documents]) -> dict[str, str]:
-    """Key -> fingerprint of each side's chat template, where there are conversations to render."""
-    if not any(documents.shape.messages for documents in texts):
-        return {}
-    teachers = {group_of(name): pair.teacher for name, pair in pairs.items() if pair.teacher is not student}
-    sides = {"student": student} | teachers
-    return {
-        f"{side}.chat_template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16]
-        for side, tokenizer in sides.items()
-    }
 
 
 def _adapters(lora: LoraConfig, adapters: Params, params: Params) -> str:

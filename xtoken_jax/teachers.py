@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from rich.console import Console
 from xtoken_jax.cache_contents import of_teacher
 from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
 from xtoken_jax.coverage.audit import audit
+from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossKind, loss_tables
@@ -55,6 +57,18 @@ class _Term(NamedTuple):
 def open_tokenizer(config: ModelConfig) -> Tokenizer:
     """That of a model, with its chat template or the one that the config names."""
     return Tokenizer.load(str(config.path), chat_template=config.chat_template)
+
+
+def chat_templates(student: Tokenizer, pairs: Pairs, texts: Sequence[Documents]) -> dict[str, str]:
+    """Key -> fingerprint of each side's chat template, where there are conversations to render."""
+    if not any(documents.shape.messages for documents in texts):
+        return {}
+    teachers = {group_of(name): pair.teacher for name, pair in pairs.items() if pair.teacher is not student}
+    sides = {"student": student} | teachers
+    return {
+        f"{side}.chat_template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16]
+        for side, tokenizer in sides.items()
+    }
 
 
 def introduce(console: Console, side: str, tokenizer: Tokenizer) -> None:
