@@ -103,7 +103,6 @@ def test_too_little_text():
             batches_of(DataConfig(student_length=1, teacher_length=1, batch_size=2), short)
 
 
-@pytest.mark.usefixtures("text")
 def test_little_text_comes_part_by_part():
     """One a row, every epoch is each part once, in an order of its own."""
     config = dataclasses.replace(CONFIG, pack=False)
