@@ -6,8 +6,10 @@
 
 Text is tokenized, aligned, cut, packed and stacked in threads that run ahead. The stand-in for a step sleeps,
 as the host does while an accelerator computes. A case is one pair and one layout, on the text that every
-Python carries:
+Python carries. The quickstart's is cut up front; with real tokenizers it is streamed, as much text is, though
+it is little.
 
+- first: seconds to the first batch
 - free: student tokens a second when nothing but the pipeline runs, and as many of its processor seconds
 - at each step's length: the share of the time that the loop waits for `next(batches)`
 - padding: the share of all places in the student's and in the teacher's rows, and segments a row
@@ -25,6 +27,7 @@ import numpy as np
 import tokenizer_folders
 
 from xtoken_jax.config import load_experiment
+from xtoken_jax.data import encode
 from xtoken_jax.data.batches import Batch, Batches, training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.sources import SourceConfig, SourceKind, read_sources
@@ -60,6 +63,7 @@ def of_real_tokenizers(options: argparse.Namespace) -> list[Case]:
         student_length=options.length, teacher_length=options.length, batch_size=options.batch_size
     )
     folders = options.tokenizers
+    encode.LITTLE = 0
     there = [n for n in options.teachers if (folders / n / "tokenizer.json").is_file()]
     if not (folders / options.student / "tokenizer.json").is_file():
         print(f"{folders / options.student}: no tokenizer.json; `make tokenizers` fetches real tokenizers")
@@ -83,6 +87,13 @@ def free(batches: Batches, seconds: float) -> tuple[float, float]:
     while time.perf_counter() - wall < seconds:
         tokens += int(next(batches).student.mask.sum())
     return tokens / (time.perf_counter() - wall), tokens / (time.process_time() - cpu)
+
+
+def first(case: Case, pack: bool, threads: int | None) -> float:
+    """Seconds to the first batch."""
+    begun = time.perf_counter()
+    next(case.batches(pack, threads))
+    return time.perf_counter() - begun
 
 
 def waiting(batches: Batches, step: float, seconds: float) -> float:
@@ -119,16 +130,17 @@ def report(case: Case, options: argparse.Namespace) -> None:
         f"T_s {config.student_length}, T_t {config.teacher_length}"
     )
     print(
-        f"{'':11}{'tokens/s':>10}{'per cpu s':>11}"
+        f"{'':11}{'first s':>8}{'tokens/s':>10}{'per cpu s':>11}"
         + "".join(f"{f'wait {s * 1e3:g} ms':>13}" for s in options.steps)
         + f"{'pad student':>13}{'pad teacher':>13}{'segments':>10}"
     )
     for pack in (True, False):
+        soon = first(case, pack, options.threads)
         rate, of_cpu = free(case.batches(pack, options.threads), options.seconds)
         waits = [waiting(case.batches(pack, options.threads), s, options.seconds) for s in options.steps]
         student, teacher, segments = padding(case.batches(pack, options.threads), options.batches)
         print(
-            f"{'packed' if pack else 'one a row':11}{rate:>10,.0f}{of_cpu:>11,.0f}"
+            f"{'packed' if pack else 'one a row':11}{soon:>8.1f}{rate:>10,.0f}{of_cpu:>11,.0f}"
             + "".join(f"{wait:>13.2%}" for wait in waits)
             + f"{student:>13.1%}{teacher:>13.1%}{segments:>10.1f}"
         )
@@ -145,7 +157,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each figure")
     parser.add_argument("--batches", type=int, default=60, help="that padding is measured on")
     options = parser.parse_args(words)
-    for case in (quickstart(), *of_real_tokenizers(options)):
+    report(quickstart(), options)
+    for case in of_real_tokenizers(options):
         report(case, options)
 
 

@@ -10,6 +10,7 @@ import pytest
 from tokens import trained
 
 from xtoken_jax.alignment.align import align_texts, with_document_marks
+from xtoken_jax.data import encode
 from xtoken_jax.data.batches import make_batch, training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import read_parts, student_of
@@ -29,6 +30,13 @@ MANY = {
     ]
     for name, count in (("first", 25), ("second", 14))
 }
+
+
+@pytest.fixture(params=["little", "much"])
+def text(request, monkeypatch):
+    """The same text as if it were little, whose parts are made up front, and as if it were much."""
+    if request.param == "much":
+        monkeypatch.setattr(encode, "LITTLE", 0)
 
 
 def leaves(batch):
@@ -95,6 +103,21 @@ def test_too_little_text():
             batches_of(DataConfig(student_length=1, teacher_length=1, batch_size=2), short)
 
 
+def test_little_text_comes_part_by_part():
+    """One a row, every epoch is each part once, in an order of its own."""
+    config = dataclasses.replace(CONFIG, pack=False)
+    batches = batches_of(config)
+    count = sum(len(parts) for parts in read_parts(PAIRS, MANY, config).values())
+    records = []
+    while len(records) < 3 * count:
+        next(batches)
+        records += [record for row in batches.records for record in row]
+    epochs = [records[n * count : (n + 1) * count] for n in range(3)]
+    assert all(len(set(epoch)) == count for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.usefixtures("text")
 def test_the_seed_decides_the_order():
     first, again = (take(batches_of(CONFIG), 6) for _ in range(2))
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
@@ -102,6 +125,7 @@ def test_the_seed_decides_the_order():
     assert not all(same(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.usefixtures("text")
 def test_all_text_comes_about_equally_often():
     config = dataclasses.replace(CONFIG, batch_size=2)
     batches = batches_of(config)
@@ -116,6 +140,7 @@ def test_all_text_comes_about_equally_often():
     assert all(abs(count - epochs) < 3 for count in found.values())
 
 
+@pytest.mark.usefixtures("text")
 def test_the_records_of_a_batch_name_its_segments():
     """Over two epochs: each segment's text stands in its document, and its parts make up the whole."""
     sources = {**SUMS, "more": SourceConfig(kind=SourceKind.arithmetic, documents=3, seed=1)}
@@ -157,6 +182,7 @@ WEIGHTED = dataclasses.replace(
     ("config", "taken"),
     [(CONFIG, 0), (CONFIG, 31), (WEIGHTED, 4), (dataclasses.replace(CONFIG, pack=False), 7)],
 )
+@pytest.mark.usefixtures("text")
 def test_a_saved_position_resumes_exactly(config, taken):
     """Across epochs too, and in a new process: the state is all that is handed over."""
     batches = batches_of(config)
@@ -172,6 +198,7 @@ def test_a_saved_position_resumes_exactly(config, taken):
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.usefixtures("text")
 def test_the_batches_are_the_same_on_any_number_of_hosts_and_threads(hosts):
     config = dataclasses.replace(WEIGHTED, batch_size=8)
     whole = batches_of(config, threads=1)
@@ -214,13 +241,14 @@ def test_packing_leaves_less_padding():
     assert filled[True] > 0.9 > 0.85 > filled[False]
 
 
-def test_what_goes_wrong_in_a_thread_is_raised():
+def test_what_goes_wrong_in_a_thread_is_raised(monkeypatch):
     class Broken(list):
         def __getitem__(self, place):
             if isinstance(place, int) and place > 8:
                 raise UserError("document: cannot be read")
             return super().__getitem__(place)
 
+    monkeypatch.setattr(encode, "LITTLE", 0)
     batches = batches_of(CONFIG, {"text": Broken(MANY["first"])})
     with pytest.raises(UserError, match="cannot be read"):
         take(batches, 50)

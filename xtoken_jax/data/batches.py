@@ -19,7 +19,7 @@ from xtoken_jax.alignment.align import collate, token_rows
 from xtoken_jax.alignment.batch import Alignment, StoredRows, TokenRows
 from xtoken_jax.data.cache_shards import PartRows
 from xtoken_jax.data.config import DataConfig
-from xtoken_jax.data.encode import Document, Part, Record, check_text, encode, student_of
+from xtoken_jax.data.encode import Document, Part, Record, cut_little, encode, student_of
 from xtoken_jax.data.lanes import Lane, Row, State, spread, streams_of
 from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.tokens.tokenizer import TokenizerPair
@@ -108,9 +108,8 @@ def training_batches(
     Raises:
         UserError: a source without a row of two tokens, or less text than a batch holds.
     """
-    check_text(pairs, documents, config)
     weights = config.weights()
-    streams = streams_of(documents, weights, config.seed)
+    streams = streams_of(documents, weights, config.seed, cut_little(pairs, documents, config))
     encode_all = functools.partial(encode, pairs)
 
     def lane(slot: int) -> Lane:

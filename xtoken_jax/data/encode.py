@@ -11,6 +11,7 @@ from xtoken_jax.data.config import DataConfig
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
+LITTLE = 2**19  # student tokens, a second or two of tokenizing
 _AT_ONCE = 256  # documents tokenized in one call: enough to keep all cores busy
 
 Document = str
@@ -85,27 +86,36 @@ def read_parts(
     return found
 
 
-def check_text(
+def cut_little(
     pairs: Mapping[str, TokenizerPair], documents: Mapping[str, Sequence[Document]], config: DataConfig
-) -> None:
-    """Refuse what no batch can be made of, having read as little as shows that it can.
+) -> dict[str, list[tuple[Record, Part]]] | None:
+    """All parts of each source, where the text is little enough to be cut up front; None where it is more.
 
     Raises:
-        UserError: a source as in `read_parts`; fewer parts in all than rows in a batch.
+        UserError: a source whose text is too short for a part of two tokens; of little text, fewer parts in
+            all than rows in a batch.
     """
-    if sum(map(len, documents.values())) < config.batch_size:
-        count = sum(map(len, read_parts(pairs, documents, config).values()))
-        if count < config.batch_size:
-            raise UserError(
-                f"the training text fills {count} rows of {config.student_length} student tokens, fewer than "
-                f"data.batch_size={config.batch_size}; give more text, shorter rows or a smaller batch"
-            )
-        return
+    found: dict[str, list[tuple[Record, Part]]] = {}
+    tokens, little = 0, True
     for name, texts in documents.items():
-        first, at_once = 0, 4
-        while first < len(texts) and not any(
-            cut_parts(row, config) for row in encode(pairs, texts[first : first + at_once])
-        ):
-            first, at_once = first + at_once, _AT_ONCE
-        if first >= len(texts):
+        found[name] = []
+        first, at_once = 0, 4  # of long texts, a few are much already
+        # Of much text, as little is read as shows that a source has any.
+        while first < len(texts) and (little or not found[name]):
+            rows = encode(pairs, texts[first : first + at_once])
+            for document, row in enumerate(rows, first):
+                parts = cut_parts(row, config)
+                found[name] += [(Record(name, document, part), cut) for part, cut in enumerate(parts)]
+                tokens += len(student_of(row))
+            first, at_once = first + at_once, min(2 * at_once, _AT_ONCE)
+            little = tokens <= LITTLE
+        if not found[name]:
             raise UserError(f"source {name!r}: its text is too short, no row has two tokens")
+    if not little:
+        return None
+    if (count := sum(map(len, found.values()))) < config.batch_size:
+        raise UserError(
+            f"the training text fills {count} rows of {config.student_length} student tokens, fewer than "
+            f"data.batch_size={config.batch_size}; give more text, shorter rows or a smaller batch"
+        )
+    return found

@@ -2,7 +2,8 @@
 
 Row r of the batch takes the documents number r, r + B, r + 2 B, ... of the endless order and cuts them to
 parts, of which a pool waits and is mixed, or a batch would be B long documents for as long as they last;
-rows are filled from it. So whoever makes some of the rows, on whatever number of hosts and
+rows are filled from it. Of little text, whose few documents could not be mixed well, the order is that of the
+parts themselves. So whoever makes some of the rows, on whatever number of hosts and
 with whatever number of threads, makes the same ones; and where a lane is takes a few numbers to say.
 """
 
@@ -45,27 +46,38 @@ class Row:
     records: tuple[Record, ...]
 
 
-class Stream:
-    """The endless order of the documents of some sources, shuffled anew in every epoch."""
+Cut = list[tuple[Record, Part]]  # parts, made up front
 
-    def __init__(self, documents: Mapping[str, Sequence[Document]], seed: int) -> None:
-        """Documents by source; a uint32 seed."""
+
+class Stream:
+    """The endless order of some sources' documents or, where they are cut, parts; shuffled every epoch."""
+
+    def __init__(
+        self, documents: Mapping[str, Sequence[Document]], seed: int, cut: Cut | None = None
+    ) -> None:
+        """Documents by source, a uint32 seed, and all parts of them, where the order is to be theirs."""
+        self.cut = cut
         self._documents = documents
         self._names = list(documents)
         self._starts = [0, *itertools.accumulate(map(len, documents.values()))]
+        self._length = self._starts[-1] if cut is None else len(cut)
         self._seed = seed
         # Lanes are in one epoch or two, of very little text in a few.
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        order = np.arange(self._starts[-1], dtype=np.int32 if self._starts[-1] < 2**31 else np.int64)
+        order = np.arange(self._length, dtype=np.int32 if self._length < 2**31 else np.int64)
         np.random.default_rng([self._seed, epoch]).shuffle(order)
         return order
 
+    def index(self, number: int) -> int:
+        """Which document or part comes in a place, from 0, of the order."""
+        epoch, place = divmod(number, self._length)
+        return int(self._order(epoch)[place])
+
     def at(self, number: int) -> tuple[str, int]:
-        """Source and number in it of the document that comes in a place, from 0, of the order."""
-        epoch, place = divmod(number, self._starts[-1])
-        index = int(self._order(epoch)[place])
+        """Source and number in it of the document in a place of the order."""
+        index = self.index(number)
         source = bisect.bisect_right(self._starts, index) - 1
         return self._names[source], index - self._starts[source]
 
@@ -76,13 +88,27 @@ class Stream:
 
 
 def streams_of(
-    documents: Mapping[str, Sequence[Document]], weights: Mapping[str, float] | None, seed: int
+    documents: Mapping[str, Sequence[Document]],
+    weights: Mapping[str, float] | None,
+    seed: int,
+    cut: Mapping[str, Cut] | None = None,
 ) -> dict[str, Stream]:
-    """One stream of all documents, named ""; with weights, one for each source."""
+    """One stream of all text, named ""; with weights, one for each source.
+
+    Args:
+        documents: by source.
+        weights: each source's share of the tokens.
+        seed: of the order.
+        cut: the parts of each source, where the order is to be that of the parts.
+    """
     if weights is None:
-        return {"": Stream(documents, seed)}
+        every = None if cut is None else [part for parts in cut.values() for part in parts]
+        return {"": Stream(documents, seed, every)}
     seeds = np.random.SeedSequence(seed).generate_state(len(documents))
-    return {name: Stream({name: documents[name]}, int(s)) for name, s in zip(documents, seeds, strict=True)}
+    return {
+        name: Stream({name: documents[name]}, int(s), None if cut is None else cut[name])
+        for name, s in zip(documents, seeds, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -166,10 +192,11 @@ class Lane:
                 self._taken[stream] += 1
                 self._tokens[stream] += sum(piece.sizes[0] for piece in pieces)
                 self._rest = deque(pieces)
-            # Whoever comes may overtake as many as wait, or be overtaken: nobody waits for long.
-            turn = self._come + int(rng.integers(wanted))
+            piece = self._rest.popleft()
+            # Parts of a document may overtake as many as wait, or be overtaken: nobody waits for long.
+            late = 0 if self._streams[piece.stream].cut else int(rng.integers(wanted))
+            piece = replace(piece, turn=self._come + late)
             self._come += 1
-            piece = replace(self._rest.popleft(), turn=turn)
             bisect.insort(self._waiting, piece, key=lambda other: other.turn)
             tokens += piece.sizes[0]
 
@@ -180,15 +207,23 @@ class Lane:
         if self._phases is None:
             # Lanes begin at different places of the turns that their sources take.
             draws = np.random.default_rng([self._config.seed, self._slot]).random(len(weights)).tolist()
-            lengths = (len(student_of(self._encoded(name, 0, keep=True))) for name in weights)
+            lengths = [
+                len(student_of(self._encoded(name, 0, keep=True)))
+                if of.cut is None
+                else _sizes(of.cut[0][1])[0]
+                for name, of in self._streams.items()
+            ]
             self._phases = {n: draw * length for n, draw, length in zip(weights, draws, lengths, strict=True)}
         phases = self._phases
         return min(weights, key=lambda name: (self._tokens[name] + phases[name]) / weights[name])
 
     def _pieces(self, stream: str, number: int) -> list[_Piece]:
         """The parts of the lane's document of that number, in the order in which they come."""
-        place = self._slot + self._config.batch_size * number
-        source, document = self._streams[stream].at(place)
+        place, of = self._slot + self._config.batch_size * number, self._streams[stream]
+        if of.cut is not None:
+            record, part = of.cut[of.index(place)]
+            return [_Piece(stream, number, record, part, _sizes(part))]
+        source, document = of.at(place)
         parts = cut_parts(self._encoded(stream, number), self._config)
         order = [0]
         if len(parts) != 1:
