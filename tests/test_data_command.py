@@ -6,7 +6,7 @@ import re
 import pytest
 
 from xtoken_jax.cli import main
-from xtoken_jax.data import documents
+from xtoken_jax.data import documents, encode
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
 
@@ -58,6 +58,7 @@ def test_conversations_are_trained_on_and_measured(capsys, run, pair_folders, tm
 
 def test_a_record_that_is_reached_late_ends_the_run_with_its_line(capsys, monkeypatch, run, tmp_path):
     monkeypatch.setattr(documents, "_READ_AHEAD", 4)
+    monkeypatch.setattr(encode, "LITTLE", 0)
     data = tmp_path / "text.jsonl"  # that of `words`
     lines = data.read_text().splitlines()
     data.write_text("\n".join([*lines, '{"text": 3}', *lines]) + "\n")

@@ -11,7 +11,7 @@ from xtoken_jax.alignment.chat import align_chats
 from xtoken_jax.alignment.prompts import align_completions
 from xtoken_jax.alignment.rows import with_document_marks
 from xtoken_jax.data.config import DataConfig
-from xtoken_jax.data.encode import check_text, cut_parts, encode, read_parts, student_of
+from xtoken_jax.data.encode import cut_little, cut_parts, encode, read_parts, student_of
 from xtoken_jax.data.shapes import Conversation, Exchange
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import TokenizerPair
@@ -133,7 +133,7 @@ def test_a_side_without_a_chat_template_is_named():
     with pytest.raises(
         UserError, match=r"no chat template for conversations; put a chat_template\.jinja"
     ) as e:
-        check_text({"teacher": plain}, {"chats": [Conversation(MESSAGES)] * 3}, CONFIG)
+        cut_little({"teacher": plain}, {"chats": [Conversation(MESSAGES)] * 3}, CONFIG)
     assert str(e.value).startswith(plain.teacher.name)
 
 

@@ -121,8 +121,8 @@ def test_the_gradient_is_the_slope_of_the_term_in_float64(words, block):
         objective = Objective(student, {"teacher": Teacher(teacher, loss)}, loss, pair.student.size)
         arguments = {"teacher": teacher_params}, {"teacher": table}, batch, {"teacher": jnp.asarray(start)}
         (_, metrics), (_, by_projection) = jax.jit(gradient_of(objective))(params, None, *arguments)
-        of_student = logits(*student(params, batch.student.ids))
-        of_teacher = logits(*teacher(teacher_params, rows.rows.ids))
+        of_student = logits(*student(params, batch.student.ids, segments=batch.student.segments))
+        of_teacher = logits(*teacher(teacher_params, rows.rows.ids, segments=rows.rows.segments))
     given = [np.asarray(x, np.float64).tolist() for x in (of_student, of_teacher)]
     chunks = [np.asarray(x).tolist() for x in (rows.alignment.student_chunks, rows.alignment.teacher_chunks)]
     rows_of = [[(k, j) for k, j in enumerate(row) if j >= 0] for row in np.asarray(table.indices).tolist()]

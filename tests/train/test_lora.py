@@ -110,7 +110,7 @@ def test_steps_move_the_adapters_alone_and_the_same_on_every_mesh(words):
     whole = jax.jit(jax.grad(objective))(start)
     norm = optax.tree.norm(split_lora(whole)[0])
     np.testing.assert_allclose(traced[0]["gradient_norm"], norm, rtol=1e-5)
-    assert optax.tree.norm(whole) > 1.5 * norm
+    assert optax.tree.norm(whole) > 1.2 * norm
 
     for sizes in ((8, 1, 1), (1, 2, 4)):
         _, _, state, there = steps(sizes, jax.devices())
