@@ -222,7 +222,9 @@ def test_p_kl_gets_what_is_configured(merge):
 
 
 @pytest.mark.parametrize(("kind", "partition"), [(GOLD, Partition.strict), (H_KL, Partition.relaxed)])
-@pytest.mark.parametrize("merge", ["mean", "first", pytest.param("last", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "merge", ["mean", *(pytest.param(m, marks=pytest.mark.slow) for m in ("first", "last"))]
+)
 def test_gold_and_h_kl_get_what_is_configured(kind, partition, merge):
     for weights in ((0.7, 0.2), (None, None)):
         expected = hybrid_kl(

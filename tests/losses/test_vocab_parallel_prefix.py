@@ -180,6 +180,7 @@ def test_values_alone(one_mesh):
     np.testing.assert_allclose(found, jax.jit(case.dense)(case.logits[0]), rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_axes_of_other_names_and_rows_that_are_not_split():
     mesh = jax.make_mesh((2, 4), ("rows", "vocabulary"), axis_types=(AxisType.Auto,) * 2)
     case = cases(ODD)

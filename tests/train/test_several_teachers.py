@@ -56,8 +56,10 @@ def words(words, pair_folders):
     ("block", "dynamic"),
     [
         (16, True),
-        (None, False),
-        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((16, False), (None, True))),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in ((16, False), (None, True), (None, False))
+        ),
     ],
 )
 def test_two_teachers_are_the_objective_put_together_by_hand(words, block, dynamic):
