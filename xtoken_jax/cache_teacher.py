@@ -23,11 +23,11 @@ from xtoken_jax.config import Experiment
 from xtoken_jax.data.cache_shards import Entry, Form, PartRows, packed
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Document, cut_parts, encode
-from xtoken_jax.data.sources import SourceKind, read_sources
+from xtoken_jax.data.sources import read_sources
 from xtoken_jax.data.teacher_cache import Index, ShardInfo, add_shard, is_whole, read_index
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep, Kept, Lost, distributions
-from xtoken_jax.held_out import held_out_parts
+from xtoken_jax.held_out import held_out_parts, read_held_out
 from xtoken_jax.mesh import batch_sharding, make_mesh
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model
@@ -110,9 +110,7 @@ def cache_teacher(
         keep = keep._replace(top_k=None)
     with console.status("reading the text"):
         train = read_sources(experiment.data.train)
-        validation = read_sources(
-            {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
-        )
+        validation = read_held_out(experiment)
         texts = of_held_out(experiment, validation)
     made_of = of_teacher(experiment, teacher, pairs) | of_text(train)
     made_of |= chat_templates(student, pairs, [*train.values(), *validation.values()])

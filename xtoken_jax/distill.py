@@ -16,11 +16,11 @@ from xtoken_jax.cache_contents import of_held_out, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
-from xtoken_jax.data.sources import SourceKind, read_sources
+from xtoken_jax.data.sources import read_sources
 from xtoken_jax.errors import UserError
 from xtoken_jax.export import export_hf
 from xtoken_jax.files import write_whole
-from xtoken_jax.held_out import Figures, held_out_parts
+from xtoken_jax.held_out import Figures, held_out_parts, read_held_out
 from xtoken_jax.hosts import from_first
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind
@@ -114,16 +114,14 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         pairs = pairs or {"student": TokenizerPair(tokenizer, tokenizer)}
         with console.status("reading the text"):
             train_text = read_sources(experiment.data.train)
-            held_out_text = read_sources(
-                {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
-            )
+            held_out_text = read_held_out(experiment)
             held_out = held_out_parts(experiment, tokenizer, pairs, held_out_text)
         templates = chat_templates(tokenizer, pairs, [*train_text.values(), *held_out_text.values()])
         for cache in teachers.caches.values():
             cache.check(of_text(train_text) | templates)
         rows = rows_here(mesh, experiment.data.batch_size)
-        batches = partial(training_batches, pairs, train_text, experiment.data, rows=rows)
-        batches(caches=teachers.caches)  # too little text is said before anything is written
+        # Too little text is said before anything is written.
+        batches = training_batches(pairs, train_text, experiment.data, rows=rows)
         counts = ", ".join(f"{len(documents):,} of {name}" for name, documents in train_text.items())
         console.print(f"text     documents: {counts}", markup=False)
         made_of = contents(
@@ -155,7 +153,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 schedule=make_schedule(experiment.optimizer, experiment.train.steps),
                 projection_optimizer=of_projections, logged=experiment.train.logged,
             )  # fmt: skip
-            made = batches(caches=teachers.caches)
+            made = batches.anew(teachers.caches)
             state = train(
                 init_state(student, params, optimizer, mesh, learnt),
                 abstract_state(student, optimizer, mesh, learnt),

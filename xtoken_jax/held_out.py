@@ -11,7 +11,7 @@ from xtoken_jax.data import arithmetic
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.encode import Part, read_parts, student_of
-from xtoken_jax.data.sources import SourceKind
+from xtoken_jax.data.sources import SourceKind, read_sources
 from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.models.decoder import Model, Params
@@ -73,6 +73,12 @@ class HeldOut:
             accuracy = exact_match(model, params, tokenizer, problems, batch_size=_PROMPTS_AT_ONCE)
             found[f"{name} accuracy"] = accuracy
         return found
+
+
+def read_held_out(experiment: Experiment) -> dict[str, Documents]:
+    """The validation sources that are text; the others are problems."""
+    texts = {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
+    return read_sources(texts)
 
 
 def held_out_parts(

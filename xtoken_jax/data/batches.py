@@ -106,7 +106,7 @@ def training_batches(
         threads: that make them; None for as many as there are processors, up to 8.
 
     Raises:
-        UserError: a source without a row of two tokens, or less text than a batch holds.
+        UserError: a source without a row that has a token to learn, or less text than a batch holds.
     """
     weights = config.weights()
     streams = streams_of(documents, weights, config.seed, cut_little(pairs, documents, config))
@@ -151,6 +151,10 @@ class Batches:
         self._states = {slot: lane(slot).get_state() for slot in slots}
         self._records: deque[tuple[int, list[tuple[Record, ...]]]] = deque(maxlen=_KEPT)
         self._ahead: _Ahead | None = None
+
+    def anew(self, caches: Mapping[str, TeacherCache] | None = None) -> Batches:
+        """The same rows from the beginning, with what `caches` hold; little text is not cut a second time."""
+        return Batches(self._pairs, self._lane, [*self._states], self._config, self._threads, caches or {})
 
     def __iter__(self) -> Batches:
         return self

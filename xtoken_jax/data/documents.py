@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol, overload
 
@@ -72,7 +73,7 @@ class Documents(Sequence[Document]):
         """File and line of a document, or what its format has in their place."""
         return self._records.where(number)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """The number of documents, and the SHA-256 of their content, shortened.
 

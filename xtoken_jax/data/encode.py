@@ -150,8 +150,8 @@ def cut_little(
     """All parts of each source, where the text is little enough to be cut up front; None where it is more.
 
     Raises:
-        UserError: a source whose text is too short for a part of two tokens; of little text, fewer parts in
-            all than rows in a batch.
+        UserError: a source that is too short for a part with a token to learn; of little text, fewer parts
+            in all than rows in a batch.
     """
     found: dict[str, list[tuple[Record, Part]]] = {}
     tokens, little = 0, True
