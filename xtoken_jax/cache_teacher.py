@@ -28,7 +28,7 @@ from xtoken_jax.data.teacher_cache import Index, ShardInfo, add_shard, is_whole,
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep, Kept, Lost, distributions
 from xtoken_jax.held_out import held_out_parts, read_held_out
-from xtoken_jax.mesh import batch_sharding, make_mesh
+from xtoken_jax.mesh import batch_sharding, check_batch_size, make_mesh
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import open_model
 from xtoken_jax.teachers import chat_templates, open_tokenizer
@@ -97,12 +97,7 @@ def cache_teacher(
     if teacher not in configs:
         raise UserError(f"--teacher {teacher}: no such teacher; there is {', '.join(configs) or 'none'}")
     mesh = make_mesh(experiment.mesh)
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if experiment.data.batch_size % devices:
-        raise UserError(
-            f"data.batch_size={experiment.data.batch_size}: not a multiple of the {devices} devices of the "
-            "mesh's data and fsdp axes"
-        )
+    check_batch_size(mesh, experiment.data.batch_size)
     student = open_tokenizer(experiment.student)
     pairs = {name: TokenizerPair(student, open_tokenizer(config)) for name, config in configs.items()}
     size = pairs[teacher].teacher.size

@@ -17,14 +17,13 @@ from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.sources import read_sources
-from xtoken_jax.errors import UserError
 from xtoken_jax.export import export_hf
 from xtoken_jax.files import write_whole
 from xtoken_jax.held_out import Figures, held_out_parts, read_held_out
 from xtoken_jax.hosts import from_first
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind
-from xtoken_jax.mesh import make_mesh, rows_here
+from xtoken_jax.mesh import check_batch_size, make_mesh, rows_here
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
@@ -90,13 +89,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
     agree(experiment)
     run = Path(experiment.run_dir).expanduser()
     mesh = make_mesh(experiment.mesh)
-    devices, parts = mesh.shape["data"] * mesh.shape["fsdp"], experiment.train.accumulate
-    if experiment.data.batch_size % (devices * parts):
-        by = f", each in train.accumulate={parts} parts" if parts > 1 else ""
-        raise UserError(
-            f"data.batch_size={experiment.data.batch_size}: not a multiple of the {devices} devices of the "
-            f"mesh's data and fsdp axes{by}"
-        )
+    check_batch_size(mesh, experiment.data.batch_size, experiment.train.accumulate)
     configs = experiment.every_teacher()
     with jax.set_mesh(mesh):
         tokenizer = open_tokenizer(experiment.student)

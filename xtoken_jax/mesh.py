@@ -111,6 +111,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PARTITION_SPECS["B"])
 
 
+def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
+    """Refuse rows that the devices, each in so many parts, cannot share evenly.
+
+    Raises:
+        UserError: names the key of the batch size.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (devices * parts):
+        by = f", each in train.accumulate={parts} parts" if parts > 1 else ""
+        raise UserError(
+            f"data.batch_size={batch_size}: not a multiple of the {devices} devices of the mesh's data and "
+            f"fsdp axes{by}"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
