@@ -3,6 +3,7 @@
     python experiments/miniature/run.py                 # everything, two processes of one core each
     python experiments/miniature/run.py --seeds 1       # a first look
     python experiments/miniature/run.py --only "prefix KL, dynamic" --regime digits
+    python experiments/miniature/run.py --wrong 70      # the main text in all seeds before the others
     python experiments/miniature/run.py --report        # tables and plot from the results so far
 
 Interrupted, the same command goes on: finished runs are in results.jsonl and are not repeated. Seeds are
@@ -132,6 +133,7 @@ def run_all(options: argparse.Namespace) -> None:
     wanted = [task for task in tasks(options.seeds) if key_of(task) not in done]
     wanted = [task for task in wanted if options.only in (None, RUNS[task[3]].name)]
     wanted = [task for task in wanted if options.regime in (None, task[1])]
+    wanted = [task for task in wanted if options.wrong in (None, round(100 * task[2]))]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
         bar = progress.add_task("teachers and text", total=len(wanted))
@@ -173,6 +175,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="of each run (5)")
     parser.add_argument("--only", help='one loss, by its name in the table, such as "P-KL mean, dynamic"')
     parser.add_argument("--regime", choices=("digits", "whole"), help="one regime")
+    parser.add_argument("--wrong", type=int, choices=(0, 30, 70), help="percent of the sums wrong, one text")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (2)")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/miniature"), help="for teachers and batches, 2.5 GB"
