@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -162,10 +163,17 @@ def projected_softmax(
     """
     if isinstance(projection, LearnableProjection):
         split = projection.split()
-        return _projected(centred(logits), split.weights, split, columns, width)
+        return learnt_softmax(logits, split.weights, split, columns, width)
     if isinstance(projection, SplitProjection):
         return _projected(centred(logits), None, projection, columns, width)
     return projection.project(jax.nn.softmax(logits, axis=-1), columns, width)
+
+
+def learnt_softmax(
+    logits: jax.Array, weights: jax.Array, projection: SplitProjection, columns: jax.Array, width: int
+) -> jax.Array:
+    """`projected_softmax` with a gradient by the weights of W too, float32 [R, K]."""
+    return _projected(centred(logits), weights, replace(projection, weights=weights), columns, width)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -176,7 +184,7 @@ def _projected(
     columns: jax.Array,
     width: int,
 ) -> jax.Array:
-    """With `weights` of W, those of `projection`, the gradient goes to them too."""
+    """The gradient by W goes to `weights`, those of `projection`; None for a W that does not learn."""
     return _projected_forward(logits, weights, projection, columns, width)[0]
 
 
