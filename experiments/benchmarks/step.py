@@ -115,9 +115,7 @@ def overhead(rows: int, length: int, rounds: int) -> None:
 
 
 def learned(rows: int, length: int, rounds: int) -> None:
-    student, teacher = (
-        Model(dataclasses.replace(model.config, num_layers=6)) for model in models("none")
-    )
+    student, teacher = (Model(dataclasses.replace(model.config, num_layers=6)) for model in models("none"))
     batch, loss = batch_of(rows, length), LossConfig(kind=LossKind.p_kl)
     projection, which = projection_of(V_S, V_T)
     gradient = jax.jit(gradient_of(Objective(student, {"teacher": Teacher(teacher, loss)}, loss, V_S)))
