@@ -163,7 +163,7 @@ def projected_softmax(
     """
     if isinstance(projection, LearnableProjection):
         split = projection.split()
-        return learnt_softmax(logits, split.weights, split, columns, width)
+        return learnt_softmax(logits, jnp.asarray(split.weights), split, columns, width)
     if isinstance(projection, SplitProjection):
         return _projected(centred(logits), None, projection, columns, width)
     return projection.project(jax.nn.softmax(logits, axis=-1), columns, width)

@@ -372,7 +372,7 @@ def _sources(indices: np.ndarray, alone: np.ndarray, size: int | None) -> tuple[
     source = np.full(size, len(indices), np.int32)
     source[targets] = ids[first]
     # What remains: pieces of several, and student tokens that share a teacher token.
-    rest = (indices >= 0).any(1)
+    rest: np.ndarray = (indices >= 0).any(1)
     rest[ids[first]] = False
     return source, np.flatnonzero(rest).astype(np.int32)
 
