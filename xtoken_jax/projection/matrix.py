@@ -69,7 +69,8 @@ class Projection:
         logits = np.where(support, np.log(np.where(support, weights, 1.0)), 0.0).astype(np.float32)
         indices = np.where(support, indices, -1).astype(np.int32)
         source, rows = _sources(indices, support.sum(1) == 1, self.teacher_size)
-        return LearnableProjection(jnp.asarray(logits), indices, source, rows, self.teacher_size)
+        found = LearnableProjection(logits, indices, source, rows, self.teacher_size)
+        return jax.tree.map(jnp.asarray, found)
 
     def split(self) -> SplitProjection:
         """The same W for fast projection: one-to-one rows apart from the rest (host)."""
@@ -372,7 +373,7 @@ def _sources(indices: np.ndarray, alone: np.ndarray, size: int | None) -> tuple[
     source = np.full(size, len(indices), np.int32)
     source[targets] = ids[first]
     # What remains: pieces of several, and student tokens that share a teacher token.
-    rest: np.ndarray = (indices >= 0).any(1)
+    rest = (indices >= 0).sum(1) > 0
     rest[ids[first]] = False
     return source, np.flatnonzero(rest).astype(np.int32)
 
