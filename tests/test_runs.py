@@ -142,6 +142,43 @@ def test_another_w_is_refused(words, tmp_path):
         claim(tmp_path / "run", experiment, others[1])
 
 
+def test_a_w_that_trained_is_neither_left_out_nor_put_on_other_entries(words, tmp_path):
+    """Whatever is allowed; before the first checkpoint there is none yet."""
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "2"
+    words = [*words, "loss=p_kl", "resume.allow=[loss,projection,teachers]"]
+    trained = [*words, "loss.learn_projection=true"]
+    other = ["teachers.other.path=there", "data.teacher_lengths.other=8", "teachers.other.loss.kind=p_kl"]
+    learns = "teachers.other.loss.learn_projection=true"
+    content = {"projection": "1", "teachers.other.projection": "1"}
+
+    def claims(words, **changed):
+        return {d.key for d in claim(run, load_experiment(words), content | changed)}
+
+    assert claims(trained) == set()
+    assert claims(words) == {"loss.learn_projection"}
+    checkpoint.mkdir(parents=True)
+    assert claims(trained) == {"loss.learn_projection"}
+    first = (run / "run.json").read_bytes()
+    for changes, message in (
+        (lambda: claims(words), "for which loss.learn_projection=false has no place"),
+        (lambda: claims(trained, projection="2"), "which do not fit another projection; put"),
+    ):
+        with pytest.raises(UserError, match=message) as refusal:
+            changes()
+        assert str(refusal.value).startswith(f"{run}: its checkpoints hold a trained W and its moments, ")
+        assert "\n" not in str(refusal.value)
+        assert (run / "run.json").read_bytes() == first
+    assert claims(trained) == set()
+    # another teacher's W may begin to train, but not end
+    more = [*trained, *other, "resume.allow=[teachers,data.teacher_lengths]"]
+    assert {key.split(".")[0] for key in claims([*more, learns])} == {"teachers", "data"}
+    for left in (more, [*trained, "resume.allow=[teachers,data]"]):
+        with pytest.raises(
+            UserError, match=r"which teachers\.other\.loss\.learn_projection=false has no place"
+        ):
+            claims(left)
+
+
 def test_what_earlier_versions_wrote_is_taken_over(words, tmp_path):
     claimed(words)
     path = tmp_path / "run" / "run.json"

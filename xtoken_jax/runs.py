@@ -30,6 +30,7 @@ from xtoken_jax.models.lora import join_lora, split_lora
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.report import RESULT_FILE
 from xtoken_jax.resume import Difference, covers, differences
+from xtoken_jax.teachers import key_of
 from xtoken_jax.tokens.tokenizer import Tokenizer
 from xtoken_jax.train.checkpoint import Checkpoints
 from xtoken_jax.train.learnt import abstract_learnt, make_projection_optimizer
@@ -184,6 +185,7 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
                 f"{run}: holds another run ({'; '.join(map(str, refused[:_NAMED]))}); choose another "
                 f"run_dir=..., delete that folder, or go on all the same with resume.allow=[{','.join(keys)}]"
             )
+        _keep_learnt(run, begun, experiment, {d.key for d in _flat_differences(there or made_of, made_of)})
         if there is not None and not different:
             return []
     elif run.exists() and (not run.is_dir() or set(run.iterdir()) - {partial_path(path), run / SWEEP_FOLDER}):
@@ -197,6 +199,33 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error.strerror}); choose another run_dir=...") from error
     return different
+
+
+def _keep_learnt(run: Path, begun: Experiment, experiment: Experiment, changed: set[str]) -> None:
+    """Refuse what a trained W in the run's checkpoints does not allow, whatever `resume.allow` says.
+
+    Args:
+        run: the folder.
+        begun, experiment: the settings there and here.
+        changed: keys of `contents` that are not what they were.
+    """
+    if not any(path.name.isdigit() for path in (run / CHECKPOINT_FOLDER).glob("*")):
+        return
+    teachers = experiment.every_teacher()
+    for name, config in begun.every_teacher().items():
+        if not config.loss.learn_projection:
+            continue
+        learn, w = (key_of(name, key) for key in ("loss.learn_projection", "projection"))
+        held = f"{run}: its checkpoints hold a trained W and its moments"
+        if name not in teachers or not teachers[name].loss.learn_projection:
+            raise UserError(
+                f"{held}, for which {learn}=false has no place; leave it true, or choose another run_dir=..."
+            )
+        if w in changed:
+            raise UserError(
+                f"{held}, which do not fit another {w}; put the one that it began with back, or choose "
+                "another run_dir=..."
+            )
 
 
 def finished(run: Path, experiment: Experiment) -> dict[str, Any] | None:

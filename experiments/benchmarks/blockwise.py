@@ -1,12 +1,14 @@
 """Losses from hidden states: block by block beside the plain way through [B, T, V] logits.
 
     python experiments/benchmarks/blockwise.py time --width 512 --length 512
+    python experiments/benchmarks/blockwise.py time --kinds p_kl --ways 1 4    # with a learned W
     python experiments/benchmarks/blockwise.py memory --length 2048 --dtype bfloat16
 
 `time` runs plain and blockwise in turn, round after round, in one process; a ratio compares medians
 of the same rounds. `memory` compiles only, at the sizes of Llama-3.2-1B and Qwen3-4B: what the compiler
 reserves for temporaries, which is exact and says nothing of arguments and results. Both are forward and
-backward, by the student's hidden states and unembedding, of cross-entropy and the distillation term.
+backward, by the student's hidden states and unembedding (and by a learned W's logits), of cross-entropy and
+the distillation term.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from losses import projection_of
 from prefix_case import fetched_pair, prefix_case
 
 from xtoken_jax.alignment.batch import Alignment
@@ -36,10 +39,11 @@ from xtoken_jax.losses import (
     valid_chunks,
 )
 from xtoken_jax.losses.blockwise import blockwise_loss
-from xtoken_jax.projection.matrix import Projection
 
 KINDS = ("p_kl", "gold", "h_kl", "uld", "alm", "prefix_kl", "none")
 WAYS = ("plain", "blockwise", "plain, fixed weights", "blockwise, fixed weights")
+LEARNED = ("blockwise, learned W", "blockwise, fixed weights, learned W")  # P-KL
+EVERY_WAY = WAYS + LEARNED
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,6 @@ class Sizes:
     student_width: int
     teacher_width: int
     dtype: str
-
-
-def random_projection(rng: np.random.Generator, student: int, teacher: int) -> Projection:
-    """A W of the shape that Llama 3.1 and Qwen3 have: 6 of 7 rows one to one, the others three pieces."""
-    indices = np.full((student, 4), -1, np.int32)
-    weights = np.zeros((student, 4), np.float32)
-    one = rng.permutation(student) < min(0.86 * student, teacher)
-    indices[one, 0] = rng.permutation(teacher)[: one.sum()]
-    weights[one, 0] = 1
-    indices[~one, :3] = rng.integers(teacher, size=((~one).sum(), 3))
-    weights[~one, :3] = np.array([0.9, 0.09, 0.009]) / 0.999
-    return Projection(indices, weights, teacher)
 
 
 def alignment_of(rng: np.random.Generator, batch: int, length: int) -> Alignment:
@@ -101,7 +93,7 @@ def objective(way: str, config: LossConfig, block: int, size: int) -> Callable[.
     return plain if way.startswith("plain") else fixed if "fixed" in way else blockwise
 
 
-def arguments(sizes: Sizes, kind: LossKind) -> tuple:
+def arguments(sizes: Sizes, kind: LossKind, learned: bool = False) -> tuple:
     rng = np.random.default_rng(0)
     dtype = jnp.dtype(sizes.dtype)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -121,8 +113,9 @@ def arguments(sizes: Sizes, kind: LossKind) -> tuple:
             raise SystemExit("prefix_kl needs the tokenizers of `make tokenizers` and their sizes")
         tables, alignment, ids, others = prefix_case(pair, *rows)
     elif kind is not LossKind.none:
-        projection = random_projection(rng, sizes.student, sizes.teacher)
-        tables = jax.tree.map(jnp.asarray, loss_tables(kind, projection))
+        projection, _ = projection_of(sizes.student, sizes.teacher)
+        made = projection.learnable() if learned else projection
+        tables = jax.tree.map(jnp.asarray, loss_tables(kind, made))
     return (
         normal(keys[0], *rows, sizes.student_width),
         normal(keys[1], sizes.student, sizes.student_width),
@@ -137,43 +130,54 @@ def arguments(sizes: Sizes, kind: LossKind) -> tuple:
 
 
 def lowered(way: str, kind: LossKind, args: tuple, sizes: Sizes, block: int) -> Any:
+    """The compiled gradient; a learned W's logits are the last argument."""
     function = objective(way, LossConfig(kind), block, sizes.student)
-    return jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(*args).compile()
+    if way not in LEARNED:
+        return jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(*args).compile()
+
+    def of_w(*args: Any) -> Any:
+        return function(*args[:5], replace(args[5], logits=args[-1]), *args[6:-1])
+
+    return jax.jit(jax.value_and_grad(of_w, argnums=(0, 1, len(args) - 1))).lower(*args).compile()
+
+
+def arguments_of(way: str, sizes: Sizes, kind: LossKind) -> tuple:
+    args = arguments(sizes, kind, way in LEARNED)
+    return (*args, args[5].logits) if way in LEARNED else args
 
 
 def memory(sizes: Sizes, kinds: list[str], ways: list[str], block: int) -> None:
-    print(f"{'temporary memory, forward and backward':40}{'MiB':>10}{'ratio':>8}")
+    print(f"{'temporary memory, forward and backward':44}{'MiB':>10}{'ratio':>8}")
     for name in kinds:
         kind, base = LossKind(name), None
-        args = jax.eval_shape(lambda kind=kind: arguments(sizes, kind)) if kind is LossKind.none else None
-        if args is None:
+        for way in ways:
             # The tables are made on the host, at their real sizes; nothing else is.
             small = Sizes(1, 2, sizes.student, sizes.teacher, 1, 1, sizes.dtype)
-            tables = arguments(small, kind)[5]
+            made = arguments_of(way, small, kind)[5:]
+            tables = jax.eval_shape(lambda made=made: made)
             shapes = jax.eval_shape(lambda: arguments(sizes, LossKind.none))
-            args = (*shapes[:5], jax.eval_shape(lambda t=tables: t), *shapes[6:])
-        for way in ways:
+            args = (*shapes[:5], tables[0], *shapes[6:], *tables[4:])
             found = lowered(way, kind, args, sizes, block).memory_analysis().temp_size_in_bytes / 2**20
             base = base or found
-            print(f"{name + ', ' + way:40}{found:>10.0f}{found / base:>8.3f}", flush=True)
+            print(f"{name + ', ' + way:44}{found:>10.1f}{found / base:>8.3f}", flush=True)
 
 
 def timing(sizes: Sizes, kinds: list[str], ways: list[str], block: int, rounds: int) -> None:
-    print(f"{'time, forward and backward':40}{'ms':>10}{'ratio':>8}")
+    print(f"{'time, forward and backward':44}{'ms':>10}{'ratio':>8}")
     for name in kinds:
         kind = LossKind(name)
-        args = arguments(sizes, kind)
-        compiled = {way: lowered(way, kind, args, sizes, block) for way in ways}
+        args = {way: arguments_of(way, sizes, kind) for way in ways}
+        compiled = {way: lowered(way, kind, args[way], sizes, block) for way in ways}
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(rounds + 1):
             for way in ways:
                 start = time.perf_counter()
-                jax.block_until_ready(compiled[way](*args))
+                jax.block_until_ready(compiled[way](*args[way]))
                 times[way].append(time.perf_counter() - start)
         medians = {way: statistics.median(values[1:]) for way, values in times.items()}
         for way in ways:
             base = medians[ways[0]]
-            print(f"{name + ', ' + way:40}{medians[way] * 1e3:>10.0f}{medians[way] / base:>8.2f}", flush=True)
+            print(f"{name + ', ' + way:44}{medians[way] * 1e3:>10.0f}{medians[way] / base:>8.2f}", flush=True)
 
 
 def main() -> None:
@@ -190,7 +194,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["p_kl", "h_kl"])
     parser.add_argument("--ways", nargs="+", type=int, default=list(range(len(WAYS))),
-                        help="; ".join(f"{i}: {way}" for i, way in enumerate(WAYS)))  # fmt: skip
+                        help="; ".join(f"{i}: {way}" for i, way in enumerate(EVERY_WAY)))  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     big = options.what == "memory"
@@ -203,7 +207,9 @@ def main() -> None:
         options.width or (2560 if big else 256),
         options.dtype,
     )
-    ways = [WAYS[i] for i in options.ways]
+    ways = [EVERY_WAY[i] for i in options.ways]
+    if set(ways) & set(LEARNED) and options.kinds != ["p_kl"]:
+        parser.error("a learned W is P-KL's: --kinds p_kl")
     print(f"{sizes}, block {options.block}, on {jax.devices()[0]}")
     if big:
         memory(sizes, options.kinds, ways, options.block)

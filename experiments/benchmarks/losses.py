@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ from xtoken_jax.losses.chunks import Merging
 from xtoken_jax.losses.projection_kl import chunk_values, top_columns
 from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.events import PrefixTables
-from xtoken_jax.projection.matrix import Partition, Projection
+from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection
 
 STUDENT, TEACHER = "llama3_1", "qwen3"
 V_S, V_T = 128_256, 151_669
@@ -117,14 +118,24 @@ def main_cases(projection: Projection, positions: int, top_k: int) -> dict[str, 
     width = projection.teacher_size
     student, teacher = logits_of(positions, projection.student_size, width)
     alignment = alignment_of(positions)
-    rows, split, strict, relaxed = jax.tree.map(
+    rows, split, learnable, strict, relaxed = jax.tree.map(
         jnp.asarray,
-        (projection, projection.split(), Partition.strict(projection), Partition.relaxed(projection)),
+        (
+            projection,
+            projection.split(),
+            projection.learnable(),
+            Partition.strict(projection),
+            Partition.relaxed(projection),
+        ),
     )
     ids = jnp.arange(positions, dtype=jnp.int32)[None]
 
     def p_kl(columns: int) -> Callable[..., jax.Array]:
         return lambda s, t, w, a: masked_mean(projection_kl(s, t, a, w, top_k=columns), valid_chunks(a))
+
+    def learned(both: tuple, t: jax.Array, w: LearnableProjection, a: Alignment) -> jax.Array:
+        """Its gradient goes to W's logits too."""
+        return p_kl(top_k)(both[0], t, replace(w, logits=both[1]), a)
 
     def hybrid(s: jax.Array, t: jax.Array, partition: Partition, a: Alignment) -> jax.Array:
         return masked_mean(hybrid_kl(s, t, a, partition, uncommon_top_k=top_k), valid_chunks(a))
@@ -152,6 +163,7 @@ def main_cases(projection: Projection, positions: int, top_k: int) -> dict[str, 
     return {
         "ordinary KL over V_t": (full_kl, (teacher + 1, teacher)),
         "P-KL, W split (as in training)": (p_kl(top_k), (student, teacher, split, alignment)),
+        "P-KL, W learned": (learned, ((student, learnable.logits), teacher, learnable, alignment)),
         "P-KL, W as rows": (p_kl(top_k), (student, teacher, rows, alignment)),
         "P-KL, W split, all V_t columns": (p_kl(width), (student, teacher, split, alignment)),
         "GOLD": (hybrid, (student, teacher, strict, alignment)),

@@ -2,13 +2,15 @@
 
     python experiments/benchmarks/step.py                   # both tables, a quarter of an hour on 2 cores
     python experiments/benchmarks/step.py memory --batch 32
+    python experiments/benchmarks/step.py learned           # a W that trains beside a fixed one
 
 Student and teacher have SmolLM2-135M's depth and width, random float32 weights, and the vocabularies of
 Llama 3.1 and Qwen3, whose W is used where `make tokenizers` has fetched them. `overhead` times a whole step
 (forward passes, cross-entropy and P-KL from blocks of logits, backward pass, clipping, AdamW) beside the
 student's forward and backward pass under plain cross-entropy and the teacher's forward pass to its logits,
 round after round in one run. `memory` asks the compiler what a device holds, on 1 and on 8 virtual devices
-under fsdp with the same global batch: arguments and temporaries; nothing runs.
+under fsdp with the same global batch: arguments and temporaries; nothing runs. `learned` times the gradient
+of both models cut to 6 layers, of one row, with a fixed W and with one that trains, in turn.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from xtoken_jax.losses import LossConfig, LossKind, loss_tables, masked_mean, ne
 from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from xtoken_jax.models import Model, logits
 from xtoken_jax.models.decoder import Params
-from xtoken_jax.train.objective import Teacher
+from xtoken_jax.projection.matrix import LearnableProjection
+from xtoken_jax.train.accumulate import gradient_of
+from xtoken_jax.train.objective import Objective, Teacher
 from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
@@ -110,6 +114,34 @@ def overhead(rows: int, length: int, rounds: int) -> None:
     print(f"| step / (student + teacher) | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
 
 
+def learned(rows: int, length: int, rounds: int) -> None:
+    student, teacher = (Model(dataclasses.replace(model.config, num_layers=6)) for model in models("none"))
+    batch, loss = batch_of(rows, length), LossConfig(kind=LossKind.p_kl)
+    projection, which = projection_of(V_S, V_T)
+    gradient = jax.jit(gradient_of(Objective(student, {"teacher": Teacher(teacher, loss)}, loss, V_S)))
+    params = jax.jit(student.init)(jax.random.key(0))
+    of_teacher = {"teacher": jax.jit(teacher.init)(jax.random.key(1))}
+    cases = {}
+    for name, w in (("fixed W", projection), ("learned W", projection.learnable())):
+        tables = {"teacher": jax.tree.map(jnp.asarray, loss_tables(loss.kind, w))}
+        of_w = {"teacher": w.logits} if isinstance(w, LearnableProjection) else {}
+        cases[name] = params, None, of_teacher, tables, batch, of_w
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, args in cases.items():
+            start = time.perf_counter()
+            jax.block_until_ready(gradient(*args))
+            if number:  # the first compiles
+                times[name].append(time.perf_counter() - start)
+    fixed, with_w = (np.array(seconds) for seconds in times.values())
+    low, middle, high = np.quantile(with_w / fixed, [0.25, 0.5, 0.75])
+    print(f"B {rows}, T {length}, 6 layers, float32, W {which}, block {loss.block}")
+    print("| gradient with | s |\n|---|---|")
+    for name, seconds in times.items():
+        print(f"| {name} | {statistics.median(seconds):.2f} |")
+    print(f"| learned / fixed | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
+
+
 def memory(rows: int, length: int, remat: str) -> None:
     student, teacher = models(remat)
     loss = LossConfig(kind=LossKind.p_kl)
@@ -146,13 +178,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="*", default=["overhead", "memory"])
-    parser.add_argument("--batch", type=int, help="rows (default: 4 for overhead, 128 for memory)")
+    parser.add_argument("--batch", type=int, help="rows (default: 4, 128 for memory, 1 for learned)")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--remat", default="none", help="of the student, for memory (default: %(default)s)")
     options = parser.parse_args()
     if "overhead" in options.what:
         overhead(options.batch or 4, options.length, options.rounds)
+    if "learned" in options.what:
+        learned(options.batch or 1, options.length, options.rounds)
     if "memory" in options.what:
         memory(options.batch or 128, options.length, options.remat)
 

@@ -290,12 +290,11 @@ def test_a_learnable_w_gets_its_gradient(one_mesh):
     placed, placed_teacher = on(one_mesh, student), on(one_mesh, teacher)
 
     def parallel(logits):
-        inner = dataclasses.replace(sharded.projection, logits=logits)
-        w = dataclasses.replace(sharded, projection=inner)
+        w = dataclasses.replace(sharded, logits=logits)
         return vocab_parallel_projection_kl(placed, placed_teacher, ALIGNMENT, w, mesh=one_mesh, block=5)
 
     expected, expected_gradient = value_and_gradient(plain, learnable.logits)
-    logits = sharded.projection.logits
+    logits = sharded.logits
     with jax.set_mesh(one_mesh):
         values, gradient = value_and_gradient(parallel, logits)
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=3e-6)

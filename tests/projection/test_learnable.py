@@ -10,7 +10,8 @@ import pytest
 from projection.random_w import random_w, rows_of
 from reference import projection as reference
 
-from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.losses.projection_kl import projected_softmax
+from xtoken_jax.projection.matrix import Projection, row_softmax
 
 V_S, V_T = 23, 17
 W = random_w(0, V_S, V_T)
@@ -55,6 +56,18 @@ def test_an_entry_of_weight_0_is_no_support():
     learnable = given.learnable()
     assert learnable.indices.tolist() == [[2, -1], [0, -1]]
     assert np.isfinite(learnable.logits).all()
+    assert learnable.source.tolist() == [1, 2, 0]  # both rows are copied, as what they are
+
+
+def test_a_row_of_one_entry_is_a_copy_wherever_it_stands():
+    """Its softmax is 1. Of two for one teacher token the first is the copy."""
+    indices = np.array([[-1, 1], [1, -1], [0, 2], [-1, -1]], np.int32)
+    weights = np.array([[0.0, 0.5], [1.0, 0.0], [0.25, 0.75], [0.0, 0.0]], np.float32)
+    learnable = Projection(indices, weights, 3).learnable()
+    assert learnable.source.tolist() == [4, 0, 4]
+    assert learnable.rows.tolist() == [1, 2]
+    expected = [[0.1, 0.5, 0.3]]  # 0.4 * (0.25, 0, 0.75) + (0.2 + 0.3) at 1
+    np.testing.assert_allclose(learnable.project(jnp.array([[0.2, 0.3, 0.4, 0.1]])), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -127,3 +140,60 @@ def test_training_keeps_rows_distributions_and_learns_a_w():
     assert np.all(sums[~filled] == 0)
     assert np.all(np.asarray(trained.weights) >= 0)
     assert rows_of(trained)[0] == []  # an empty row stays one
+
+
+def softmax_gradients(w, logits, z, columns, factors):
+    """projected_softmax, and the gradients of its product with factors by the student's logits and by W's."""
+
+    def loss(logits, z):
+        projected = projected_softmax(logits, w(z), columns, V_T)
+        return jnp.sum(factors * projected), projected
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(logits, z)
+
+
+@pytest.mark.parametrize("columns", [range(V_T), [4, 0, 16, 9, 7]], ids=["all", "some"])
+def test_the_fast_way_equals_the_product_with_all_rows(columns):
+    learnable = W.learnable()
+    columns = jnp.asarray(columns, jnp.int32)
+    logits = jnp.asarray(RNG.normal(0, 2, (6, V_S)), jnp.float32)
+    z = learnable.logits + jnp.asarray(RNG.normal(size=W.weights.shape), jnp.float32)
+    factors = jnp.asarray(RNG.normal(size=(6, len(columns))), jnp.float32)
+
+    def fast(z):
+        return dataclasses.replace(learnable, logits=z)
+
+    def slow(z):
+        return Projection(W.indices, row_softmax(z, W.indices), V_T)
+
+    found, projected = softmax_gradients(fast, logits, z, columns, factors)
+    expected, expected_projected = softmax_gradients(slow, logits, z, columns, factors)
+    np.testing.assert_allclose(projected, expected_projected, rtol=1e-5)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert np.abs(wanted).max() > 1e-2
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
+    assert not np.asarray(found[1])[(W.indices >= 0).sum(1) < 2].any()  # exactly
+
+
+def test_beside_a_fixed_w_it_takes_the_memory_of_its_gradient():
+    student, teacher, positions = 20_000, 24_000, 64
+    indices = np.full((student, 4), -1, np.int32)
+    indices[:, 0] = np.arange(student)
+    indices[::7, :3] = RNG.integers(0, teacher, (len(indices[::7]), 3))
+    weights = np.where(indices >= 0, 1.0, 0.0).astype(np.float32)
+    w = Projection(indices, weights / weights.sum(1, keepdims=True), teacher)
+    columns = jnp.arange(0, teacher, 3, dtype=jnp.int32)
+    learnable = w.learnable()
+
+    def loss(logits, z, form):
+        form = form if z is None else dataclasses.replace(form, logits=z)
+        return jnp.sum(jnp.square(projected_softmax(logits, form, columns, teacher)))
+
+    def temporaries(z, form):
+        argnums = 0 if z is None else (0, 1)
+        of_logits = jax.ShapeDtypeStruct((positions, student), jnp.float32)
+        compiled = jax.jit(jax.value_and_grad(loss, argnums)).lower(of_logits, z, form).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    fixed, learned = temporaries(None, w.split()), temporaries(learnable.logits, learnable)
+    assert learned <= fixed + learnable.logits.nbytes

@@ -61,14 +61,13 @@ def test_a_learnable_w_is_split_too(config, size):
         return squares(p, dataclasses.replace(w, logits=logits), factors)
 
     def through_sharded(logits, s, p, factors):
-        w = dataclasses.replace(s.projection, logits=logits)
-        return squares(p, dataclasses.replace(s, projection=w), factors)
+        return squares(p, dataclasses.replace(s, logits=logits), factors)
 
     mesh = make_mesh(MESHES[config])
     with jax.set_mesh(mesh):
         w, sharded, p, factors = case(mesh, size)
         sharded = sharded.learnable()
-        logits = sharded.projection.logits
+        logits = sharded.logits
         assert logits.sharding.is_equivalent_to(sharded.projection.indices.sharding, 2)
         assert sharded.learnable() is sharded
         value, gradient = jax.jit(jax.value_and_grad(through_sharded))(logits, sharded, p, factors)

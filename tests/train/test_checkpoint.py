@@ -1,6 +1,7 @@
 """Checkpoints: what is damaged is found out and passed over; what cannot be written is said."""
 
 import contextlib
+import dataclasses
 import resource
 import shutil
 import time
@@ -14,6 +15,7 @@ from xtoken_jax.checksum import checksum
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import MeshConfig, make_mesh, named_sharding
 from xtoken_jax.train.checkpoint import Checkpoints, UnusableCheckpointError
+from xtoken_jax.train.learnt import Learnt
 from xtoken_jax.train.step import TrainState
 
 RNG = np.random.default_rng(0)
@@ -226,3 +228,39 @@ def files_of_at_most(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def with_w(state, *names):
+    """The state with a W that trains for each of these teachers."""
+    learnt = {name: Learnt(jnp.full((5, 2), 0.5), {"mu": jnp.ones((5, 2))}) for name in names}
+    return dataclasses.replace(state, projections=learnt)
+
+
+def test_a_w_that_is_not_in_a_checkpoint_starts_and_one_that_is_stays(tmp_path):
+    states = {1: with_w(STATES[1], "one"), 2: with_w(STATES[2], "one", "two")}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states[2])
+    lines = []
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, states[1], {})
+        checkpoints.wait()
+        found, _ = checkpoints.restore_latest(abstract, lines.append)
+        assert list(found.projections) == ["one"]
+        assert equal(found, states[1])
+        assert lines == [
+            f"{tmp_path / 'checkpoints' / '1'}: W of two did not train yet; it starts as it was built"
+        ]
+        checkpoints.save(2, states[2], {})
+        checkpoints.wait()
+        assert equal(checkpoints.restore_latest(abstract, lines.append)[0], states[2])
+        assert len(lines) == 1
+        for kept, lost in ((("one",), "two"), ((), "one, two")):
+            less = dataclasses.replace(
+                abstract, projections={name: abstract.projections[name] for name in kept}
+            )
+            with pytest.raises(
+                UserError, match=rf"2: holds the trained W of {lost} and its moments"
+            ) as refusal:
+                checkpoints.restore_latest(less, lines.append)
+            assert not isinstance(refusal.value, UnusableCheckpointError)
+            assert "\n" not in str(refusal.value)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]

@@ -1,5 +1,6 @@
 """A W that trains: its gradient, its own optimizer, checkpoints, and what is refused."""
 
+import io
 import math
 import re
 import shutil
@@ -219,6 +220,34 @@ def test_a_run_with_two_learnt_w_goes_on_to_the_bit_and_leaves_them_in_its_folde
         run("cut", *fixed)
     assert export_checkpoint(tmp_path / "whole", 4, tmp_path / "exported") == 4
     assert whole.student.is_dir()
+
+
+@pytest.mark.slow
+def test_w_can_begin_to_train_in_a_run_under_way_but_not_end(words, pair_folders, tmp_path):
+    words = [*words, "loss=p_kl", "loss.top_k=100", "train.save_every=2", "train.log_every=1"]
+    words += [f"run_dir={tmp_path / 'run'}", "resume.allow=[loss,train]"]
+
+    def run(*more):
+        said = io.StringIO()
+        distill(load_experiment([*words, *more]), Console(file=said, width=400))
+        return said.getvalue()
+
+    run("train.steps=2")
+    said = run("train.steps=4", "loss.learn_projection=true")
+    assert "2: W of teacher did not train yet; it starts as it was built" in said
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    moved = {
+        row["step"]: row["projection_moved/teacher"] for row in rows if "projection_moved/teacher" in row
+    }
+    assert list(moved) == [3, 4]
+    assert 0 < moved[3] < moved[4]
+    pair = TokenizerPair.load(*pair_folders)
+    found = load_projection(tmp_path / "run" / "projection.safetensors", pair)
+    assert np.abs(found.weights - build_projection(pair).weights).max() > 1e-4
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(UserError, match=r"for which loss\.learn_projection=false has no place"):
+        run("train.steps=6")
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

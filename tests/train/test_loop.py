@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from xtoken_jax.data.encode import Record
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.train import checkpoint
+from xtoken_jax.train.learnt import Learnt
 from xtoken_jax.train.loop import TrainConfig, train
 from xtoken_jax.train.metrics import MetricsLog, read_metrics
 from xtoken_jax.train.non_finite import NonFinite, NonFiniteLossError
@@ -70,14 +72,12 @@ def start():
     return jax.device_put(TrainState(jnp.int32(0), {"w": jnp.arange(3.0)}, {}), MESH.devices.flat[0])
 
 
-ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), start())
-
-
-def run(folder, *, stop=None, bad=(), evaluate=None, console=None, **config):
+def run(folder, *, stop=None, bad=(), evaluate=None, console=None, state=None, by=step, **config):
+    state = state or start()
     return train(
-        start(),
-        ABSTRACT,
-        step,
+        state,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state),
+        by,
         Batches(),
         teacher_params={"bad": jnp.array([*bad, 0, 0, 0, 0][:4])},
         tables=None,
@@ -169,6 +169,25 @@ def test_rows_past_the_checkpoint_go_whole_or_cut(line, whole, tmp_path):
         file.write(line)
     run(tmp_path)
     assert trace(tmp_path) == whole
+
+
+def test_a_w_that_begins_to_train_in_a_run_under_way_starts_as_it_was_built(tmp_path, monkeypatch):
+    run(tmp_path, steps=3)
+    fresh = Learnt(jnp.zeros((4, 2)), {"mu": jnp.zeros((4, 2))})
+    begin = replace(start(), projections=jax.device_put({"teacher": fresh}, MESH.devices.flat[0]))
+
+    def counting(state, *args):
+        after, metrics = step(state, *args)
+        learnt = jax.tree.map(lambda x: x + 1, state.projections)
+        return replace(after, projections=learnt), metrics
+
+    said = io.StringIO()
+    for steps in (6, 9):  # from a checkpoint without W, then from one that has it
+        console = Console(file=said, width=400)
+        end = run(tmp_path, steps=steps, state=begin, by=counting, console=console)
+        np.testing.assert_array_equal(end.projections["teacher"].logits, steps - 3)
+        np.testing.assert_array_equal(end.projections["teacher"].opt_state["mu"], steps - 3)
+    assert said.getvalue().count("W of teacher did not train yet; it starts as it was built") == 1
 
 
 def signal_at(monkeypatch, where, number, kind):

@@ -177,7 +177,10 @@ def _inputs(
         elif teacher_ids is None:
             raise ValueError(f"{config.kind.value} with merge={config.merge.value!r} needs teacher_ids")
         kd_count = valid_chunks(alignment).sum(dtype=jnp.float32) if kd_count is None else kd_count
-        learnt = jnp.asarray(tables.logits) if isinstance(tables, LearnableProjection) else None
+        if isinstance(tables, LearnableProjection):
+            # The weights are made once for all blocks; from the gradient by them it goes on to the logits.
+            tables = tables.split()
+            learnt = tables.weights
     inputs = Inputs(
         teacher_hidden, teacher_stored, alignment, jnp.asarray(student_ids), labelled, teacher_ids,
         teacher_mask, teacher_unembedding, tables, jnp.asarray(ce_count, jnp.float32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -25,12 +25,18 @@ from xtoken_jax.losses.hybrid_kl import (
 )
 from xtoken_jax.losses.likelihood import likelihood_kl
 from xtoken_jax.losses.prefix_kl import divergence
-from xtoken_jax.losses.projection_kl import chunk_values, highest, lost_mass, projected_softmax
+from xtoken_jax.losses.projection_kl import (
+    chunk_values,
+    highest,
+    learnt_softmax,
+    lost_mass,
+    projected_softmax,
+)
 from xtoken_jax.losses.rank import sorted_l1
 from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax
 from xtoken_jax.mesh import whole
 from xtoken_jax.projection.events import PrefixTables
-from xtoken_jax.projection.matrix import LearnableProjection, Partition
+from xtoken_jax.projection.matrix import Partition
 
 
 class TermSetting(NamedTuple):
@@ -57,7 +63,7 @@ class Term:
     Attributes:
         teacher: of a block, what its positions add to the teacher's side of each chunk, float32 [K, m_t].
         target: of the complete sum, what the student's chunks are compared with.
-        student: (logits float32 [n, V_s] over tau, next ids [n], the block, learnt weights or None) ->
+        student: (logits float32 [n, V_s] over tau, next ids [n], the block, W's learnt weights or None) ->
             float32 [K, m_s].
         values: (the complete sum, target) -> float32 [K], times tau^2; and its `PARTS`, float32 [P, K]. What
             positions are worth by themselves falls to the last of them.
@@ -128,8 +134,9 @@ def _p_kl(setting: TermSetting, projection: Any, teacher: TeacherRows) -> Term:
     def of_student(
         logits: jax.Array, next_ids: jax.Array, block: Block, learnt: jax.Array | None
     ) -> jax.Array:
-        own = projection if learnt is None else replace(cast(LearnableProjection, projection), logits=learnt)
-        return block.merging.merge(projected_softmax(logits, own, columns, teacher.size))
+        if learnt is None:
+            return block.merging.merge(projected_softmax(logits, projection, columns, teacher.size))
+        return block.merging.merge(learnt_softmax(logits, learnt, projection, columns, teacher.size))
 
     return Term(
         teacher=of_teacher,

@@ -76,7 +76,7 @@ class Setting(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """float32 [B, T_s, D_s], [V_s, D_s], and that of the learnt weights or None."""
+    """float32 [B, T_s, D_s], [V_s, D_s], and that by W's learnt weights [R, K], or None."""
 
     hidden: jax.Array
     unembedding: jax.Array

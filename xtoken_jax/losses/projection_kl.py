@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -152,38 +153,63 @@ def projected_softmax(
 
     Args:
         logits: float32 [N, V_s], divided by the temperature.
-        projection: W in any form. A fixed one takes the fast way, which computes of the softmax
-            what the columns need and keeps nothing of its size for the gradient.
+        projection: W in any form. A split or a learnable one takes the fast way, which computes of the
+            softmax what the columns need and keeps nothing of its size for the gradient.
         columns: int32 [n].
         width: V_t or more, one past the highest teacher id.
 
     Returns:
         float32 [N, n].
     """
+    if isinstance(projection, LearnableProjection):
+        split = projection.split()
+        return learnt_softmax(logits, jnp.asarray(split.weights), split, columns, width)
     if isinstance(projection, SplitProjection):
-        return _projected(centred(logits), projection, columns, width)
+        return _projected(centred(logits), None, projection, columns, width)
     return projection.project(jax.nn.softmax(logits, axis=-1), columns, width)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _projected(logits: jax.Array, projection: SplitProjection, columns: jax.Array, width: int) -> jax.Array:
-    return _projected_forward(logits, projection, columns, width)[0]
+def learnt_softmax(
+    logits: jax.Array, weights: jax.Array, projection: SplitProjection, columns: jax.Array, width: int
+) -> jax.Array:
+    """`projected_softmax` with a gradient by the weights of W too, float32 [R, K]."""
+    return _projected(centred(logits), weights, replace(projection, weights=weights), columns, width)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _projected(
+    logits: jax.Array,
+    weights: jax.Array | None,
+    projection: SplitProjection,
+    columns: jax.Array,
+    width: int,
+) -> jax.Array:
+    """The gradient by W goes to `weights`, those of `projection`; None for a W that does not learn."""
+    return _projected_forward(logits, weights, projection, columns, width)[0]
 
 
 def _projected_forward(
-    logits: jax.Array, projection: SplitProjection, columns: jax.Array, width: int
+    logits: jax.Array,
+    weights: jax.Array | None,
+    projection: SplitProjection,
+    columns: jax.Array,
+    width: int,
 ) -> tuple[jax.Array, tuple]:
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     projected = projection.project_softmax(logits, normalizer, columns, width)
-    return projected, (logits, normalizer, projected, projection, columns)
+    return projected, (logits, weights, normalizer, projected, projection, columns)
 
 
 def _projected_backward(width: int, residuals: tuple, gradient: jax.Array) -> tuple:
-    logits, normalizer, projected, projection, columns = residuals
+    logits, weights, normalizer, projected, projection, columns = residuals
+    by_weights = None
+    if weights is not None:
+        by_weights = projection.pull_to_weights(gradient, logits, normalizer, columns, width)
     # d/dz_i of sum_v g_v q_v = p_i ((W g)_i - sum_v q_v g_v).
     mean = jnp.sum(projected * gradient, axis=-1, keepdims=True)
     pulled = projection.pull_back(gradient, columns, width)
-    return jnp.exp(logits - normalizer[:, None]) * (pulled - mean), None, None
+    by_logits = jnp.exp(logits - normalizer[:, None]) * (pulled - mean)
+    return by_logits, by_weights, None, None
 
 
 _projected.defvjp(_projected_forward, _projected_backward)

@@ -73,7 +73,7 @@ def vocab_parallel_projection_kl(
         teacher_logits: float [B, T_t, >= V_t], likewise. They get no gradient.
         alignment: rows over `data_axes`.
         projection: W, best by `shard_projection(..., rows=` the width of the student's logits `)`; other
-            rows are laid out anew. `LearnableProjection` inside or alone gets its gradient.
+            rows are laid out anew. A learnable one gets its gradient.
         mesh: with all of these axes.
         block: chunks of a device's rows that are exchanged at once.
         temperature, top_k, direction, beta, merge, student_ids, teacher_ids, teacher_mask: as in
@@ -89,9 +89,12 @@ def vocab_parallel_projection_kl(
         raise ValueError(f"merge={merge!r}: choose one of {', '.join(MERGES)}")
     if merge in ("first", "last") and teacher_ids is None:
         raise ValueError(f"merge={merge!r} needs teacher_ids")
-    w = projection.projection if isinstance(projection, ShardedProjection) else projection
-    learn = isinstance(w, LearnableProjection)
-    w = w.projection() if isinstance(w, LearnableProjection) else w
+    learn = isinstance(projection, LearnableProjection)
+    if isinstance(projection, ShardedProjection):
+        learn = projection.logits is not None
+        w = projection.current()
+    else:
+        w = projection.projection() if isinstance(projection, LearnableProjection) else projection
     layout = Layout(mesh, axis, tuple(data_axes))
     student, teacher = layout.padded(student_logits), layout.padded(teacher_logits)
     teacher_size = teacher_logits.shape[-1] if projection.teacher_size is None else projection.teacher_size

@@ -63,34 +63,22 @@ class Projection:
         return TransposedProjection(self)
 
     def learnable(self) -> LearnableProjection:
-        """W with weights that can be trained, on the entries that it has; it starts as this W."""
-        weights = jnp.asarray(self.weights)
-        support = (jnp.asarray(self.indices) >= 0) & (weights > 0)
-        return LearnableProjection(
-            logits=jnp.where(support, jnp.log(jnp.where(support, weights, 1.0)), 0.0),
-            indices=jnp.where(support, jnp.asarray(self.indices), -1),
-            teacher_size=self.teacher_size,
-        )
+        """W with weights that can be trained, on the entries that it has; it starts as this W (host)."""
+        indices, weights = np.asarray(self.indices), np.asarray(self.weights)
+        support = (indices >= 0) & (weights > 0)
+        logits = np.where(support, np.log(np.where(support, weights, 1.0)), 0.0).astype(np.float32)
+        indices = np.where(support, indices, -1).astype(np.int32)
+        source, rows = _sources(indices, support.sum(1) == 1, self.teacher_size)
+        found = LearnableProjection(logits, indices, source, rows, self.teacher_size)
+        return jax.tree.map(jnp.asarray, found)
 
     def split(self) -> SplitProjection:
         """The same W for fast projection: one-to-one rows apart from the rest (host)."""
         indices, weights = np.asarray(self.indices), np.asarray(self.weights)
-        size = int(indices.max(initial=-1)) + 1 if self.teacher_size is None else self.teacher_size
-        alone = np.flatnonzero((weights[:, 0] == 1.0) & ((indices >= 0).sum(1) == 1))
-        targets, first = np.unique(indices[alone, 0], return_index=True)
-        source = np.full(size, len(indices), np.int32)
-        source[targets] = alone[first]
-        # What remains: pieces of several, and student tokens that share a teacher token.
-        rest = indices[:, 0] >= 0
-        rest[alone[first]] = False
-        rows = np.flatnonzero(rest)
+        alone = (weights[:, 0] == 1.0) & ((indices >= 0).sum(1) == 1)
+        source, rows = _sources(indices, alone, self.teacher_size)
         return SplitProjection(
-            source,
-            rows.astype(np.int32),
-            indices[rows],
-            weights[rows],
-            self.student_size,
-            self.teacher_size,
+            source, rows, indices[rows], weights[rows], self.student_size, self.teacher_size
         )
 
 
@@ -193,6 +181,30 @@ class SplitProjection:
         place = place.at[rows].set(count + 1 + jnp.arange(len(rows), dtype=jnp.int32))
         return jnp.concatenate([values, others], axis=1)[:, place]
 
+    def pull_to_weights(
+        self,
+        values: jax.Array,
+        logits: jax.Array,
+        log_normalizer: jax.Array,
+        columns: jax.Array | None = None,
+        width: int | None = None,
+    ) -> jax.Array:
+        """The gradient of sum(values * `project_softmax`) by the weights.
+
+        Args:
+            values: float32 [N, n], of the columns.
+            logits, log_normalizer, columns, width: as in `project_softmax`.
+
+        Returns:
+            float32 [R, K].
+        """
+        slots, _ = _slots(columns, _width(self.teacher_size, width))
+        values = jnp.pad(values, ((0, 0), (0, 1))).T  # what is not wanted is worth 0
+        others = jnp.exp(logits[:, jnp.asarray(self.rows)] - log_normalizer[:, None]).T
+        indices = jnp.asarray(self.indices)
+        sums = [(others * values[slots[indices[:, k]]]).sum(-1) for k in range(indices.shape[1])]
+        return jnp.stack(sums, axis=-1)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -238,17 +250,22 @@ class LearnableProjection:
     """W with trained weights on a fixed support (X-Token, section 4; P-KL only).
 
     Only `logits` is trained, for example with `dataclasses.replace(w, logits=logits)` inside the
-    loss: W stays as sparse as it was, and its rows non-negative and normalized. Made by
+    loss: W stays as sparse as it was, and its rows non-negative and normalized. A row of one entry
+    has weight 1 whatever its logit is, so that it is copied as in `SplitProjection`. Made by
     `Projection.learnable`.
 
     Attributes:
         logits: float32 [V_s, K], log-weights; what stands on padded places has no effect.
         indices: int32 [V_s, K], teacher ids, -1 as padding.
+        source: int32 [V_t], the student id of one entry that a teacher id copies, V_s for none.
+        rows: int32 [R], the student ids that are no source and have a row.
         teacher_size: as in `Projection`.
     """
 
     logits: Array
     indices: Array
+    source: Array
+    rows: Array
     teacher_size: int | None = field(default=None, metadata={"static": True})
 
     @property
@@ -258,19 +275,34 @@ class LearnableProjection:
 
     def projection(self) -> Projection:
         """W as it now is: the softmax of each row over its entries; empty rows stay empty."""
-        support = jnp.asarray(self.indices) >= 0
-        # No -inf and no division by 0 anywhere, so that padded places get a gradient of exactly 0.
-        logits = jnp.where(support, self.logits, jnp.finfo(self.logits.dtype).min)
-        top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-        raw = jnp.where(support, jnp.exp(logits - top), 0.0)
-        total = raw.sum(-1, keepdims=True)
-        return Projection(self.indices, raw / jnp.where(total > 0, total, 1.0), self.teacher_size)
+        return Projection(self.indices, row_softmax(self.logits, self.indices), self.teacher_size)
+
+    def split(self) -> SplitProjection:
+        """W as it now is, for fast projection; its weights have a gradient to the logits."""
+        rows = jnp.asarray(self.rows)
+        indices, logits = jnp.asarray(self.indices)[rows], jnp.asarray(self.logits)[rows]
+        weights = row_softmax(logits, indices)
+        return SplitProjection(self.source, rows, indices, weights, self.student_size, self.teacher_size)
 
     def project(
         self, probabilities: jax.Array, columns: jax.Array | None = None, width: int | None = None
     ) -> jax.Array:
         """As `Projection.project`, with a gradient to the logits."""
-        return self.projection().project(probabilities, columns, width)
+        return self.split().project(probabilities, columns, width)
+
+
+def row_softmax(logits: Array, indices: Array) -> jax.Array:
+    """Weights of W, float32 [V_s, K], from log-weights: the softmax of each row over its entries.
+
+    Padded places, of index -1, get 0 and a gradient of exactly 0, whatever stands there.
+    """
+    support = jnp.asarray(indices) >= 0
+    # No -inf and no division by 0 anywhere.
+    logits = jnp.where(support, logits, jnp.finfo(logits.dtype).min)
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    raw = jnp.where(support, jnp.exp(logits - top), 0.0)
+    total = raw.sum(-1, keepdims=True)
+    return raw / jnp.where(total > 0, total, 1.0)
 
 
 @jax.tree_util.register_dataclass
@@ -331,6 +363,19 @@ def _size(projection: Projection, teacher_size: int | None) -> int:
     if size is None:
         raise ValueError("teacher_size is needed: the projection does not carry the size of its teacher")
     return size
+
+
+def _sources(indices: np.ndarray, alone: np.ndarray, size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """`source` and `rows` of a split W, from indices [V_s, K] and the rows [V_s] of one entry of weight 1."""
+    size = int(indices.max(initial=-1)) + 1 if size is None else size
+    ids = np.flatnonzero(alone)
+    targets, first = np.unique(indices[ids].max(1), return_index=True)
+    source = np.full(size, len(indices), np.int32)
+    source[targets] = ids[first]
+    # What remains: pieces of several, and student tokens that share a teacher token.
+    rest = (indices >= 0).sum(1) > 0
+    rest[ids[first]] = False
+    return source, np.flatnonzero(rest).astype(np.int32)
 
 
 def _width(teacher_size: int | None, width: int | None) -> int:

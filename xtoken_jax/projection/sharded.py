@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xtoken_jax.projection.matrix import LearnableProjection, Projection
+from xtoken_jax.projection.matrix import Array, Projection, row_softmax
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +24,15 @@ class ShardedProjection:
         projection: W with rows added at the end, empty ones, until the axis divides them.
         student_size: V_s, the rows that count.
         mesh, axis: over what the rows are split.
+        logits: float32 [rows, K], log-weights that are trained in the place of the weights, on the
+            entries that W has; None for a fixed W.
     """
 
-    projection: Projection | LearnableProjection
+    projection: Projection
     student_size: int = field(metadata={"static": True})
     mesh: Mesh = field(metadata={"static": True})
     axis: str = field(metadata={"static": True})
+    logits: Array | None = None
 
     @property
     def teacher_size(self) -> int | None:
@@ -37,10 +40,21 @@ class ShardedProjection:
         return self.projection.teacher_size
 
     def learnable(self) -> ShardedProjection:
-        """The same with trained weights, `.projection.logits`, split likewise."""
-        if isinstance(self.projection, LearnableProjection):
+        """The same with weights that can be trained, `logits`, split likewise."""
+        if self.logits is not None:
             return self
-        return replace(self, projection=self.projection.learnable())
+        indices, weights = jnp.asarray(self.projection.indices), jnp.asarray(self.projection.weights)
+        support = (indices >= 0) & (weights > 0)
+        logits = jnp.where(support, jnp.log(jnp.where(support, weights, 1.0)), 0.0)
+        fixed = replace(self.projection, indices=jnp.where(support, indices, -1))
+        return replace(self, projection=fixed, logits=logits)
+
+    def current(self) -> Projection:
+        """W as it now is, of all rows, with a gradient to the logits where it has such."""
+        if self.logits is None:
+            return self.projection
+        weights = row_softmax(self.logits, self.projection.indices)
+        return replace(self.projection, weights=weights)
 
     def project(
         self, probabilities: jax.Array, columns: jax.Array | None = None, width: int | None = None
@@ -59,9 +73,7 @@ class ShardedProjection:
         probabilities = jnp.pad(probabilities, [(0, 0)] * (probabilities.ndim - 1) + [(0, missing)])
         last = PartitionSpec(*[None] * (probabilities.ndim - 1), self.axis)
 
-        def local(
-            own: Projection | LearnableProjection, block: jax.Array, columns: jax.Array | None
-        ) -> jax.Array:
+        def local(own: Projection, block: jax.Array, columns: jax.Array | None) -> jax.Array:
             return jax.lax.psum(own.project(block, columns, width), self.axis)
 
         # The other axes of the mesh stay with the partitioner: the batch may be split over them.
@@ -71,7 +83,7 @@ class ShardedProjection:
             in_specs=(PartitionSpec(self.axis), last, PartitionSpec()),
             out_specs=PartitionSpec(),
             axis_names={self.axis},
-        )(self.projection, probabilities, columns)
+        )(self.current(), probabilities, columns)
 
 
 def shard_projection(

@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,25 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of a step, laid out as `abstract` says, and what was saved beside it.
 
+        A W that began to train later is not in the state.
+
         Raises:
             UnusableCheckpointError: it is damaged, or cannot be read into this state.
-            UserError: no such step, or its adapters were trained on other weights.
+            UserError: no such step, it holds a W that does not train in this state, or its adapters were
+                trained on other weights.
         """
         steps = self._steps()
         if step not in steps:
             known = ", ".join(map(str, steps)) or "none"
             raise UserError(f"{self.folder}: holds no checkpoint of step {step}; it has {known}")
+        held = self.projection_shapes(step)
+        if lost := [name for name in held if name not in abstract.projections]:
+            raise UserError(
+                f"{self.path(step)}: holds the trained W of {', '.join(lost)} and its moments, for which "
+                "loss.learn_projection=false has no place; leave it true, or choose another run_dir=..."
+            )
+        kept = {name: learnt for name, learnt in abstract.projections.items() if name in held}
+        abstract = replace(abstract, projections=kept)
         cause: Exception | None = None
         fault: str | None = None
         content: dict[str, Any] = {}
@@ -153,7 +165,7 @@ class Checkpoints:
 
         Args:
             abstract: as in `restore`.
-            tell: gets a line for each checkpoint that was passed over.
+            tell: gets a line for each checkpoint that was passed over, and for each W that is in none.
 
         Raises:
             UserError: none of them can be used; they stay as they are.
@@ -168,6 +180,9 @@ class Checkpoints:
             for bad, fault in faults.items():
                 aside = self._move_aside(bad)
                 tell(f"{fault}; it is now in {aside}, and {self.path(step)} is used")
+            for name in abstract.projections:
+                if name not in found[0].projections:
+                    tell(f"{self.path(step)}: W of {name} did not train yet; it starts as it was built")
             return found
         if not faults:
             return None

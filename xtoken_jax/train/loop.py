@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,9 @@ def train(
         )
         skipped = 0, 0
         if found is not None:
-            state, beside = found
+            restored, beside = found
+            # A W that began to train since then is still as it starts.
+            state = replace(restored, projections={**state.projections, **restored.projections})
             batches.set_state(beside["position"])
             skipped = beside["skips"]
             console.print(f"[dim]{title}: goes on from step {int(state.step)}[/dim]")
