@@ -47,12 +47,12 @@ def start(command, count, log, *, devices=DEVICES, folders=None, more=(), variab
     return processes
 
 
-def distill(words):
-    """The command of `start` for `xtoken distill`."""
+def distill(words, name="distill"):
+    """The command of `start` for `xtoken distill`, or for another that several processes share."""
 
     def command(index, count, port):
         keys = [f"hosts.coordinator=127.0.0.1:{port}", f"hosts.count={count}", f"hosts.index={index}"]
-        return ["-m", "xtoken_jax.cli", "distill", *words, *(keys if count > 1 else [])]
+        return ["-m", "xtoken_jax.cli", name, *words, *(keys if count > 1 else [])]
 
     return command
 

@@ -270,6 +270,68 @@ def test_a_mistake_of_one_process_ends_all_in_one_line(words, tmp_path):
     assert [path.name for path in run.iterdir()] == ["of_somebody_else"]
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [[], ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]])
+def test_two_processes_cache_what_one_does_to_the_byte(mesh, words, tmp_path):
+    words = [*words, *mesh, "--top-k", "24", "--temperatures", "1", "2"]
+    for count in (1, 2):
+        out = tmp_path / f"cache{count}"
+        ends = hosts.run(hosts.distill([*words, f"--out={out}"], "cache-teacher"), count, tmp_path / "log")
+        assert all(code == 0 for code, _ in ends), ends
+    assert ends[0][1].count("xtoken distill ... teacher.cache=") == 1
+    assert "xtoken" not in ends[1][1]  # process 1 has nothing to say
+    one, two = (contents(tmp_path / f"cache{count}") for count in (1, 2))
+    assert len(one) > 1
+    assert one == two
+
+
+@pytest.mark.slow
+def test_a_cache_goes_on_from_kill_to_kill_on_either_number_of_processes(words, tmp_path):
+    code = (
+        "import sys; from xtoken_jax import cache_teacher, cli; from functools import partial\n"
+        "cache_teacher.cache_teacher = partial(cache_teacher.cache_teacher, shard_bytes=24 * 4 * 700)\n"
+        "add, kill = cache_teacher.add_shard, int(sys.argv.pop(1))\n"
+        "def added(*words, **known):\n"
+        "    add(*words, **known)\n"
+        "    if words[2] == kill:\n"
+        "        import os; os.kill(os.getpid(), 9)\n"
+        "cache_teacher.add_shard = added\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    words = [*words, "--top-k", "24", "hosts.lost_after=10"]
+
+    def run(out, count, kill, more=()):
+        def command(*place):
+            whole = hosts.distill([*words, f"--out={out}"], "cache-teacher")(*place)
+            return ["-c", code, str(kill), *whole[2:]]
+
+        return hosts.run(command, count, tmp_path / "log", more=more)
+
+    whole, out = tmp_path / "whole", tmp_path / "cache"
+    assert [code for code, _ in run(whole, 1, -1)] == [0]
+    ends = run(out, 2, 0)
+    assert ends[0][0] == -signal.SIGKILL, ends
+    assert ends[1][0] == LOST, ends
+    assert [code for code, _ in run(out, 1, 1)] == [-signal.SIGKILL]
+    assert len(json.loads((out / "index.json").read_text())["shards"]) == 2
+    ends = run(out, 2, -1)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert contents(out) == contents(whole)
+    assert len(contents(out)) >= 4
+
+    ends = run(out, 2, -1, more=[["--top-p=0.5"], ["--top-p=0.6"]])
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert all("--top-p: 0.5 for process 0, 0.6 for process 1" in text for _, text in ends), ends
+    ends = run(out, 2, -1, more=[["--top-p=0.5"]] * 2)
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert "holds another teacher cache (keep.top_p=1.0 there, 0.5 here)" in ends[0][1]
+    assert "xtoken: process 0: " in ends[1][1]
+
+
 @pytest.mark.slow
 def test_under_slurm_the_processes_find_one_another(tmp_path):
     code = (

@@ -1,5 +1,7 @@
 """Meshes: sizes that fit the devices, and layouts that fit the shapes."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,10 @@ from xtoken_jax.mesh import (
     MeshConfig,
     batch_sharding,
     constrain,
+    fetch_rows,
     make_mesh,
     named_sharding,
+    own_rows,
     place,
     place_rows,
     replicated,
@@ -93,4 +97,25 @@ def test_rows_of_one_process_are_all_and_are_placed_as_they_are():
     placed = place_rows(rows, mesh)["ids"]
     assert placed.sharding == batch_sharding(mesh)
     np.testing.assert_array_equal(placed, rows["ids"])
+    np.testing.assert_array_equal(fetch_rows(placed), rows["ids"])
+    assert own_rows(mesh, 8) == list(range(8))
     np.testing.assert_array_equal(place(rows, replicated(mesh))["ids"], rows["ids"])
+
+
+@pytest.mark.parametrize(("tensor", "own"), [(1, [2, 2, 2, 2]), (2, [2, 2, 2, 2]), (4, [4, 0, 4, 0])])
+def test_a_row_is_of_the_first_process_that_holds_it(tensor, own, monkeypatch):
+    """Four processes of two devices each, 8 rows; with `tensor` over two processes both hold the same."""
+
+    class Device:
+        def __init__(self, number):
+            self.process_index = number // 2
+
+    held = {Device(n): (slice(n // tensor * tensor, (n // tensor + 1) * tensor),) for n in range(8)}
+    sharding = SimpleNamespace(devices_indices_map=lambda shape: held)
+    monkeypatch.setattr("xtoken_jax.mesh.batch_sharding", lambda mesh: sharding)
+    found = []
+    for process in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(own_rows(None, 8))
+    assert sorted(row for rows in found for row in rows) == list(range(8))
+    assert [len(rows) for rows in found] == own

@@ -26,7 +26,9 @@ Of each distribution the --top-k likeliest tokens are kept (of those, with --top
 that mass), the token that comes, and how much mass all others have, which training spreads over them evenly.
 --top-k all keeps everything. The same command again goes on where one was interrupted. Training refuses a
 cache of another teacher, tokenizer, text, of other lengths of rows, or of another loss.temperature.
+With hosts=auto, or hosts.coordinator, .count and .index, several processes share the work as in training.
 """
+GOES_ON = "the same command goes on behind the last shard"
 _TOP_P_BOUND = 1024  # tokens a distribution, where --top-p alone is given
 
 
@@ -71,17 +73,26 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if bad := [t for t in options.temperatures or () if not 0 < t < float("inf")]:
         raise UserError(f"--temperatures {bad[0]}: must be above 0")
 
-    from xtoken_jax.cache_teacher import cache_teacher
-    from xtoken_jax.config import load_experiment
-    from xtoken_jax.evaluate.distributions import Keep
+    from xtoken_jax.train.signals import StopSignals
 
-    experiment = load_experiment(options.overrides)
-    teachers = experiment.every_teacher()
-    temperatures = {1.0, *(options.temperatures or ())}
-    if options.teacher in teachers and not options.temperatures:
-        temperatures.add(teachers[options.teacher].loss.temperature)
-    keep = Keep(top_k, options.top_p, options.dtype, tuple(sorted(temperatures)))
-    summary = cache_teacher(experiment, options.teacher, keep, options.out, console)
+    with StopSignals(GOES_ON):
+        from xtoken_jax.config import load_experiment
+        from xtoken_jax.hosts import is_first, joined
+
+        experiment = load_experiment(options.overrides)
+        teachers = experiment.every_teacher()
+        temperatures = {1.0, *(options.temperatures or ())}
+        if options.teacher in teachers and not options.temperatures:
+            temperatures.add(teachers[options.teacher].loss.temperature)
+        with joined(experiment.hosts):  # before anything touches a device
+            from xtoken_jax.cache_teacher import cache_teacher
+            from xtoken_jax.evaluate.distributions import Keep
+
+            console.quiet = not is_first()
+            keep = Keep(top_k, options.top_p, options.dtype, tuple(sorted(temperatures)))
+            summary = cache_teacher(experiment, options.teacher, keep, options.out, console)
+    if summary is None:  # process 0 says it
+        return
     if options.json:
         print(json.dumps(figures(summary), indent=2))
     else:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from xtoken_jax.errors import UserError
@@ -150,6 +151,18 @@ def from_first(action: Callable[[], T]) -> T:
         return value
     found: T = _wait_for(name)
     return found
+
+
+def gather_bytes(content: bytes) -> list[bytes]:
+    """What every process has, of any length, in their order; over the devices, and all must ask."""
+    if jax.process_count() == 1:
+        return [content]
+    sizes = gather(len(content))
+    # Few lengths, each of which is a program.
+    padded = np.zeros(1 << max(sizes).bit_length(), np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    every = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(every, sizes, strict=True)]
 
 
 def largest(number: int) -> jax.Array:

@@ -150,6 +150,27 @@ def rows_here(mesh: Mesh, count: int) -> list[int]:
     return sorted({row for index in held if index is not None for row in range(count)[index[0]]})
 
 
+def own_rows(mesh: Mesh, count: int) -> list[int]:
+    """Those of `rows_here` that no process before this one holds: each row is one process's own."""
+    owners: dict[int, int] = {}
+    for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
+        for row in range(count)[index[0]] if index is not None else ():
+            process: int = device.process_index  # type: ignore[attr-defined]
+            owners[row] = min(owners.get(row, process), process)
+    return sorted(row for row, owner in owners.items() if owner == jax.process_index())
+
+
+def fetch_rows(tree: Any) -> Any:
+    """The inverse of `place_rows`: of arrays split by their first axis alone, what this process holds."""
+
+    def fetched(x: jax.Array) -> np.ndarray:
+        held = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        parts = [np.asarray(held[start]) for start in sorted(held)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    return jax.tree.map(fetched, tree)
+
+
 def place_rows(batch: Any, mesh: Mesh) -> Any:
     """The global batch, of arrays [rows_here, ...] that each process has made for its own devices."""
     sharding = batch_sharding(mesh)

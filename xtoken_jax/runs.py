@@ -54,15 +54,7 @@ def agree(experiment: Experiment) -> None:
     """
     if jax.process_count() == 1:
         return
-    settings = gather(_settings(experiment))
-    for index, theirs in enumerate(settings):
-        different = differences(settings[0], theirs)
-        if different:
-            first = different[0]
-            raise UserError(
-                f"{first.key}: {first.there} for process 0, {first.here} for process {index}; start all with "
-                "the same command, but for hosts.index"
-            )
+    agree_on_settings(experiment, {})
     run = Path(experiment.run_dir).expanduser().absolute()
     levels, content = from_first(lambda: _leave_probe(run))
     probe = partial_path([run, *run.parents][levels] / RUN_FILE)
@@ -73,6 +65,26 @@ def agree(experiment: Experiment) -> None:
             f"{run}: process {unseen[0]} does not see what process 0 writes there; run_dir must be a folder "
             "that all hosts share"
         )
+
+
+def agree_on_settings(experiment: Experiment, options: Mapping[str, Any]) -> None:
+    """Refuse processes that were not started alike.
+
+    Args:
+        experiment: its settings.
+        options: further plain values, by what a user calls them.
+
+    Raises:
+        UserError: on all of them; what differs is named.
+    """
+    settings = gather(_settings(experiment) | dict(options))
+    for index, theirs in enumerate(settings):
+        if different := differences(settings[0], theirs):
+            first = different[0]
+            raise UserError(
+                f"{first.key}: {first.there} for process 0, {first.here} for process {index}; start all with "
+                "the same command, but for hosts.index"
+            )
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:

@@ -52,7 +52,7 @@ KINDS = ("p_kl", "h_kl", "gold", "uld", "alm", "prefix_kl")
 
 def stored(kept: Kept, shape: tuple[int, int], size: int) -> StoredRows:
     """What `distributions` kept, as a batch holds it, at temperature 1."""
-    others = kept.tails[0]
+    others = kept.tails[:, 0]
     if kept.ids is not None:
         others = others - jnp.log(jnp.float32(size) - (kept.ids < size).sum(-1))
     rows = StoredRows(kept.ids, kept.log_probabilities, others, kept.normalizers, size, 1.0)

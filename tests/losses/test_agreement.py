@@ -47,11 +47,12 @@ def singles():
                 yield b, places[0][0], places[1][0]
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize(
     ("shape", "block"),
     [(None, 7), (None, 500), ((2, 2, 2), 3), pytest.param((8, 1, 1), 7, marks=pytest.mark.slow)],
 )
-def test_agreement_is_what_loops_count(shape, block):
+def test_agreement_is_what_loops_count(shape, block, known):
     hidden_s, hidden_t = STUDENT[0].copy(), TEACHER[0]
     expected = []
     for number, (b, p, q) in enumerate(singles()):
@@ -66,8 +67,12 @@ def test_agreement_is_what_loops_count(shape, block):
     rows = [jnp.asarray(hidden_s), jnp.asarray(hidden_t), jax.tree.map(jnp.asarray, ALIGNMENT)]
     unembeddings = [jnp.asarray(side[1]) for side in (STUDENT, TEACHER)]
 
+    if known:
+        rows[1] = jnp.asarray((TEACHER[0] @ TEACHER[1][:V_T].T).argmax(-1), jnp.int32)
+
     def agreement(rows, unembeddings):
-        sides = rows[0], unembeddings[0], rows[1], unembeddings[1], rows[2]
+        teacher = rows[1] if known else (rows[1], unembeddings[1])
+        sides = rows[0], unembeddings[0], teacher, rows[2]
         return top_token_agreement(*sides, PARTNERS, student_size=V_S, block=block)
 
     if shape is None:
@@ -83,7 +88,8 @@ def test_agreement_is_what_loops_count(shape, block):
 
 def test_no_chunk_to_agree_on_is_no_number():
     nothing = Alignment(ALIGNMENT.student_chunks, ALIGNMENT.teacher_chunks, np.zeros((B, C), bool))
-    found = top_token_agreement(*map(jnp.asarray, (*STUDENT, *TEACHER)), nothing, PARTNERS, student_size=V_S)
+    student, teacher = (tuple(map(jnp.asarray, side)) for side in (STUDENT, TEACHER))
+    found = top_token_agreement(*student, teacher, nothing, PARTNERS, student_size=V_S)
     assert np.isnan(found)
 
 

@@ -145,7 +145,7 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 1.0])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_the_largest_against_numpy(name, share):
     values = np.asarray(NUMBERS[name], np.float32)

@@ -4,19 +4,23 @@ import io
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kills import killed
 from rich.console import Console
 
 from xtoken_jax import distill as distill_module
+from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.cache_teacher import cache_teacher
 from xtoken_jax.cli import main
 from xtoken_jax.config import load_experiment
 from xtoken_jax.data.teacher_cache import INDEX_FILE, read_index
 from xtoken_jax.distill import distill
 from xtoken_jax.errors import UserError
-from xtoken_jax.evaluate.distributions import Keep
+from xtoken_jax.evaluate.distributions import Keep, _of_logits
+from xtoken_jax.losses.blockwise_teacher import stored_likeliest
 from xtoken_jax.models.load import open_model
 from xtoken_jax.train.metrics import read_metrics
 
@@ -63,9 +67,26 @@ def test_a_run_without_the_teacher_is_the_run_with_it(words, tmp_path, monkeypat
     for ours, theirs in zip(rows, live, strict=True):
         for name in ("loss", "ce", "kd", "kd_scale", "gradient_norm", "chunks", "aligned_share/teacher"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-6, err_msg=name)
+        assert ours["agreement/teacher"] == theirs["agreement/teacher"]
     known = json.loads((tmp_path / "run" / "run.json").read_text())["contents"]
     assert known["teacher.cache"] == summary.index.checksum
     assert "teacher.weights" not in known
+
+
+def test_rounding_leaves_the_likeliest_token_the_likeliest():
+    """In 16 bits thousands of probabilities come out alike; of those that are, the first counts."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 0.01, (64, 4000)).astype(np.float32)
+    logits[:, 7] = logits[:, 9] = 0.1 + logits.max(-1)  # equal in every format
+    logits[32:, 9] = np.nextafter(logits[32:, 7], np.float32(1))
+    labels = jnp.asarray(rng.integers(0, 4000, 64), jnp.int32)
+    for dtype in ("float16", "bfloat16", "float32"):
+        for top_k, top_p in ((None, 1.0), (5, 1.0), (100, 0.5)):
+            keep = Keep(top_k, top_p, dtype, (1.0,))
+            kept, _ = jax.jit(_of_logits, static_argnums=2)(jnp.asarray(logits), labels, keep)
+            stored = StoredRows(kept.ids, kept.log_probabilities, kept.tails, kept.normalizers, 4000, 1.0)
+            found = stored_likeliest(jax.tree.map(lambda x: x[None], stored))[0]
+            np.testing.assert_array_equal(found, np.where(np.arange(64) < 32, 7, 9))
 
 
 def test_an_interrupted_cache_comes_out_the_same_to_the_byte(words, tmp_path):

@@ -18,7 +18,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
-_LEVEL = 6  # of zlib; higher ones gain less than 1% here
+_LEVEL = 4  # of zlib; 6 takes twice the time and gains 0.7% here
 
 
 class PartRows(NamedTuple):
@@ -82,7 +82,8 @@ def packed(rows: PartRows, form: Form) -> tuple[bytes, int]:
         arrays = [values, *tables]
     else:
         assert rows.counts is not None and rows.ids is not None  # noqa: PT018
-        order = np.lexsort((rows.ids, np.repeat(np.arange(len(rows.counts)), rows.counts)))
+        owners = np.repeat(np.arange(len(rows.counts), dtype=np.int64), rows.counts)
+        order = np.argsort(owners * form.size + rows.ids)
         ids = rows.ids[order].astype(np.int64)
         # Steps from id to id are smaller numbers than ids, and compress to less.
         steps = np.diff(ids, prepend=0)

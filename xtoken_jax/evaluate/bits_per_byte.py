@@ -13,6 +13,7 @@ import numpy as np
 from xtoken_jax.alignment.align import pad
 from xtoken_jax.evaluate.rows import in_batches
 from xtoken_jax.losses import next_token_cross_entropy
+from xtoken_jax.mesh import whole
 from xtoken_jax.models.decoder import Model, Params, logits
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
@@ -62,4 +63,5 @@ def bits_per_byte(
 def _nats(model: Model, params: Params, ids: jax.Array, mask: jax.Array, size: int) -> jax.Array:
     scores = logits(*model(params, ids), softcap=model.config.logit_softcap)[..., :size]
     values, counted = next_token_cross_entropy(scores, ids, mask)
-    return jnp.sum(jnp.where(counted, values, 0.0))
+    # Added up by each device alone: an exchange between processes adds in another order.
+    return jnp.sum(whole(jnp.where(counted, values, 0.0)))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.losses.blockwise_plan import logits_of, rows_at
@@ -14,6 +15,7 @@ from xtoken_jax.losses.blockwise_teacher import stored_logits
 from xtoken_jax.losses.chunks import next_tokens
 from xtoken_jax.losses.softmax import soft_capped
 from xtoken_jax.losses.sorting import largest_with_places
+from xtoken_jax.mesh import BATCH
 from xtoken_jax.models.decoder import Model, Params
 
 
@@ -39,8 +41,9 @@ class Kept(NamedTuple):
     Attributes:
         ids: int32 [N, k + 1], by falling probability, then the token that comes, where it is not among them;
             V_t where there is none. None where all tokens are kept.
-        log_probabilities: [N, k + 1], or [N, V_t] in the order of ids.
-        tails: float32 [M, N], log of the sum of p^(1 / tau) over the tokens not kept, for each temperature.
+        log_probabilities: [N, k + 1], or [N, V_t] in the order of ids; rounded so that the likeliest token is
+            still the only one with the highest.
+        tails: float32 [N, M], log of the sum of p^(1 / tau) over the tokens not kept, for each temperature.
         normalizers: float32 [N], logsumexp of the logits.
     """
 
@@ -88,40 +91,63 @@ def distributions(
         block: positions whose logits exist at a time.
 
     Returns:
-        Of the N = B T positions in their order. The last of a row has no token that comes.
+        Of the N = B T positions in their order, on a mesh split as the rows are. The last of a row has no
+        token that comes.
     """
     hidden, unembedding = model(params, ids, segments=segments)
-    hidden, unembedding = hidden.reshape(-1, hidden.shape[-1]), unembedding[:size]
-    last = jnp.arange(ids.size, dtype=jnp.int32) % ids.shape[1] == ids.shape[1] - 1
-    labels = jnp.where(last, size, next_tokens(ids))
 
-    def of_block(positions: jax.Array) -> tuple[Kept, Lost]:
-        logits = soft_capped(logits_of(rows_at(hidden, positions), unembedding), model.config.logit_softcap)
-        return _of_logits(logits, labels.at[positions].get(mode="clip"), keep)
+    def local(hidden: jax.Array, ids: jax.Array, unembedding: jax.Array) -> tuple[Kept, Lost]:
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        last = jnp.arange(ids.size, dtype=jnp.int32) % ids.shape[1] == ids.shape[1] - 1
+        labels = jnp.where(last, size, next_tokens(ids))
 
-    blocks = -(-ids.size // block)
-    places = jnp.arange(blocks * block, dtype=jnp.int32).reshape(blocks, block)
-    kept, lost = jax.lax.map(of_block, places)
-    # [blocks, M, block] of the tails
-    kept = kept._replace(tails=jnp.moveaxis(kept.tails, 1, 2))
+        def of_block(positions: jax.Array) -> tuple[Kept, Lost]:
+            logits = logits_of(rows_at(hidden, positions), unembedding)
+            logits = soft_capped(logits, model.config.logit_softcap)
+            return _of_logits(logits, labels.at[positions].get(mode="clip"), keep)
 
-    def flat(x: jax.Array) -> jax.Array:
-        return x.reshape(blocks * block, *x.shape[2:])[: ids.size]
+        blocks = -(-ids.size // block)
+        places = jnp.arange(blocks * block, dtype=jnp.int32).reshape(blocks, block)
+        kept, lost = jax.lax.map(of_block, places)
 
-    kept, lost = jax.tree.map(flat, (kept, lost))
-    return kept._replace(tails=kept.tails.T), lost
+        def flat(x: jax.Array) -> jax.Array:
+            return x.reshape(blocks * block, *x.shape[2:])[: ids.size]
+
+        return jax.tree.map(flat, (kept, lost))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH if mesh.shape.get(axis, 1) > 1)
+    # Cut here: inside, that is an exchange between devices.
+    arguments = hidden, ids, unembedding[:size]
+    if mesh.empty:
+        return local(*arguments)
+    rows = PartitionSpec(axes)
+    if axes:  # each device its own rows, which blocks of positions would mix
+        of_rows = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, rows, PartitionSpec()),
+            out_specs=rows,
+            axis_names=set(axes),
+            check_vma=False,  # nothing is differentiated through it
+        )
+    else:
+        of_rows = local
+    return jax.lax.with_sharding_constraint(of_rows(*arguments), rows)
 
 
 def _of_logits(logits: jax.Array, labels: jax.Array, keep: Keep) -> tuple[Kept, Lost]:
     size = logits.shape[-1]
     highest = logits.max(-1, keepdims=True)
     shifted = logits - highest
+    top = logits.argmax(axis=-1, keepdims=True).astype(jnp.int32)
     sums = jax.nn.logsumexp(shifted, axis=-1, keepdims=True)
     log_p, normalizers = shifted - sums, (sums + highest)[:, 0]
     own = -jnp.take_along_axis(log_p, labels[:, None], axis=-1, mode="fill", fill_value=0.0)[:, 0]
     if keep.top_k is None and keep.top_p == 1:
-        everything = jnp.full((len(keep.temperatures), len(logits)), -jnp.inf, jnp.float32)
-        kept = Kept(None, log_p.astype(keep.dtype), everything, normalizers)
+        everything = jnp.full((len(logits), len(keep.temperatures)), -jnp.inf, jnp.float32)
+        likeliest = jnp.arange(size, dtype=jnp.int32)[None] == top
+        kept = Kept(None, _rounded(log_p, likeliest, keep.dtype), everything, normalizers)
         found = labels < size
         remaining = jnp.zeros(len(logits), jnp.float32)
     else:
@@ -130,10 +156,11 @@ def _of_logits(logits: jax.Array, labels: jax.Array, keep: Keep) -> tuple[Kept, 
         ids = jnp.where((before < keep.top_p) | (keep.top_p == 1), ids, size)
         found = (ids == labels[:, None]).any(-1)
         ids = jnp.concatenate([ids, jnp.where(found, size, labels)[:, None]], axis=1)
-        values = jnp.take_along_axis(log_p, ids, axis=-1, mode="fill", fill_value=0.0).astype(keep.dtype)
+        values = jnp.take_along_axis(log_p, ids, axis=-1, mode="fill", fill_value=-jnp.inf)
+        values = _rounded(values, ids == top, keep.dtype)
         places = jnp.arange(len(logits), dtype=jnp.int32)[:, None]
         rest = log_p.at[places, ids].set(-jnp.inf, mode="drop")
-        tails = jnp.stack([jax.nn.logsumexp(rest / tau, axis=-1) for tau in keep.temperatures])
+        tails = jnp.stack([jax.nn.logsumexp(rest / tau, axis=-1) for tau in keep.temperatures], axis=-1)
         kept = Kept(ids, values, tails, normalizers)
         remaining = jnp.exp(rest).sum(-1)
     read = jax.nn.log_softmax(_read_back(kept, size, keep), axis=-1)
@@ -142,9 +169,23 @@ def _of_logits(logits: jax.Array, labels: jax.Array, keep: Keep) -> tuple[Kept, 
     return kept, Lost(remaining, divergence, own, found)
 
 
+def _rounded(log_p: jax.Array, likeliest: jax.Array, dtype: str) -> jax.Array:
+    """In fewer bits, the likeliest one step higher where another came out as high.
+
+    Args:
+        log_p: float32 [n, m], -inf where there is none.
+        likeliest: bool, broadcast to them.
+        dtype: of the result.
+    """
+    values = log_p.astype(dtype)
+    others = jnp.where(likeliest, -jnp.inf, values).max(axis=-1, keepdims=True)
+    above = jnp.nextafter(others, jnp.zeros_like(others))
+    return jnp.where(likeliest & (values <= others), above, values)
+
+
 def _read_back(kept: Kept, size: int, keep: Keep) -> jax.Array:
     """float32 [n, V_t]: the logits that a loss at temperature 1 gets."""
-    tail = kept.tails[keep.temperatures.index(1.0)]
+    tail = kept.tails[:, keep.temperatures.index(1.0)]
     others = tail
     if kept.ids is not None:
         others = tail - jnp.log(jnp.maximum(size - (kept.ids < size).sum(-1), 1).astype(jnp.float32))

@@ -17,8 +17,7 @@ from xtoken_jax.mesh import BATCH
 def top_token_agreement(
     student_hidden: jax.Array,
     student_unembedding: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_unembedding: jax.Array,
+    teacher: tuple[jax.Array, jax.Array] | jax.Array,
     alignment: Alignment,
     partners: jax.Array,
     *,
@@ -35,7 +34,8 @@ def top_token_agreement(
     Args:
         student_hidden: [B, T_s, D_s].
         student_unembedding: [>= V_s, D_s].
-        teacher_hidden, teacher_unembedding: [B, T_t, D_t] and [>= V_t, D_t].
+        teacher: [B, T_t, D_t] and [>= V_t, D_t]; or, where that is known, its likeliest token at each
+            position, int32 [B, T_t].
         alignment: chunk ids of tokens and `valid` [B, C].
         partners: int32 [V_t], the student's token of the same bytes or role, -1 for none.
         student_size: V_s.
@@ -48,18 +48,22 @@ def top_token_agreement(
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     axes = tuple(axis for axis in data_axes if mesh.shape.get(axis, 1) > 1)
+    of_teacher, their_unembedding = teacher if isinstance(teacher, tuple) else (teacher, None)
     # Cut here: inside, that is an exchange between devices that wait for each other.
-    unembeddings = student_unembedding[:student_size], teacher_unembedding[: len(partners)]
+    unembeddings = (
+        student_unembedding[:student_size],
+        None if their_unembedding is None else their_unembedding[: len(partners)],
+    )
 
     def local(
         student_hidden: jax.Array,
-        teacher_hidden: jax.Array,
+        teacher_rows: jax.Array,
         alignment: Alignment,
-        unembeddings: tuple[jax.Array, jax.Array],
+        unembeddings: tuple[jax.Array, jax.Array | None],
         partners: jax.Array,
     ) -> jax.Array:
-        student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student_hidden, teacher_hidden))
-        of_student, of_teacher, single = (x.reshape(-1) for x in single_positions(alignment))
+        student, teacher = (x.reshape(-1, *x.shape[2:]) for x in (student_hidden, teacher_rows))
+        at_student, at_teacher, single = (x.reshape(-1) for x in single_positions(alignment))
         number, every = single.sum(dtype=jnp.int32), len(single)
         (order,) = jnp.nonzero(single, size=every, fill_value=every)
         most = jax.lax.pmax(number, axes) if axes else number
@@ -68,12 +72,14 @@ def top_token_agreement(
             place, hits = carry
             places = place + jnp.arange(block, dtype=jnp.int32)
             chunks = order.at[places].get(mode="fill", fill_value=every)
-            rows = (
+            ours, theirs = (
                 rows_at(x, at.at[chunks].get(mode="fill", fill_value=len(x)))
-                for x, at in ((student, of_student), (teacher, of_teacher))
+                for x, at in ((student, at_student), (teacher, at_teacher))
             )
-            z_s, z_t = (logits_of(x, u) for x, u in zip(rows, unembeddings, strict=True))
-            partner = partners[z_t.argmax(axis=-1)]
+            z_s = logits_of(ours, unembeddings[0])
+            if unembeddings[1] is not None:
+                theirs = logits_of(theirs, unembeddings[1]).argmax(axis=-1)
+            partner = partners.at[theirs].get(mode="fill", fill_value=-1)
             own = jnp.take_along_axis(z_s, jnp.maximum(partner, 0)[:, None], axis=-1)[:, 0]
             agrees = (partner >= 0) & (own >= z_s.max(axis=-1)) & (chunks < every)
             return place + block, hits + agrees.sum(dtype=jnp.int32)
@@ -84,7 +90,7 @@ def top_token_agreement(
             hits, number = jax.lax.psum((hits, number), axes)
         return jnp.where(number > 0, hits / jnp.maximum(number, 1), jnp.nan).astype(jnp.float32)
 
-    hidden = jax.lax.stop_gradient((student_hidden, teacher_hidden))
+    hidden = jax.lax.stop_gradient((student_hidden, of_teacher))
     rest: Any = alignment, jax.lax.stop_gradient(unembeddings), jnp.asarray(partners)
     if not axes:
         return local(*hidden, *rest)

@@ -155,6 +155,16 @@ class TeacherRows:
         return None if self.next_ids is None else self.next_ids.at[positions].get(mode="clip")
 
 
+def stored_likeliest(rows: StoredRows) -> jax.Array:
+    """int32 [B, T], the teacher's likeliest token at each position of a batch; V_t where nothing is kept."""
+    values = jnp.asarray(rows.log_probabilities)
+    if rows.ids is None:
+        return values.argmax(axis=-1).astype(jnp.int32)
+    ids = jnp.asarray(rows.ids)
+    place = jnp.where(ids < rows.size, values, -jnp.inf).argmax(axis=-1, keepdims=True)
+    return jnp.take_along_axis(ids, place, axis=-1)[..., 0]
+
+
 def stored_logits(rows: StoredRows, temperature: float) -> jax.Array:
     """float32 [B, T, V_t] of all positions of a batch, to be divided by the temperature."""
     stored = Stored.of(rows)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 Sorted = TypeVar("Sorted", jax.Array, tuple[jax.Array, jax.Array])
 
 _PARTS = 32
+_FEW = 8  # times as many numbers: the CPU's selection is faster than its sort, 30 times for 64 of 100,000
 
 # XLA's CPU backend sorts integers five times as fast as floats, whose total order it compares one call at
 # a time, and pairs slower still. The bits of floats from 0 up are integers of the same order.
@@ -37,6 +38,9 @@ def largest(values: jax.Array, count: int) -> jax.Array:
 
 def largest_with_places(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """`largest`, and where along the last axis each of them stands, int32 [..., count]."""
+    if 0 < _FEW * count <= values.shape[-1]:
+        top, places = jax.lax.top_k(values, count)
+        return top, places
     return jax.lax.platform_dependent(
         values,
         cpu=lambda x: _by_parts(lambda part: _packed(part, count), x),

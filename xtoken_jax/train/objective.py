@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xtoken_jax.alignment.batch import TokenRows
+from xtoken_jax.alignment.batch import Alignment, StoredRows, TokenRows
 from xtoken_jax.data.batches import Batch, TeacherBatch
 from xtoken_jax.losses import (
     LossConfig,
@@ -26,7 +26,7 @@ from xtoken_jax.losses import (
 )
 from xtoken_jax.losses.agreement import top_token_agreement
 from xtoken_jax.losses.blockwise import blockwise_loss
-from xtoken_jax.losses.blockwise_teacher import stored_logits
+from xtoken_jax.losses.blockwise_teacher import stored_likeliest, stored_logits
 from xtoken_jax.losses.objective import PARTS, LossTables, distillation_parts
 from xtoken_jax.models.decoder import Model, logits
 
@@ -169,22 +169,38 @@ class Objective:
     def agreement(
         self, of_student: Outputs, of_teachers: Mapping[str, Outputs], batch: Batch, wanted: jax.Array | bool
     ) -> Metrics:
-        """`top_token_agreement` with each teacher that runs; NaN, and no work, where it is not wanted.
+        """`top_token_agreement` with each teacher; NaN, and no work, where it is not wanted.
 
-        It takes both unembeddings over all positions once more, which is too much for every step.
+        It takes both unembeddings over all positions once more, with a cached teacher the student's alone,
+        which is too much for every step.
         """
         found = {}
         for name, teacher in self.teachers.items():
-            if teacher.partners is not None and teacher.model is not None:
-                outputs = jax.lax.stop_gradient((of_student, of_teachers[name]))
-                arguments = *outputs[0], *outputs[1], batch.teachers[name].alignment, teacher.partners
+            if teacher.partners is not None:
+                read = batch.teachers[name]
+                theirs = read.stored if teacher.model is None else of_teachers[name]
+                arguments = *of_student, theirs, read.alignment, teacher.partners
                 found[f"agreement/{name}"] = jax.lax.cond(
                     wanted,
-                    lambda *args: top_token_agreement(*args, student_size=self.student_size),
+                    self._agreement,
                     lambda *_: jnp.float32(jnp.nan),
-                    *arguments,
+                    *jax.lax.stop_gradient(arguments),
                 )
         return found
+
+    def _agreement(
+        self,
+        hidden: jax.Array,
+        unembedding: jax.Array,
+        theirs: Outputs | StoredRows,
+        alignment: Alignment,
+        partners: jax.Array,
+    ) -> jax.Array:
+        """With one teacher, of whose outputs or stored rows."""
+        known = stored_likeliest(theirs) if isinstance(theirs, StoredRows) else theirs
+        return top_token_agreement(
+            hidden, unembedding, known, alignment, partners, student_size=self.student_size
+        )
 
     def _weights(self, teacher: Teacher, with_ce: bool) -> tuple[float, float] | None:
         """Of CE and of one teacher's KD, where they are known beforehand."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import jax
 
+_GOES_ON = "the same command goes on from the last checkpoint"
 _SIGNALS = (None, "SIGTERM", "Ctrl-C")  # numbered, for `largest`
 
 
@@ -27,7 +28,7 @@ class Stopped(KeyboardInterrupt):
         code: what it exits with: 0 after SIGTERM, 130 after Ctrl-C.
     """
 
-    def __init__(self, name: str, what: str = "the same command goes on from the last checkpoint") -> None:
+    def __init__(self, name: str, what: str = _GOES_ON) -> None:
         """Say which signal it was, and what comes of it."""
         super().__init__(f"stopped by {name}: {what}")
         self.name = name
@@ -44,9 +45,10 @@ class StopSignals:
         requested: the first signal that came, "SIGTERM" or "Ctrl-C"; None before.
     """
 
-    def __init__(self) -> None:
-        """Nothing is changed yet."""
+    def __init__(self, what: str = _GOES_ON) -> None:
+        """Nothing is changed yet; `what` is said to come of a signal."""
         self.requested: str | None = None
+        self._what = what
         self._held = False
         self._before: dict[int, Any] = {}
         self._asked: jax.Array | None = None  # of all processes, what they got
@@ -82,7 +84,7 @@ class StopSignals:
         self._held = False
         try:
             if self.requested is not None:
-                raise Stopped(self.requested)
+                raise Stopped(self.requested, self._what)
             yield
         finally:
             self._held = True
@@ -105,17 +107,17 @@ class StopSignals:
     def check(self) -> None:
         """In between what `at_once` lets be broken off: raises `Stopped` on all processes, or on none."""
         if _several() and (name := self.agreed(now=True)) is not None:
-            raise Stopped(name)
+            raise Stopped(name, self._what)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.requested is None:
             self.requested = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             if not self._held:
-                raise Stopped(self.requested)
+                raise Stopped(self.requested, self._what)
             more = "; once more ends at once" if number == signal.SIGINT else ""
             _say(f"{self.requested}: saving after this step{more}")
         elif number == signal.SIGINT:
-            _say("ended; the same command goes on from the last checkpoint")
+            _say(f"ended; {self._what}")
             os._exit(130)
 
 
