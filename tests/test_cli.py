@@ -11,7 +11,7 @@ from xtoken_jax.cli import main
 from xtoken_jax.evaluate.completions import chat_prompt
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
-COMMANDS = ("distill", "audit", "project", "align", "evaluate", "generate", "export", "report")
+COMMANDS = ("distill", "audit", "project", "align", "evaluate", "generate", "export", "report", "cache")
 
 
 @pytest.fixture
