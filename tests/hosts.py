@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def start(command, count, log, *, devices=DEVICES, folders=None, more=(), variab
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count}",
+        "XLA_FLAGS": re.sub(r"(device_count=)\d+", rf"\g<1>{devices // count}", os.environ["XLA_FLAGS"]),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }

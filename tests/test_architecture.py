@@ -58,8 +58,8 @@ ALLOWED = {
 }  # fmt: skip
 # These may import anything.
 WIRING = {
-    "__init__", "cache_contents", "cache_run", "cache_teacher", "cli", "cli_cache", "cli_generate",
-    "cli_tokenizers", "distill", "held_out", "runs", "sweep", "teachers",
+    "__init__", "cache_contents", "cache_run", "cache_teacher", "cli", "cli_cache", "cli_copies",
+    "cli_generate", "cli_tokenizers", "distill", "held_out", "runs", "sweep", "teachers",
 }  # fmt: skip
 
 # Anyone's code can use these with nothing but jax.

@@ -5,12 +5,13 @@ import shutil
 import signal
 
 import pytest
+from full_disk import files_of_at_most
 
 from xtoken_jax.cli import main
 from xtoken_jax.evaluate.completions import chat_prompt
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
-COMMANDS = ("distill", "audit", "project", "align", "evaluate", "generate", "export", "report")
+COMMANDS = ("distill", "audit", "project", "align", "evaluate", "generate", "export", "report", "cache")
 
 
 @pytest.fixture
@@ -154,6 +155,11 @@ def test_a_run_ends_with_a_table_and_refuses_another_run_in_its_folder(capsys, r
     fails(capsys, ["export", folder, "--out", small, "--max-shard-size", "much"], "max_shard_size='much'")
     assert main(["report", str(folder)]) == 0
     capsys.readouterr()
+
+    full = tmp_path / "full"
+    with files_of_at_most(10_000):
+        fails(capsys, ["export", folder, "--out", full], f"{full}: cannot be written (File too large)")
+        fails(capsys, ["report", folder], "curves.png: cannot be written (File too large)")
 
     assert main(run) == 2
     assert "baseline=True there, False here" in capsys.readouterr().err

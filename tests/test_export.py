@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from full_disk import files_of_at_most
 from kills import killed
 from models import tiny
 
@@ -146,6 +147,20 @@ def test_a_failure_leaves_what_was_there(step, student, tmp_path, monkeypatch):
         export_hf(out, model, params, student)
     with pytest.raises(RuntimeError, match="disk full"):
         export_hf(tmp_path / "new", model, params, student)
+    assert contents(out) == before
+    assert sorted(os.listdir(tmp_path)) == ["out", "student"]
+
+
+@pytest.mark.parametrize("size", [0, 30_000])
+def test_a_full_disk_names_the_folder_which_is_as_it_was(size, student, tmp_path):
+    """With no room for a byte, and with none for the weights."""
+    model, params = load_model(student)
+    out = export_hf(tmp_path / "out", model, params, student)
+    before = contents(out)
+    for folder in (out, tmp_path / "new"):
+        words = rf"^{folder}: cannot be written \(File too large\).*give the same command again"
+        with files_of_at_most(size), pytest.raises(UserError, match=words):
+            export_hf(folder, model, params, student)
     assert contents(out) == before
     assert sorted(os.listdir(tmp_path)) == ["out", "student"]
 

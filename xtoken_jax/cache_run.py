@@ -104,7 +104,7 @@ class TeacherRun:
                         begin = place * batch.length
                         inside = slice(begin, begin + len(parts[part].ids))
                         of_part = jax.tree.map(lambda x, inside=inside: x[inside], (kept, costs))
-                        made[part] = pool.submit(_made, *of_part, self.form)
+                        made[part] = pool.submit(_made, of_part[0], of_part[1], self.form)
 
             for batch in self._batches(parts, length):
                 outputs = self._outputs([parts[place] for place in batch.places], batch)
@@ -149,15 +149,17 @@ class TeacherRun:
 
 def _made(kept: Kept, costs: Lost, form: Form) -> _Made:
     """A part as it is stored, with the entries that are there alone."""
-    tails, width = kept.tails.T, form.size
+    tails, normalizers = np.asarray(kept.tails).T, np.asarray(kept.normalizers)
+    log_probabilities, width = np.asarray(kept.log_probabilities), form.size
     if kept.ids is None:
-        rows = PartRows(None, None, kept.log_probabilities.reshape(-1), tails, kept.normalizers)
+        rows = PartRows(None, None, log_probabilities.reshape(-1), tails, normalizers)
     else:
-        real = kept.ids < form.size
+        ids = np.asarray(kept.ids)
+        real = ids < form.size
         real[-1, -1] = False  # behind the last token of a part nothing comes that belongs to it
         counts = real.sum(-1)
         width = int(counts.max())
-        rows = PartRows(counts, kept.ids[real], kept.log_probabilities[real], tails, kept.normalizers)
+        rows = PartRows(counts, ids[real], log_probabilities[real], tails, normalizers)
     return _Made(*packed(rows, form), width, _lost(costs))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from xtoken_jax import __version__, cli_cache, cli_generate, cli_tokenizers
+from xtoken_jax import __version__, cli_cache, cli_copies, cli_generate, cli_tokenizers
 from xtoken_jax.errors import UserError
 
 _DISTILL_HELP = """\
@@ -150,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
         "example: xtoken report runs/quickstart",
     )
     sub.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of a run or a sweep")
+
+    sub = command("cache", cli_copies.run, cli_copies.TEXT, cli_copies.HELP)
+    cli_copies.add_arguments(sub)
     return parser
 
 

@@ -18,7 +18,7 @@ from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.sources import read_sources
 from xtoken_jax.export import export_hf
-from xtoken_jax.files import write_whole
+from xtoken_jax.files import write_whole, writing
 from xtoken_jax.held_out import Figures, held_out_parts, read_held_out
 from xtoken_jax.hosts import from_first
 from xtoken_jax.hub import resolve_folder
@@ -206,7 +206,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         result["losses"] = {name: kind.value for name, kind in kinds.items()}
 
     def write() -> str:
-        write_whole(run / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+        with writing(run / RESULT_FILE):
+            write_whole(run / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         return str(draw_curves(run))
 
     picture = Path(from_first(write))
@@ -240,9 +241,9 @@ def _save_learnt(folder: Path, learnt: dict[str, Learnt], teachers: Teachers, pa
     """Each W that was trained, as `projection=` and `teachers.NAME.projection=` read it."""
     for name, own in learnt.items():
         path = folder / ("projection" if name == FIRST_TEACHER else f"projection-{name}")
-        save_projection(
-            path.with_name(f"{path.name}.safetensors"), projection_of(teachers.tables[name], own), pairs[name]
-        )
+        path = path.with_name(f"{path.name}.safetensors")
+        with writing(path):
+            save_projection(path, projection_of(teachers.tables[name], own), pairs[name])
 
 
 def _models(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import to_disk
+from xtoken_jax.files import to_disk, writing
 from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_files import INDEX, WEIGHTS
@@ -60,7 +60,7 @@ def export_hf(
 
     Raises:
         UserError: a folder in the way that is not an export, no tokenizer folder, no weights there for
-            "source", or what `save_weights` refuses.
+            "source", no room or permission to write, or what `save_weights` refuses.
     """
     out, source = Path(out_dir).resolve(), Path(tokenizer_folder)
     if not source.is_dir():
@@ -69,13 +69,25 @@ def export_hf(
     if dtype == SOURCE:
         dtypes = stored_dtypes(source, dataclasses.replace(model, lora=None))
     partial = out.parent / f".{out.name}.partial"
-    from_first(lambda: _make_way(out, source, partial))
+
+    def begin() -> None:
+        with writing(out):
+            _make_way(out, source, partial)
+
+    from_first(begin)
     if model.lora is not None:
         # not through bfloat16, where the file could hold more
         wide = None if dtype == "bfloat16" else "float32"
         model, params = merge_lora(model, params, dtype=wide, donate=donate)
 
     def write() -> None:
+        copied = {name: (source / name).read_bytes() for name in COPIED if (source / name).is_file()}
+        if chat_template is not None:
+            copied["chat_template.jinja"] = Path(chat_template).expanduser().read_bytes()
+        with writing(out):
+            write_beside(copied)
+
+    def write_beside(copied: dict[str, bytes]) -> None:
         save_weights(partial, model, params, dtype=dtypes, max_shard_size=max_shard_size)
         config = model.config.to_hf()
         if dtype != SOURCE:
@@ -83,11 +95,8 @@ def export_hf(
             spellings = [key for key in ("dtype", "torch_dtype") if key in config]
             config |= dict.fromkeys(spellings or ["torch_dtype"], dtype)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        if chat_template is not None:
-            shutil.copyfile(Path(chat_template).expanduser(), partial / "chat_template.jinja")
+        for name, content in copied.items():
+            (partial / name).write_bytes(content)
         for path in [*partial.iterdir(), partial]:
             to_disk(path)
         _swap_in(partial, out)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from xtoken_jax.errors import UserError
 
 
 def partial_path(path: Path) -> Path:
@@ -26,6 +30,22 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Around what writes there, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written. The system's own error of a full disk names no place.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{place}: cannot be written ({error.strerror or error}) and is as it was; once it can be, give "
+            "the same command again"
+        ) from error
 
 
 def to_disk(path: Path) -> None:

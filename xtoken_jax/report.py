@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import write_whole
+from xtoken_jax.files import write_whole, writing
 from xtoken_jax.ranking import Job
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 
@@ -166,5 +166,6 @@ def _validations(run: Path) -> list[tuple[int, dict[str, float]]]:
 def _save(figure: Figure, path: Path) -> Path:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    write_whole(path, picture.getvalue())
+    with writing(path):
+        write_whole(path, picture.getvalue())
     return path

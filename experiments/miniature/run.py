@@ -18,6 +18,7 @@ import json
 import os
 import queue
 import sys
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -85,6 +86,22 @@ def append(result: dict, path: Path = RESULTS) -> None:
         file.write("\n" * cut + json.dumps(result) + "\n")
 
 
+def end_with_parent() -> None:
+    """From now on this process ends when the one that started it does, however that ends."""
+    from multiprocessing import parent_process
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def work_while_asked(*arguments) -> None:
+    end_with_parent()
+    work_on(*arguments)
+
+
 def work_on(core: int | None, work: Path, todo: list, messages) -> None:
     """A process of one thread; `todo` is shared with the other."""
     if core is not None and hasattr(os, "sched_setaffinity"):
@@ -145,7 +162,9 @@ def run_all(options: argparse.Namespace) -> None:
             todo.put(task)
         workers = [
             context.Process(
-                target=work_on, args=(core if options.workers > 1 else None, options.work, todo, messages)
+                target=work_while_asked,
+                args=(core if options.workers > 1 else None, options.work, todo, messages),
+                daemon=True,  # else this process waits for them on Ctrl-C
             )
             for core in range(min(options.workers, max(1, len(wanted))))
         ]

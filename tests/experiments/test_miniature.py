@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -70,6 +73,42 @@ def test_a_run_gives_finite_figures(study, work):
     assert 0 < found["factor"] <= run.max_scale
     assert found["trace"][-1][0] < found["trace"][0][0]  # cross-entropy
     assert len(found["trace"]) == 10
+
+
+STARTED = """
+import argparse, sys, time
+from types import SimpleNamespace
+sys.path.insert(0, {folder!r})
+import run
+
+sys.modules["student"] = SimpleNamespace(RUNS=[SimpleNamespace(name="a loss")])
+run.tasks, run.key_of = lambda seeds: [(0, "digits", 0.7, 0), (1, "digits", 0.7, 0)], str
+run.finished, run.prepare = dict, lambda *_: None
+
+def work_on(*_):
+    print("at work", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+run.work_on = work_on
+if __name__ == "__main__":
+    run.run_all(argparse.Namespace(seeds=2, only=None, regime=None, wrong=None, workers=2, work=None))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_its_processes_end_with_it(name, tmp_path):
+    script = tmp_path / "started.py"
+    script.write_text(STARTED.format(folder=str(FOLDER)))
+    main = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    with main:
+        assert [main.stderr.readline() for _ in range(2)] == ["at work\n"] * 2
+        begin = time.monotonic()
+        main.send_signal(signal.Signals[name])
+        main.stderr.read()  # until none of them has it open any more
+    assert time.monotonic() - begin < 30
+    assert main.returncode != 0
 
 
 @pytest.mark.slow

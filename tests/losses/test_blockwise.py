@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import AS_OUTSIDE
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses import (
@@ -140,13 +141,7 @@ def blockwise_parts(
     return found.ce, found.kd, found.parts
 
 
-# Tests are mostly compilation.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def gradients(
-    function, config, tables, hidden=HIDDEN, unembedding=UNEMBEDDING, compiler_options=None, **options
-):
+def gradients(function, config, tables, hidden=HIDDEN, unembedding=UNEMBEDDING, **options):
     """(CE, KD, parts), and the gradients of the dynamically scaled total."""
     function = {plain: plain_parts, blockwise: blockwise_parts}[function]
 
@@ -155,7 +150,7 @@ def gradients(
         return total_loss(ce, kd, max_scale=SCALE)[0], (ce, kd, parts)
 
     function_and_slopes = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
-    (_, values), slopes = jax.jit(function_and_slopes, compiler_options=compiler_options)(hidden, unembedding)
+    (_, values), slopes = jax.jit(function_and_slopes)(hidden, unembedding)
     return values, slopes
 
 
@@ -235,7 +230,7 @@ def test_soft_caps(name, caps):
     """That bite, on both sides or on one, in blocks smaller than the longest chunks."""
     config = CASES[name]
     tables = tables_of(config.kind)
-    options = {"hidden": WIDE, "teacher": WIDE_TEACHER, "caps": caps, "compiler_options": QUICK}
+    options = {"hidden": WIDE, "teacher": WIDE_TEACHER, "caps": caps}
     found = gradients(blockwise, config, tables, block=3, teacher_block=4, **options)
     assert_close(found, gradients(plain, config, tables, **options))
 
@@ -249,7 +244,7 @@ def test_soft_caps_with_fixed_weights_and_a_learnable_projection():
             found = function(CASES["p_kl"], tables, hidden, unembedding, teacher=WIDE_TEACHER, **options)
             return found.total if hasattr(found, "total") else 0.1 * found[0] + 2.0 * found[1]
 
-        gradient = jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2)), compiler_options=QUICK)
+        gradient = jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2)))
         return gradient(WIDE, UNEMBEDDING, learnable.logits)
 
     def ours(config, tables, hidden, unembedding, teacher):
@@ -291,7 +286,7 @@ def test_the_term_alone(name):
         ).kd  # fmt: skip
 
     found, expected = (
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1)), compiler_options=QUICK)(HIDDEN, UNEMBEDDING)
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(HIDDEN, UNEMBEDDING)
         for f in (ours, lambda h, u: plain(config, tables, h, u)[1])
     )
     assert_close(found, expected)
@@ -480,8 +475,8 @@ def test_devices_with_other_blocks_are_not_waited_for(name):
         def total(hidden, unembedding):
             return total_loss(*blockwise(config, tables, hidden, unembedding, block=5, **options))[0]
 
-        step = jax.jit(jax.grad(total, argnums=(0, 1)), compiler_options=QUICK)
-        text = step.lower(hidden, unembedding).compile().as_text()
+        step = jax.jit(jax.grad(total, argnums=(0, 1)))
+        text = step.lower(hidden, unembedding).compile(AS_OUTSIDE).as_text()
     inner = text.split("\nENTRY ")[0]
     assert "collective-permute(" not in inner
     together = set(re.findall(r"(?:all-\w+|reduce-scatter)\(.*replica_groups=(\S+), ", inner))
@@ -493,7 +488,7 @@ def test_rows_stay_on_their_devices():
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     with jax.set_mesh(mesh):
         function = jax.jit(lambda h: blockwise(CASES["p_kl"], tables_of(K.p_kl), h, UNEMBEDDING, block=5))
-        text = function.lower(jax.device_put(HIDDEN, rows)).compile().as_text()
+        text = function.lower(jax.device_put(HIDDEN, rows)).compile(AS_OUTSIDE).as_text()
     assert f"f32[{B},{T_S},{D_S}]" not in text
 
 
@@ -517,10 +512,8 @@ def test_no_more_rows_of_a_vocabulary_than_a_block_has(name, rows):
         )  # fmt: skip
         return total_loss(found.ce, found.kd)[0]
 
-    program = jax.jit(jax.grad(total, argnums=(0, 1)), compiler_options=QUICK).lower(
-        hidden[0], unembeddings[0]
-    )
-    shapes = re.findall(r"f32\[(\d+),1201\]", program.compile().as_text())
+    program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(hidden[0], unembeddings[0])
+    shapes = re.findall(r"f32\[(\d+),1201\]", program.compile(AS_OUTSIDE).as_text())
     assert max(map(int, shapes)) == rows
     # Of chunks there are as many as a block of the student has positions.
     assert ("16" in shapes) == (name != "alm")

@@ -13,7 +13,6 @@ from test_blockwise import (
     CASES,
     HIDDEN,
     IDS,
-    QUICK,
     SCALE,
     TARGETS,
     TEACHER,
@@ -107,16 +106,14 @@ def from_logits(config, tables, hidden, unembedding, teacher_logits):
     return ce, masked_mean(values, valid_chunks(ALIGNMENT))
 
 
-def slopes_of(function, config, compiler_options=QUICK):
+def slopes_of(function, config):
     """(the rows of a teacher) -> (CE, KD) and the gradients of the dynamically scaled total; one program."""
 
     def total(hidden, unembedding, tables, rows):
         ce, kd = function(config, tables, hidden, unembedding, rows)
         return total_loss(ce, kd, max_scale=SCALE)[0], (ce, kd)
 
-    program = jax.jit(
-        jax.value_and_grad(total, argnums=(0, 1), has_aux=True), compiler_options=compiler_options
-    )
+    program = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
 
     def found(rows, hidden=HIDDEN, unembedding=UNEMBEDDING):
         (_, values), slopes = program(hidden, unembedding, tables_of(config.kind), rows)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import AS_OUTSIDE
 from reference import gradient as reference_gradient
 from test_prefix_kl import BY_STUDENT, BY_TEACHER, ROLES, ROWS, V_S, V_T, batch, canonical, twin
 from test_vocab_parallel import FACTORS, MESHES, on, value_and_gradient
@@ -282,7 +283,7 @@ def program(mesh, loss, tables):
 
     with jax.set_mesh(mesh):
         function = jax.jit(jax.value_and_grad(scalar))
-        return function.lower(*logits, alignment, tokens, tokens, whole).compile().as_text()
+        return function.lower(*logits, alignment, tokens, tokens, whole).compile(AS_OUTSIDE).as_text()
 
 
 def floats_in(text):

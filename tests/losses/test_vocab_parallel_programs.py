@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from programs import AS_OUTSIDE
 from projection.random_w import random_w
 
 from xtoken_jax.alignment.batch import Alignment
@@ -60,7 +61,7 @@ def program(mesh, loss):
 
     with jax.set_mesh(mesh):
         function = jax.jit(jax.value_and_grad(scalar, has_aux=True))
-        return function.lower(*logits, alignment, sharded, partition).compile().as_text()
+        return function.lower(*logits, alignment, sharded, partition).compile(AS_OUTSIDE).as_text()
 
 
 @pytest.mark.parametrize("kind", ["p_kl", "p_kl_all", "gold", "alm", "ce"])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from programs import AS_OUTSIDE
 from projection.random_w import random_w
 
 from xtoken_jax.alignment.batch import Alignment
@@ -93,7 +94,7 @@ def test_a_device_holds_its_rows_and_sends_one_sum():
             (lambda s, p: s.project(p, COLUMNS), 1),
             (lambda s, p: jax.grad(lambda p: jnp.sum(jnp.square(s.project(p, COLUMNS))))(p), 1),
         ):
-            compiled = jax.jit(function).lower(sharded, p).compile()
+            compiled = jax.jit(function).lower(sharded, p).compile(AS_OUTSIDE)
             text = compiled.as_text()
             sent = {
                 name: len(re.findall(rf" {name}(?:-start)?\(", text))

@@ -1,8 +1,6 @@
 """Checkpoints: what is damaged is found out and passed over; what cannot be written is said."""
 
-import contextlib
 import dataclasses
-import resource
 import shutil
 import time
 
@@ -10,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import files_of_at_most
 
 from xtoken_jax.checksum import checksum
 from xtoken_jax.errors import UserError
@@ -217,17 +216,6 @@ def settle(folder):
     names = None
     while names != (names := sorted(folder.rglob("*"))):
         time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """As on a full disk, for the threads that write as well."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def with_w(state, *names):

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import files_of_at_most
 from rich.console import Console
 
 from xtoken_jax.alignment.batch import Alignment, TokenRows
@@ -282,16 +282,10 @@ def test_a_damaged_only_checkpoint_changes_nothing(tmp_path):
 def test_a_full_disk_ends_the_run_which_goes_on_from_there(size, whole, tmp_path):
     """With no room for a row, and with none for a checkpoint."""
     run(tmp_path, steps=4)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(metrics) + size, before[1]))
-    try:
-        with pytest.raises(
-            UserError, match=r"(metrics.jsonl: cannot|a checkpoint could not) be written \(File"
-        ):
-            run(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    words = r"(metrics.jsonl: cannot|a checkpoint could not) be written \(File"
+    with files_of_at_most(len(metrics) + size), pytest.raises(UserError, match=words):
+        run(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes().startswith(metrics)
     names = None  # the threads of the failed save end with the process elsewhere
     while names != (names := sorted(tmp_path.rglob("*"))):

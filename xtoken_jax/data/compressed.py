@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xtoken_jax.data.copies import keep, kept_file
+from xtoken_jax.data.copies import keep
 from xtoken_jax.data.data_file import DataFile
 from xtoken_jax.errors import UserError
 
@@ -63,7 +63,4 @@ def plain_copy(file: DataFile) -> DataFile:
 
     Neither format can be read from the middle, and a run reads in a shuffled order.
     """
-    path = kept_file(file, ".jsonl")
-    if not path.is_file():
-        keep(path, lambda out: out.writelines(decompressed(file)))
-    return DataFile(path)
+    return DataFile(keep(file, ".jsonl", lambda out: out.writelines(decompressed(file))))

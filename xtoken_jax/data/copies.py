@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,18 +17,70 @@ from xtoken_jax.data.data_file import DataFile
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import cache_folder
 
+NOTE = ".source"  # behind a copy's name: a file with the path of what it was made of
+_COPY = re.compile(r".*-([0-9a-f]{16})(\.jsonl|\.lines\.npy|-[0-9a-f]{8}\.parquet)", re.DOTALL)
+_PART = re.compile(rf"\.{_COPY.pattern}\.\w{{8}}", re.DOTALL)
+_ABANDONED = 3600  # seconds after which what is still not whole was left by a process that was killed
 
-def kept_file(file: DataFile, name: str) -> Path:
-    """Where something is kept that can be made of this state of a file again, in the user's cache folder."""
-    return cache_folder() / "data" / f"{file.path.name.split('.')[0]}-{file.key}{name}"
+
+class State(Enum):
+    """Of what a copy was made of."""
+
+    current = "as it was"
+    changed = "changed since"
+    gone = "gone"
+    unfinished = "left by a run that was killed"
+    unknown = "not known"
 
 
-def keep(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file of the cache, whole or not at all; several processes may do so at the same time.
+@dataclass(frozen=True)
+class Copy:
+    """A file in the cache folder.
+
+    Attributes:
+        path: the file.
+        size: bytes.
+        age: seconds since it was written.
+        source: what it was made of, a data file or another copy; None where that is not known.
+        state: of the source. A copy can go where it is changed, gone or unfinished.
+    """
+
+    path: Path
+    size: int
+    age: float
+    source: Path | None
+    state: State
+
+    @property
+    def useless(self) -> bool:
+        """Whether no run will read it again."""
+        return self.state in (State.changed, State.gone, State.unfinished)
+
+
+def keep(file: DataFile, name: str, write: Callable[[BinaryIO], object]) -> Path:
+    """Where something is kept that can be made of this state of a file, in the user's cache folder.
+
+    It is made where it is not there, whole or not at all; several processes may ask at the same time.
+
+    Args:
+        file: the source.
+        name: the end of the name: what is made of it.
+        write: makes it.
 
     Raises:
         UserError: there is no room, or no permission; what `write` raises.
     """
+    path = _folder() / f"{file.path.name.split('.')[0]}-{file.key}{name}"
+    if not path.is_file():
+        _write(path, write)
+    note = path.with_name(path.name + NOTE)
+    if not note.is_file():  # without it the copy is never cleared away, and that is all
+        with contextlib.suppress(UserError):
+            _write(note, lambda out: out.write(os.fsencode(file.path.resolve())))
+    return path
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -41,3 +98,56 @@ def keep(path: Path, write: Callable[[BinaryIO], None]) -> None:
             f"{path.parent}: no copy for random access can be kept there ({error.strerror}); "
             "XTOKEN_CACHE=FOLDER names another place"
         ) from error
+
+
+def copies() -> list[Copy]:
+    """What is in the cache folder of data files, the largest first; files of other names are no copies."""
+    folder = _folder()
+    found = [copy for path in folder.iterdir() if (copy := _read(path))] if folder.is_dir() else []
+    return sorted(found, key=lambda copy: (-copy.size, copy.path))
+
+
+def clear() -> list[Copy]:
+    """Remove the copies that no run will read again, and return them.
+
+    Raises:
+        UserError: one cannot be removed.
+    """
+    gone: list[Copy] = []
+    while useless := [copy for copy in copies() if copy.useless]:  # a source may be a copy that has just gone
+        for copy in useless:
+            try:
+                copy.path.unlink(missing_ok=True)
+                copy.path.with_name(copy.path.name + NOTE).unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"{copy.path}: cannot be removed ({error.strerror})") from error
+        gone += useless
+    return gone
+
+
+def _folder() -> Path:
+    return cache_folder() / "data"
+
+
+def _read(path: Path) -> Copy | None:
+    """None where it is none, or has just been removed."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    age = max(0.0, time.time() - about.st_mtime)
+    if _PART.fullmatch(path.name):
+        return Copy(path, about.st_size, age, None, State.unfinished) if age > _ABANDONED else None
+    whole = _COPY.fullmatch(path.name)
+    if not whole:
+        return None
+    try:
+        source = Path(os.fsdecode(path.with_name(path.name + NOTE).read_bytes()))
+    except OSError:
+        return Copy(path, about.st_size, age, None, State.unknown)
+    try:
+        state = State.current if DataFile(source).key == whole[1] else State.changed
+    except UserError as error:
+        there = not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
+        state = State.unknown if there else State.gone
+    return Copy(path, about.st_size, age, source, state)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from xtoken_jax.data.compressed import is_compressed, plain_copy
-from xtoken_jax.data.copies import keep, kept_file
+from xtoken_jax.data.copies import keep
 from xtoken_jax.data.data_file import DataFile, fingerprint
 from xtoken_jax.errors import UserError
 
@@ -87,9 +87,7 @@ def _open(given: DataFile) -> tuple[DataFile, np.ndarray]:
     file = plain_copy(given) if is_compressed(given.path) else given
     if file.size < _KEPT:
         return file, _line_starts(file)
-    path = kept_file(file, ".lines.npy")
-    if not path.is_file():
-        keep(path, lambda out: np.save(out, _line_starts(file)))
+    path = keep(file, ".lines.npy", lambda out: np.save(out, _line_starts(file)))
     return file, np.load(path, mmap_mode="r")
 
 

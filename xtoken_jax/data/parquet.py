@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from xtoken_jax.data.copies import keep, kept_file
+from xtoken_jax.data.copies import keep
 from xtoken_jax.data.data_file import DataFile, fingerprint
 from xtoken_jax.errors import UserError, first_line
 
@@ -91,10 +91,7 @@ class _Columns:
         groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
         if any(_bytes_of(group, self._keys) > _LARGEST_GROUP for group in groups):
             chosen = hashlib.sha256(json.dumps(self._keys).encode()).hexdigest()[:8]
-            copy = kept_file(file, f"-{chosen}.parquet")
-            if not copy.is_file():
-                keep(copy, partial(_rewrite, file, self._keys))
-            file = DataFile(copy)
+            file = DataFile(keep(file, f"-{chosen}.parquet", partial(_rewrite, file, self._keys)))
             footer = _footer(file)
             groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
         return file, footer, np.cumsum([group.num_rows for group in groups])

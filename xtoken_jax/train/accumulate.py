@@ -12,7 +12,7 @@ there is no second copy of the gradient.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from xtoken_jax.mesh import constrain
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.learnt import with_learnt
-from xtoken_jax.train.objective import Metrics, Objective
+from xtoken_jax.train.objective import Metrics, Objective, Outputs
 
 _Parts = tuple[jax.Array, jax.Array | None]  # ids and segments [M, B / M, T], or one of the M
 Gradient = tuple[Params, dict[str, jax.Array]]  # by what trains of the student, and by log-weights of W
@@ -57,11 +57,8 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
         objective: of the whole batch.
         micro_batches: parts, of which B is a multiple on every device of the mesh's batch axes.
     """
-    if micro_batches == 1:
-        return _at_once(objective)
-    student, teachers = objective.student, _live(objective)
 
-    def by_parts(
+    def gradient(
         trained: Params,
         frozen: Params | None,
         teacher_params: dict[str, Params],
@@ -70,98 +67,110 @@ def gradient_of(objective: Objective, micro_batches: int = 1) -> GradientOf:
         projections: dict[str, jax.Array] | None = None,
         measure: jax.Array | bool = True,
     ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
-        def parts(rows: TokenRows) -> _Parts:
-            segments = objective.segments(rows)
-            return split(rows.ids, micro_batches), segments if segments is None else split(
-                segments, micro_batches
-            )
+        given = _Given(objective, frozen, teacher_params, tables, batch, measure)
+        if micro_batches == 1:
+            return _at_once(given, trained, projections or {})
+        return _by_parts(given, trained, projections or {}, micro_batches)
 
-        def hidden_of(trained: Params, part: _Parts) -> jax.Array:
-            return student(join_lora(trained, frozen), part[0], segments=part[1])[0]
+    return gradient
 
-        def forward(_: None, part: Any) -> tuple[None, Any]:
-            own, others = part
-            read = {
-                name: model(teacher_params[name], others[name][0], segments=others[name][1])[0]
-                for name, model in teachers.items()
-            }
-            return None, (hidden_of(trained, own), read)
 
-        own = parts(batch.student)
-        others = {name: parts(batch.teachers[name].rows) for name in teachers}
-        _, (hidden, read) = jax.lax.scan(forward, None, (own, others))
-        # What is asked for is the unembedding alone; the compiler drops the rest.
+class _Given(NamedTuple):
+    """What does not train."""
+
+    objective: Objective
+    frozen: Params | None
+    teacher_params: dict[str, Params]
+    tables: dict[str, LossTables]
+    batch: Batch
+    measure: jax.Array | bool
+
+    @property
+    def teachers(self) -> dict[str, Model]:
+        """Those that run, by name."""
+        return {name: t.model for name, t in self.objective.teachers.items() if t.model is not None}
+
+    def loss(
+        self, of_student: Outputs, of_teachers: dict[str, Outputs], projections: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Metrics]:
+        """From hidden states and unembeddings of the whole batch."""
+        read = with_learnt(self.tables, projections)
+        means = self.objective.means(of_student, of_teachers, read, self.batch)
+        total, metrics = self.objective.join(means, self.batch)
+        return total, metrics | self.objective.agreement(of_student, of_teachers, self.batch, self.measure)
+
+
+def _at_once(
+    given: _Given, trained: Params, projections: dict[str, jax.Array]
+) -> tuple[tuple[jax.Array, Metrics], Gradient]:
+    objective, rows = given.objective, given.batch.teachers
+
+    def loss_of(trained: Params, projections: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+        own = given.batch.student
+        params = join_lora(trained, given.frozen)
+        of_student = objective.student(params, own.ids, segments=objective.segments(own))
         of_teachers = {
-            name: (join(read[name]), model(teacher_params[name], others[name][0][0])[1])
-            for name, model in teachers.items()
+            name: model(
+                given.teacher_params[name], rows[name].rows.ids, segments=objective.segments(rows[name].rows)
+            )
+            for name, model in given.teachers.items()
         }
-        unembedding, pull_unembedding = jax.vjp(
-            lambda trained: student(join_lora(trained, frozen), own[0][0])[1], trained
+        return given.loss(of_student, of_teachers, projections)
+
+    return jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(trained, projections)
+
+
+def _by_parts(
+    given: _Given, trained: Params, projections: dict[str, jax.Array], micro_batches: int
+) -> tuple[tuple[jax.Array, Metrics], Gradient]:
+    student, teachers = given.objective.student, given.teachers
+
+    def parts(rows: TokenRows) -> _Parts:
+        segments = given.objective.segments(rows)
+        return split(rows.ids, micro_batches), segments if segments is None else split(
+            segments, micro_batches
         )
 
-        def loss_of(
-            hidden: jax.Array, unembedding: jax.Array, projections: dict[str, jax.Array]
-        ) -> tuple[jax.Array, Metrics]:
-            read = with_learnt(tables, projections)
-            of_student = hidden, unembedding
-            total, metrics = objective.join(objective.means(of_student, of_teachers, read, batch), batch)
-            return total, metrics | objective.agreement(of_student, of_teachers, batch, measure)
+    def hidden_of(trained: Params, part: _Parts) -> jax.Array:
+        return student(join_lora(trained, given.frozen), part[0], segments=part[1])[0]
 
-        slopes = jax.value_and_grad(loss_of, argnums=(0, 1, 2), has_aux=True)
-        value, found = slopes(join(hidden), unembedding, projections or {})
-        by_hidden, by_unembedding, by_projection = found
-
-        def backward(gradient: Params, part: tuple[_Parts, jax.Array]) -> tuple[Params, None]:
-            own, slope = part
-            _, pull = jax.vjp(lambda trained: hidden_of(trained, own), trained)
-            return jax.tree.map(jnp.add, gradient, pull(slope)[0]), None
-
-        start = pull_unembedding(by_unembedding)[0]
-        gradient, _ = jax.lax.scan(backward, start, (own, split(by_hidden, micro_batches)))
-        return value, (gradient, by_projection)
-
-    return by_parts
-
-
-def _at_once(objective: Objective) -> GradientOf:
-    def loss_of(
-        trained: Params,
-        projections: dict[str, jax.Array],
-        frozen: Params | None,
-        teacher_params: dict[str, Params],
-        tables: dict[str, LossTables],
-        batch: Batch,
-        measure: jax.Array | bool,
-    ) -> tuple[jax.Array, Metrics]:
-        own, others = batch.student, {name: batch.teachers[name].rows for name in objective.teachers}
-        of_student = objective.student(join_lora(trained, frozen), own.ids, segments=objective.segments(own))
-        of_teachers = {
-            name: model(teacher_params[name], others[name].ids, segments=objective.segments(others[name]))
-            for name, model in _live(objective).items()
+    def forward(_: None, part: Any) -> tuple[None, Any]:
+        own, others = part
+        read = {
+            name: model(given.teacher_params[name], others[name][0], segments=others[name][1])[0]
+            for name, model in teachers.items()
         }
-        read = with_learnt(tables, projections)
-        total, metrics = objective.join(objective.means(of_student, of_teachers, read, batch), batch)
-        return total, metrics | objective.agreement(of_student, of_teachers, batch, measure)
+        return None, (hidden_of(trained, own), read)
 
-    slopes = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+    own = parts(given.batch.student)
+    others = {name: parts(given.batch.teachers[name].rows) for name in teachers}
+    _, (hidden, read) = jax.lax.scan(forward, None, (own, others))
+    # What is asked for is the unembedding alone; the compiler drops the rest.
+    of_teachers = {
+        name: (join(read[name]), model(given.teacher_params[name], others[name][0][0])[1])
+        for name, model in teachers.items()
+    }
+    unembedding, pull_unembedding = jax.vjp(
+        lambda trained: student(join_lora(trained, given.frozen), own[0][0])[1], trained
+    )
 
-    def at_once(
-        trained: Params,
-        frozen: Params | None,
-        teacher_params: dict[str, Params],
-        tables: dict[str, LossTables],
-        batch: Batch,
-        projections: dict[str, jax.Array] | None = None,
-        measure: jax.Array | bool = True,
-    ) -> tuple[tuple[jax.Array, Metrics], Gradient]:
-        return slopes(trained, projections or {}, frozen, teacher_params, tables, batch, measure)
+    def loss_of(
+        hidden: jax.Array, unembedding: jax.Array, projections: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Metrics]:
+        return given.loss((hidden, unembedding), of_teachers, projections)
 
-    return at_once
+    slopes = jax.value_and_grad(loss_of, argnums=(0, 1, 2), has_aux=True)
+    value, found = slopes(join(hidden), unembedding, projections)
+    by_hidden, by_unembedding, by_projection = found
 
+    def backward(gradient: Params, part: tuple[_Parts, jax.Array]) -> tuple[Params, None]:
+        own, slope = part
+        _, pull = jax.vjp(lambda trained: hidden_of(trained, own), trained)
+        return jax.tree.map(jnp.add, gradient, pull(slope)[0]), None
 
-def _live(objective: Objective) -> dict[str, Model]:
-    """The teachers that run, by name."""
-    return {name: t.model for name, t in objective.teachers.items() if t.model is not None}
+    start = pull_unembedding(by_unembedding)[0]
+    gradient, _ = jax.lax.scan(backward, start, (own, split(by_hidden, micro_batches)))
+    return value, (gradient, by_projection)
 
 
 def split(rows: jax.Array, parts: int) -> jax.Array:

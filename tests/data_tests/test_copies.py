@@ -1,0 +1,113 @@
+"""What is kept of data files in the cache folder, and what of it goes."""
+
+import gzip
+import json
+import os
+
+import pytest
+
+from xtoken_jax.cli import main
+from xtoken_jax.data import jsonl
+from xtoken_jax.data.copies import clear, copies, keep
+from xtoken_jax.data.data_file import DataFile
+from xtoken_jax.data.sources import SourceConfig, read_documents
+
+LINES = b'{"text": "one"}\n{"text": "two"}\n'
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(jsonl, "_KEPT", 0)  # the offsets of the lines, too
+    return tmp_path / "cache" / "data"
+
+
+def read(path, content=None):
+    if content is not None:
+        path.write_bytes(gzip.compress(content))
+    return list(read_documents(SourceConfig(path=str(path))))
+
+
+def states():
+    return sorted((copy.state.name, copy.source.name.split("-")[0]) for copy in copies())
+
+
+def current(*names):
+    """The states of the texts, and of the offsets made of them."""
+    return sorted(("current", source) for name in names for source in (name, f"{name}.jsonl.gz"))
+
+
+def test_copies_go_with_their_files_and_those_in_use_stay(cache, tmp_path):
+    for name in ("kept", "changed", "gone"):
+        read(tmp_path / f"{name}.jsonl.gz", LINES)
+    there = {path: path.read_bytes() for path in cache.iterdir()}
+    assert states() == current("kept", "changed", "gone")
+    assert clear() == []
+    assert {path: path.read_bytes() for path in cache.iterdir()} == there
+    read(tmp_path / "changed.jsonl.gz", LINES + LINES)
+    (tmp_path / "gone.jsonl.gz").unlink()
+    gone = clear()
+    # of both the text and, made of it, the offsets
+    assert sorted(copy.path.name.split("-")[0] for copy in gone) == ["changed", "changed", "gone", "gone"]
+    assert states() == current("kept", "changed")
+    assert len(list(cache.iterdir())) == 8  # each with its note
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(read(tmp_path / "kept.jsonl.gz")) == 2
+    assert len(read(tmp_path / "changed.jsonl.gz")) == 4
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+
+
+def test_nothing_else_is_touched(cache, tmp_path):
+    """Other files, copies of which it is not known what they were made of, and what may be being written."""
+    read(tmp_path / "a.jsonl.gz", LINES)
+    (copy,) = cache.glob("a-*.jsonl")
+    read(tmp_path / "a.jsonl.gz", LINES + LINES)
+    copy.with_name(copy.name + ".source").unlink()
+    others = [cache / "thesis.jsonl", cache / ".bashrc", cache / f".{copy.name}.abcd1234"]
+    for path in others:
+        path.write_text("precious")
+    (cache / f"{copy.name}.folder").mkdir()
+    assert [found.path for found in copies() if found.state.name == "unknown"] == [copy]
+    clear()
+    assert all(path.exists() for path in [copy, *others, cache / f"{copy.name}.folder"])
+    os.utime(others[-1], (0, 0))  # long ago: of a run that was killed
+    assert [found.path for found in clear()] == [others[-1]]
+    assert others[0].exists()
+    assert others[1].exists()
+
+
+def test_a_copy_gets_its_note_when_it_is_used_again(cache, tmp_path):
+    read(tmp_path / "a.jsonl.gz", LINES)
+    before = {path: path.read_bytes() for path in cache.iterdir()}
+    for note in cache.glob("*.source"):
+        note.unlink()
+    read(tmp_path / "a.jsonl.gz")
+    assert {path: path.read_bytes() for path in cache.iterdir()} == before
+
+
+def test_a_copy_that_cannot_get_a_note_is_read_all_the_same(cache, tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    file = DataFile(tmp_path / "a.txt")
+    path = keep(file, ".jsonl", lambda out: out.write(b"x"))
+    note = path.with_name(path.name + ".source")
+    note.unlink()
+    note.mkdir()
+    assert keep(file, ".jsonl", pytest.fail) == path
+
+
+def test_the_command(cache, tmp_path, capsys):
+    assert main(["cache"]) == 0
+    assert capsys.readouterr().out == f"kept in {cache.parent}: 0 files, 0.0 MB\n"
+    read(tmp_path / "a.jsonl.gz", LINES)
+    assert main(["cache"]) == 0
+    out = capsys.readouterr().out
+    assert str(tmp_path / "a.jsonl.gz") in out
+    assert "--clean" not in out
+    (tmp_path / "a.jsonl.gz").unlink()
+    assert main(["cache"]) == 0
+    assert "xtoken cache --clean removes 1 of them" in capsys.readouterr().out
+    assert main(["cache", "--json"]) == 0
+    assert sorted(found["state"] for found in json.loads(capsys.readouterr().out)) == ["current", "gone"]
+    assert main(["cache", "--clean"]) == 0
+    assert "2 files" in capsys.readouterr().out
+    assert list(cache.iterdir()) == []
