@@ -103,8 +103,8 @@ class TeacherRun:
                         part = batch.places[row]
                         begin = place * batch.length
                         inside = slice(begin, begin + len(parts[part].ids))
-                        of_part = jax.tree.map(lambda x, inside=inside: x[inside], (kept, costs))
-                        made[part] = pool.submit(_made, of_part[0], of_part[1], self.form)
+                        rows, lost = jax.tree.map(lambda x, inside=inside: x[inside], (kept, costs))
+                        made[part] = pool.submit(_made, rows, lost, self.form)
 
             for batch in self._batches(parts, length):
                 outputs = self._outputs([parts[place] for place in batch.places], batch)
@@ -149,17 +149,20 @@ class TeacherRun:
 
 def _made(kept: Kept, costs: Lost, form: Form) -> _Made:
     """A part as it is stored, with the entries that are there alone."""
-    tails, normalizers = np.asarray(kept.tails).T, np.asarray(kept.normalizers)
-    log_probabilities, width = np.asarray(kept.log_probabilities), form.size
+    values, tails, normalizers = (
+        np.asarray(x) for x in (kept.log_probabilities, kept.tails.T, kept.normalizers)
+    )
+    counts = tokens = None
+    width = form.size
     if kept.ids is None:
-        rows = PartRows(None, None, log_probabilities.reshape(-1), tails, normalizers)
+        values = values.reshape(-1)
     else:
         ids = np.asarray(kept.ids)
         real = ids < form.size
         real[-1, -1] = False  # behind the last token of a part nothing comes that belongs to it
-        counts = real.sum(-1)
+        counts, tokens, values = real.sum(-1), ids[real], values[real]
         width = int(counts.max())
-        rows = PartRows(counts, ids[real], log_probabilities[real], tails, normalizers)
+    rows = PartRows(counts, tokens, values, tails, normalizers)
     return _Made(*packed(rows, form), width, _lost(costs))
 
 
