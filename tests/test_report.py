@@ -61,7 +61,9 @@ def test_several_teachers_have_a_line_each_by_name(drawn, tmp_path):
     row |= {"agreement/teacher": 0.4, "agreement/twin": 0.5, "lost_mass/twin": 0.1}
     write(tmp_path, [{"step": 1, **row}])
     draw_curves(tmp_path)
-    assert drawn()["distillation term (nats per chunk)"] == {"sum": [0.5], "teacher": [0.3], "twin": [0.7]}
+    assert drawn()["distillation term (nats per chunk)"] == {
+        "weighted sum": [0.5], "teacher": [0.3], "twin": [0.7],
+    }  # fmt: skip
     assert drawn()["shares"] == {
         "same top token, teacher": [0.4], "same top token, twin": [0.5], "lost by W, twin": [0.1],
     }  # fmt: skip
