@@ -29,7 +29,7 @@ _SHARES = {
     "lost_mass": ("lost by W", "--"),
     "projection_moved": ("W has moved", "-."),
 }
-_COLUMNS = 4  # panels side by side
+_COLUMNS = 4  # panels side by side, at most
 
 Rows = list[dict[str, Any]]
 
@@ -49,6 +49,7 @@ class _Panel:
     lines: list[_Line]
     levels: list[tuple[str, str, float]] = field(default_factory=list)  # label, color, value
     marker: str = ""
+    bounds: tuple[float, float] | None = None  # of the y axis
 
 
 def draw_curves(run: Path) -> Path:
@@ -70,8 +71,8 @@ def draw_curves(run: Path) -> Path:
     figures = json.loads(result.read_text())["figures"] if result.is_file() else {}
     teachers = {row: values for row, values in figures.items() if row.split()[0] == "teacher"}
     panels = [panel for panel in _training(rows) if panel.lines] + _held_out(rows, teachers)
-    columns = min(len(panels), _COLUMNS)
-    grid = -(-len(panels) // columns), columns
+    high = -(-len(panels) // _COLUMNS)
+    grid = high, -(-len(panels) // high)
     figure = Figure(figsize=(4.2 * grid[1], 3.4 * grid[0]), layout="constrained", dpi=110)
     every = figure.subplots(*grid, squeeze=False).flat
     for panel, axes in zip_longest(panels, every):
@@ -102,13 +103,14 @@ def _training(rows: dict[str, Rows]) -> list[_Panel]:
     return [
         _Panel("cross-entropy (nats per token)", [line for line in ce if line.points]),
         _Panel("distillation term (nats per chunk)", [line for line in kd if line.points]),
-        _Panel("shares", [line for line in shares if line.points]),
+        _Panel("shares", [line for line in shares if line.points], bounds=(-0.02, 1.02)),
     ]
 
 
 def _terms(rows: dict[str, Rows]) -> tuple[list[str], list[str]]:
-    """The teachers by name, and the parts of their terms as NAME/PART."""
+    """The teachers by name, the first one first, and the parts of their terms as NAME/PART."""
     found = list(dict.fromkeys(key[3:] for row in rows[""] for key in row if key.startswith("kd/")))
+    found.sort(key=lambda name: name.split("/")[0] != "teacher")
     return [name for name in found if "/" not in name], [name for name in found if "/" in name]
 
 
@@ -136,7 +138,7 @@ def _draw(panel: _Panel, axes: Axes) -> None:
         axes.plot(*zip(*points, strict=True), label=label, **look)
     for label, color, value in panel.levels:
         axes.axhline(value, color=color, linestyle=":", label=label)
-    axes.set(title=panel.title, xlabel="step")
+    axes.set(title=panel.title, xlabel="step", ylim=panel.bounds)
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
