@@ -3,11 +3,11 @@
 
     python experiments/quickstart/make.py
 
-For each its tokenizer (make_tokenizers.py), then a training without a teacher through the package's
-own loop. The teacher reads English and arithmetic in which every result is right, the second teacher
-English alone. The student reads English and the same kind of lines as the teacher with results drawn
-at random, so that it starts with the form and without the results. Half an hour on 2 cores;
-interrupted, the same command goes on.
+For each its tokenizer (make_tokenizers.py), then trainings without a teacher through the package's
+own loop. The teacher reads English and arithmetic in which every result is right. The student reads
+English and the same kind of lines with results drawn at random, so that it starts with the form and
+without the results. So does the second teacher, at the end, after English alone. Half an hour on
+2 cores; interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -70,40 +70,64 @@ COMMON = [
     "train.evaluate_every=250",
     "train.save_every=250",
 ]
-# The seeds are the default, 0, and those written here.
+# By model the trainings that follow one another. The seeds are the default, 0, and those written here.
 TRAININGS = {
     "teacher": [
-        "data.train.topics.kind=python_docs",
-        "data.train.arithmetic.kind=arithmetic",
-        "data.train.arithmetic.documents=2000",
-        "data.train.arithmetic.seed=11",
-        "data.student_length=160",
-        "data.teacher_length=160",
-        "data.batch_size=12",
-        "optimizer.learning_rate=3e-3",
-        "train.steps=1800",
+        [
+            "data.train.arithmetic.kind=arithmetic",
+            "data.train.arithmetic.documents=2000",
+            "data.train.arithmetic.seed=11",
+            "data.train.topics.kind=python_docs",
+            "data.student_length=160",
+            "data.teacher_length=160",
+            "data.batch_size=12",
+            "optimizer.learning_rate=3e-3",
+            "train.steps=1800",
+        ]
     ],
     "student": [
-        "data.train.arithmetic.kind=arithmetic",
-        "data.train.arithmetic.documents=1000",
-        "data.train.arithmetic.seed=21",
-        "data.train.arithmetic.wrong_share=0.9",  # 9 of 10 digits: no trace of the right one
-        "data.student_length=128",
-        "data.teacher_length=128",
-        "data.batch_size=16",
-        "optimizer.learning_rate=2e-3",
-        "train.steps=600",
+        [
+            "data.train.arithmetic.kind=arithmetic",
+            "data.train.arithmetic.documents=1000",
+            "data.train.arithmetic.seed=21",
+            "data.train.arithmetic.wrong_share=0.9",  # 9 of 10 digits: no trace of the right one
+            "data.student_length=128",
+            "data.teacher_length=128",
+            "data.batch_size=16",
+            "optimizer.learning_rate=2e-3",
+            "train.steps=600",
+        ]
     ],
     "teacher_english": [
-        "data.train.english.weight=0.6",
-        "data.train.topics.kind=python_docs",
-        "data.train.topics.weight=0.4",
-        "data.student_length=160",
-        "data.teacher_length=160",
-        "data.batch_size=8",
-        "optimizer.learning_rate=3e-3",
-        "optimizer.weight_decay=0.1",
-        "train.steps=2200",
+        [
+            "data.train.english.weight=0.6",
+            "data.train.topics.kind=python_docs",
+            "data.train.topics.weight=0.4",
+            "data.student_length=160",
+            "data.teacher_length=160",
+            "data.batch_size=8",
+            "optimizer.learning_rate=3e-3",
+            "optimizer.weight_decay=0.1",
+            "train.steps=2200",
+        ],
+        [
+            "student.init=weights",
+            "data.train.english.weight=0.5",
+            "data.train.topics.kind=python_docs",
+            "data.train.topics.weight=0.35",
+            "data.train.arithmetic.kind=arithmetic",
+            "data.train.arithmetic.documents=1000",
+            "data.train.arithmetic.seed=31",
+            "data.train.arithmetic.wrong_share=0.9",  # the form alone, as of the student
+            "data.train.arithmetic.weight=0.15",
+            "data.student_length=160",
+            "data.teacher_length=160",
+            "data.batch_size=8",
+            "optimizer.learning_rate=1e-3",
+            "optimizer.warmup_steps=20",
+            "optimizer.weight_decay=0.1",
+            "train.steps=300",
+        ],
     ],
 }
 
@@ -116,19 +140,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/quickstart-make"), help="for the trainings")
     options = parser.parse_args()
     console = Console(highlight=False)
-    for side, overrides in TRAININGS.items():
+    for side, trainings in TRAININGS.items():
         if (options.out / side / "model.safetensors").is_file():
             console.print(f"{options.out / side} is there; to make it anew, remove it or take another --out")
             continue
-        run, start = options.work / side, options.work / f"{side}-start"
-        if not (start / "config.json").is_file():
-            TOKENIZERS[side](start)
-            (start / "config.json").write_text(json.dumps({**LLAMA, **CONFIGS[side]}, indent=2) + "\n")
-        where = [f"name={side}", f"run_dir={run}", f"student.path={start}"]
-        result = distill(load_experiment([*COMMON, *overrides, *where]), console)
-        for row, figures in result.figures.items():
-            console.print(side, row, {name: round(value, 3) for name, value in figures.items()})
-        shutil.copytree(result.student, options.out / side, dirs_exist_ok=True)
+        folder = options.work / f"{side}-start"
+        if not (folder / "config.json").is_file():
+            TOKENIZERS[side](folder)
+            (folder / "config.json").write_text(json.dumps({**LLAMA, **CONFIGS[side]}, indent=2) + "\n")
+        for number, overrides in enumerate(trainings, 1):
+            run = options.work / (side if number == 1 else f"{side}-{number}")
+            where = [f"name={side}", f"run_dir={run}", f"student.path={folder}"]
+            result = distill(load_experiment([*COMMON, *overrides, *where]), console)
+            for row, figures in result.figures.items():
+                console.print(side, row, {name: round(value, 3) for name, value in figures.items()})
+            folder = result.student
+        shutil.copytree(folder, options.out / side, dirs_exist_ok=True)
     total = sum(f.stat().st_size for f in options.out.rglob("*") if f.is_file())
     console.print(f"{options.out}: {total / 1e6:.2f} MB")
 
