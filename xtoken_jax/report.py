@@ -134,7 +134,7 @@ def _held_out(rows: dict[str, Rows], teachers: dict[str, dict[str, float]]) -> l
 
 def _draw(panel: _Panel, axes: Axes) -> None:
     for label, color, points, style in panel.lines:
-        look = {"color": color, "linestyle": style, "marker": panel.marker, "markersize": 3}
+        look: dict[str, Any] = {"color": color, "linestyle": style, "marker": panel.marker, "markersize": 3}
         axes.plot(*zip(*points, strict=True), label=label, **look)
     for label, color, value in panel.levels:
         axes.axhline(value, color=color, linestyle=":", label=label)
