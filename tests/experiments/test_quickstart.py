@@ -63,13 +63,13 @@ def test_a_step_with_two_teachers_is_said_and_written_for_each(tmp_path):
     assert list(result.figures) == ["teacher", "teacher english", "student, untouched", "distilled"]
     losses = json.loads((tmp_path / "run" / "result.json").read_text())["losses"]
     assert losses == {"teacher": "p_kl", "english": "h_kl"}
-    for line in ("teacher  english: ", "loss     p_kl, weight 0.5: ", "loss     h_kl, weight 0.5: "):
+    for line in ("teacher  english: ", "loss     p_kl, weight 1: ", "loss     h_kl, weight 1: "):
         assert line in said.getvalue()
     (row,) = [row for row in read_metrics(result.metrics) if "loss" in row]
     for name in losses:
         assert row[f"chunks/{name}"] > 0
         assert row[f"aligned_share/{name}"] > 0.5
         assert 0 <= row[f"agreement/{name}"] <= 1
-    both = 0.5 * row["kd/teacher"] + 0.5 * row["kd/english"]
+    both = row["kd/teacher"] + row["kd/english"]
     np.testing.assert_allclose(row["kd"], both, rtol=1e-5)
     np.testing.assert_allclose(row["loss"], row["ce"] + 2 * both, rtol=1e-5)
