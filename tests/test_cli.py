@@ -107,7 +107,9 @@ def test_a_tokenizer_larger_than_its_model(capsys, run, pair_folders, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(pair_folders[1], copy)
     shutil.copy(pair_folders[0] / "tokenizer.json", copy / "tokenizer.json")
-    fails(capsys, [*run, f"teacher.path={copy}"], "its tokenizer has 401 tokens but the model only 304")
+    for side in ("teacher", "teachers.twin"):
+        words = [*run, f"{side}.path={copy}"]
+        fails(capsys, words, str(copy), "its tokenizer has 401 tokens but the model only 304")
 
 
 def test_a_mistake_in_the_text(capsys, run, tmp_path):

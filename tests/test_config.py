@@ -137,6 +137,8 @@ def test_further_teachers_begin_on_the_command_line():
     assert list(load_experiment([*PAIR, TWIN, "loss=none"]).every_teacher()) == []
     data = load_experiment([*PAIR, TWIN, "data.teacher_lengths.twin=7"]).data
     assert [data.length_of(name) for name in ("teacher", "twin")] == [1024, 7]
+    twice = load_experiment([*PAIR, "teachers.twin={path: t, loss: {kind: gold}}"])  # one model, two terms
+    assert [teacher.path for teacher in twice.every_teacher().values()] == ["t", "t"]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,17 @@ def test_further_teachers_begin_on_the_command_line():
         ),
         ([TWIN, "teachers.twin.lora.rank=2"], r"teachers\.twin\.lora: a teacher does not train"),
         ([TWIN, "teachers.twin.wieght=2"], r"did you mean teachers\.twin\.weight"),
+        (["teachers.twin=u"], r"teachers\.twin=u: .* mean teachers\.twin\.path=u\?; there is attention"),
+        (["teachers=u"], r"teachers=u: .* did you mean teachers\.NAME\.path=u\?"),
+        (
+            [TWIN, "teachers.twin.loss=gold"],
+            r"teachers\.twin\.loss=gold: .* did you mean teachers\.twin\.loss\.kind=gold\?",
+        ),
+        (["data.teacher_lengths=9"], r"data\.teacher_lengths=9: .* mean data\.teacher_lengths\.NAME=9\?$"),
+        (["student.lora=8"], r"student\.lora=8: student\.lora is no single value; there is alpha, rank"),
+        (["teachers.a/b.path=u"], r"teachers\.a/b\.path: the name 'a/b' may have letters"),
+        ([TWIN, "teachers.twin.path=t", "teachers.twin.weight=2"], r"teachers\.twin: the same as teacher"),
+        ([TWIN, "teachers.other.path=u"], r"teachers\.other: the same as twin but for its weight"),
         (["data.teacher_lengths.twin=9"], r"data\.teacher_lengths\.twin: no such teacher"),
         ([TWIN, "data.teacher_lengths.twin=1"], r"data\.teacher_lengths\.twin=1: must be at least 2"),
     ],

@@ -61,10 +61,35 @@ def test_several_teachers_have_a_line_each_by_name(drawn, tmp_path):
     row |= {"agreement/teacher": 0.4, "agreement/twin": 0.5, "lost_mass/twin": 0.1}
     write(tmp_path, [{"step": 1, **row}])
     draw_curves(tmp_path)
-    assert drawn()["distillation term (nats per chunk)"] == {"sum": [0.5], "teacher": [0.3], "twin": [0.7]}
+    assert drawn()["distillation term (nats per chunk)"] == {
+        "weighted sum": [0.5], "teacher": [0.3], "twin": [0.7],
+    }  # fmt: skip
     assert drawn()["shares"] == {
         "same top token, teacher": [0.4], "same top token, twin": [0.5], "lost by W, twin": [0.1],
     }  # fmt: skip
+
+
+def test_a_teacher_has_one_colour_in_all_panels(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    # As jit orders them, by name; and a teacher without held-out figures, as from a cache of other text.
+    row = {"ce": 3.0, "kd": 0.5, "kd/english": 0.3, "kd/sums": 0.1, "kd/teacher": 0.7}
+    row |= {f"agreement/{name}": 0.4 for name in ("english", "sums", "teacher")}
+    write(tmp_path, [{"step": 1, **row}, {"step": 1, "validation": {"x": 1.5}}])
+    result = {"figures": {"teacher": {"x": 1.0}, "teacher sums": {"x": 2.0}, "distilled": {"x": 1.5}}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    draw_curves(tmp_path)
+    colors = [
+        {line.get_label(): line.get_color() for line in axes.get_lines()}
+        for axes in figures[0].axes
+        if axes.lines
+    ]
+    _, terms, shares, held_out = colors
+    names = ["teacher", "english", "sums"]
+    assert [*terms] == ["weighted sum", *names]
+    assert len({terms[name] for name in terms}) == 4
+    assert [shares[f"same top token, {name}"] for name in names] == [terms[name] for name in names]
+    assert [held_out["teacher"], held_out["teacher sums"]] == [terms["teacher"], terms["sums"]]
 
 
 def test_without_a_teacher_there_is_no_empty_panel(drawn, tmp_path):

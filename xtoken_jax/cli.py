@@ -18,6 +18,7 @@ _DISTILL_HELP = """\
 arguments are key=value pairs:
 
   experiment=quickstart       an embedded run of minutes, on the CPU, without any download
+  experiment=quickstart_two_teachers   the same with a second teacher and its tokenizer
   experiment=smollm2          SmolLM2-135M into a Llama 3.1 student (see experiments/smollm2)
   loss=p_kl | h_kl | prefix_kl | none  instead of the audit's choice
   student.path=DIR teacher.path=DIR    your own Hugging Face folders

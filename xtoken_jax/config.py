@@ -37,6 +37,7 @@ CONFIG_FOLDER = next(f for f in (PACKAGE / "configs", PACKAGE.parent / "configs"
 
 # Of Hydra's grammar, in the values of a sweep.
 _FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a teacher or a source
 OmegaConf.register_new_resolver("embedded", lambda path: str(PACKAGE / "assets" / path), replace=True)
 
 
@@ -169,6 +170,17 @@ class Experiment:
                 teacher.loss.validate()
             except UserError as error:
                 raise UserError(f"{key}.{error}") from error
+        seen: dict[str, FurtherTeacherConfig] = {}
+        for name, each in self.every_teacher().items():
+            same = next(
+                (n for n, other in seen.items() if dataclasses.replace(each, weight=other.weight) == other),
+                None,
+            )
+            if same is not None:
+                raise UserError(
+                    f"teachers.{name}: the same as {same} but for its weight; give one the weight of both"
+                )
+            seen[name] = each
         for key, every in self._teachers().items():
             if every.lora != AdapterConfig():
                 raise UserError(f"{key}.lora: a teacher does not train; adapters are for the student")
@@ -287,6 +299,8 @@ def _checked(override: str, sweep: bool) -> str:
                 raise UserError(f"{key}={one}: no such {key}{nearest}; there is {', '.join(options)}")
         return override
     kind = _type_of(key, key.split("."), Experiment)
+    if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and value[:1] not in ("{", "$"):
+        raise UserError(f"{override}: {key} is no single value; {_meant(key, kind, value)}")
     if sweep and _FUNCTION.match(value):
         return f"++{key}={value}"
     if typing.get_origin(kind) is list:
@@ -297,6 +311,17 @@ def _checked(override: str, sweep: bool) -> str:
     return f"++{key}={value}"
 
 
+def _meant(key: str, kind: Any, value: str) -> str:
+    """What to write instead of a value for a group of keys."""
+    if typing.get_origin(kind) is dict:
+        key, kind = f"{key}.NAME", typing.get_args(kind)[1]
+    if not dataclasses.is_dataclass(kind):
+        return f"did you mean {key}={value}?"
+    keys = typing.get_type_hints(kind)
+    likely = next((f"did you mean {key}.{name}={value}?; " for name in ("path", "kind") if name in keys), "")
+    return f"{likely}there is {', '.join(sorted(keys))}"
+
+
 def _quoted(value: str) -> str:
     if value == "null" or value[:1] in ("'", '"'):
         return value
@@ -305,9 +330,11 @@ def _quoted(value: str) -> str:
 
 def _type_of(key: str, path: list[str], kind: Any) -> Any:
     """Follow a dotted key through the dataclasses to its type; an error names the nearest that exists."""
-    if typing.get_origin(kind) is dict and len(path) > 1:  # a name of the user's own, then its keys
+    if typing.get_origin(kind) is dict and path:  # a name of the user's own, then its keys
+        if not _NAME.fullmatch(path[0]):
+            raise UserError(f"{key}: the name {path[0]!r} may have letters, digits, _ and - alone")
         return _type_of(key, path[1:], typing.get_args(kind)[1])
-    if not path or typing.get_origin(kind) is dict:
+    if not path:
         return kind
     if not dataclasses.is_dataclass(kind):
         raise UserError(f"{key}: {key.removesuffix('.' + '.'.join(path))} is a single value and has no keys")

@@ -6,9 +6,9 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import cycle, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,11 +23,22 @@ RESULT_FILE = "result.json"
 BASELINE_FOLDER = "no_teacher"
 _RUNS = {"": ("distilled", "tab:blue"), BASELINE_FOLDER: ("without a teacher", "tab:orange")}
 _COLOURED = 10  # jobs of a sweep; the others are gray
-_LEVELS = ("gray", "tab:green", "tab:purple")
-_SHARES = {"agreement": "same top token", "lost_mass": "lost by W", "projection_moved": "W has moved"}
-_COLUMNS = 4  # panels side by side
+_TEACHERS = ("gray", "tab:green", "tab:purple", "tab:red", "tab:brown")  # in all panels, by place
+_SHARES = {
+    "agreement": ("same top token", "-"),
+    "lost_mass": ("lost by W", "--"),
+    "projection_moved": ("W has moved", "-."),
+}
+_COLUMNS = 4  # panels side by side, at most
 
 Rows = list[dict[str, Any]]
+
+
+class _Line(NamedTuple):
+    label: str
+    color: str
+    points: list[tuple[int, float]]
+    style: str = "-"
 
 
 @dataclass
@@ -35,9 +46,10 @@ class _Panel:
     """Lines over the steps, and levels, by label."""
 
     title: str
-    lines: list[tuple[str, str, list[tuple[int, float]]]]  # label, colour, points
-    levels: dict[str, float] = field(default_factory=dict)
+    lines: list[_Line]
+    levels: list[tuple[str, str, float]] = field(default_factory=list)  # label, color, value
     marker: str = ""
+    bounds: tuple[float, float] | None = None  # of the y axis
 
 
 def draw_curves(run: Path) -> Path:
@@ -59,8 +71,8 @@ def draw_curves(run: Path) -> Path:
     figures = json.loads(result.read_text())["figures"] if result.is_file() else {}
     teachers = {row: values for row, values in figures.items() if row.split()[0] == "teacher"}
     panels = [panel for panel in _training(rows) if panel.lines] + _held_out(rows, teachers)
-    columns = min(len(panels), _COLUMNS)
-    grid = -(-len(panels) // columns), columns
+    high = -(-len(panels) // _COLUMNS)
+    grid = high, -(-len(panels) // high)
     figure = Figure(figsize=(4.2 * grid[1], 3.4 * grid[0]), layout="constrained", dpi=110)
     every = figure.subplots(*grid, squeeze=False).flat
     for panel, axes in zip_longest(panels, every):
@@ -73,52 +85,68 @@ def draw_curves(run: Path) -> Path:
 
 def _training(rows: dict[str, Rows]) -> list[_Panel]:
     """Cross-entropy; the distillation terms, each teacher's or its parts; and what are shares."""
-    ce = [(*_RUNS[sub], _points(part, "ce")) for sub, part in rows.items()]
-    teachers = list(dict.fromkeys(key[3:] for row in rows[""] for key in row if key.startswith("kd/")))
-    names = [name for name in teachers if "/" not in name]
+    ce = [_Line(*_RUNS[sub], _points(part, "ce")) for sub, part in rows.items()]
+    names, parts = _terms(rows)
+    several = len(names) > 1
     # Of several teachers each one's term, of one alone the parts of its term.
-    terms = names if len(names) > 1 else [name for name in teachers if "/" in name]
-    kd = [("sum" if terms else "distilled", "tab:blue", _points(rows[""], "kd"))]
-    kd += [
-        (name if len(names) > 1 else name.split("/")[1], f"C{place}", _points(rows[""], f"kd/{name}"))
-        for place, name in enumerate(terms, 1)
-    ]
-    shares = [
-        (f"{said}, {name}" if len(names) > 1 else said, _points(rows[""], f"{key}/{name}"))
-        for key, said in _SHARES.items()
-        for name in names
-    ]
-    shown = [(label, f"C{place}", points) for place, (label, points) in enumerate(x for x in shares if x[1])]
+    terms = names if several else parts
+    whole = "weighted sum" if several else "sum" if terms else "distilled"
+    kd = [_Line(whole, "tab:blue", _points(rows[""], "kd"))]
+    for place, name in enumerate(terms):
+        label, color = (name, _color(place)) if several else (name.split("/")[1], f"C{place + 1}")
+        kd.append(_Line(label, color, _points(rows[""], f"kd/{name}")))
+    shares = []
+    for kind, (key, (said, style)) in enumerate(_SHARES.items()):
+        for place, name in enumerate(names):
+            look = (f"{said}, {name}", _color(place)) if several else (said, f"C{kind}")
+            shares.append(_Line(*look, _points(rows[""], f"{key}/{name}"), style if several else "-"))
     return [
-        _Panel("cross-entropy (nats per token)", [line for line in ce if line[2]]),
-        _Panel("distillation term (nats per chunk)", [line for line in kd if line[2]]),
-        _Panel("shares", shown),
+        _Panel("cross-entropy (nats per token)", [line for line in ce if line.points]),
+        _Panel("distillation term (nats per chunk)", [line for line in kd if line.points]),
+        _Panel("shares", [line for line in shares if line.points], bounds=(-0.02, 1.02)),
     ]
+
+
+def _terms(rows: dict[str, Rows]) -> tuple[list[str], list[str]]:
+    """The teachers by name, the first one first, and the parts of their terms as NAME/PART."""
+    found = list(dict.fromkeys(key[3:] for row in rows[""] for key in row if key.startswith("kd/")))
+    found.sort(key=lambda name: name.split("/")[0] != "teacher")
+    return [name for name in found if "/" not in name], [name for name in found if "/" in name]
 
 
 def _held_out(rows: dict[str, Rows], teachers: dict[str, dict[str, float]]) -> list[_Panel]:
     """A panel for each figure, with the teachers' as levels."""
     names = sorted({name for part in rows.values() for row in part for name in row.get("validation", {})})
+    # The row of a teacher is its name, with "teacher" in front of all but the first one's.
+    colors = {row: _color(place) for place, row in enumerate(teachers)}
+    for place, name in enumerate(_terms(rows)[0]):
+        colors["teacher" if name == "teacher" else f"teacher {name}"] = _color(place)
     panels = []
     for name in names:
         lines = []
         for sub, part in rows.items():
             found = [{"step": row["step"], **row["validation"]} for row in part if "validation" in row]
-            lines.append((*_RUNS[sub], _points(found, name)))
-        levels = {row: values[name] for row, values in teachers.items() if name in values}
-        panels.append(_Panel(f"held-out {name}", [line for line in lines if line[2]], levels, "o"))
+            lines.append(_Line(*_RUNS[sub], _points(found, name)))
+        levels = [(row, colors[row], values[name]) for row, values in teachers.items() if name in values]
+        panels.append(_Panel(f"held-out {name}", [line for line in lines if line.points], levels, "o"))
     return panels
 
 
 def _draw(panel: _Panel, axes: Axes) -> None:
-    for label, color, points in panel.lines:
-        axes.plot(*zip(*points, strict=True), color=color, label=label, marker=panel.marker, markersize=3)
-    for (label, value), color in zip(panel.levels.items(), cycle(_LEVELS), strict=False):
+    for label, color, points, style in panel.lines:
+        look: dict[str, Any] = {"color": color, "linestyle": style, "marker": panel.marker, "markersize": 3}
+        axes.plot(*zip(*points, strict=True), label=label, **look)
+    for label, color, value in panel.levels:
         axes.axhline(value, color=color, linestyle=":", label=label)
-    axes.set(title=panel.title, xlabel="step")
+    axes.set(title=panel.title, xlabel="step", ylim=panel.bounds)
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _color(place: int) -> str:
+    """Of a teacher."""
+    return _TEACHERS[place % len(_TEACHERS)]
 
 
 def _points(rows: Rows, name: str) -> list[tuple[int, float]]:

@@ -71,9 +71,10 @@ def chat_templates(student: Tokenizer, pairs: Pairs, texts: Sequence[Documents])
     }
 
 
-def introduce(console: Console, side: str, tokenizer: Tokenizer) -> None:
-    """Say what a tokenizer is, and what is odd about it."""
-    console.print(f"{side}  {tokenizer.name}\n         {tokenizer.describe()}", markup=False)
+def introduce(console: Console, side: str, tokenizer: Tokenizer, name: str = "") -> None:
+    """Say what a tokenizer is, and what is odd about it; `name` is that of one of several teachers."""
+    named = f"{name}: " if name else ""
+    console.print(f"{side}  {named}{tokenizer.name}\n         {tokenizer.describe()}", markup=False)
     if tokenizer.warning:
         console.print(f"warning  {tokenizer.warning}", markup=False, style="yellow")
 
@@ -105,7 +106,7 @@ def load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Con
         console.print("loss     next-token cross-entropy, no teacher")
     for name, config in configs.items():
         pair = pairs[name]
-        introduce(console, "teacher", pair.teacher)
+        introduce(console, "teacher", pair.teacher, "" if name == FIRST_TEACHER else name)
         model = None
         if config.cache is None:
             model, found.params[name] = open_model(

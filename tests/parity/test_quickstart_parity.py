@@ -35,7 +35,7 @@ def assert_equal_in_torch(folder):
     np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("side", ["student", "teacher", "teacher_english"])
 def test_the_shipped_models(side):
     assert_equal_in_torch(ASSETS / side)
 
