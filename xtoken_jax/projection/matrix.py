@@ -64,13 +64,10 @@ class Projection:
 
     def learnable(self) -> LearnableProjection:
         """W with weights that can be trained, on the entries that it has; it starts as this W (host)."""
-        indices, weights = np.asarray(self.indices), np.asarray(self.weights)
-        support = (indices >= 0) & (weights > 0)
-        logits = np.where(support, np.log(np.where(support, weights, 1.0)), 0.0).astype(np.float32)
-        indices = np.where(support, indices, -1).astype(np.int32)
-        source, rows = _sources(indices, support.sum(1) == 1, self.teacher_size)
-        found = LearnableProjection(logits, indices, source, rows, self.teacher_size)
-        return jax.tree.map(jnp.asarray, found)
+        logits, indices = log_weights(self)
+        places = np.asarray(indices)
+        source, rows = _sources(places, (places >= 0).sum(1) == 1, self.teacher_size)
+        return LearnableProjection(logits, indices, jnp.asarray(source), jnp.asarray(rows), self.teacher_size)
 
     def split(self) -> SplitProjection:
         """The same W for fast projection: one-to-one rows apart from the rest (host)."""
@@ -289,6 +286,14 @@ class LearnableProjection:
     ) -> jax.Array:
         """As `Projection.project`, with a gradient to the logits."""
         return self.split().project(probabilities, columns, width)
+
+
+def log_weights(projection: Projection) -> tuple[jax.Array, jax.Array]:
+    """Where W starts to learn: logits float32 and indices int32, both [V_s, K]; -1 where it has no weight."""
+    indices, weights = jnp.asarray(projection.indices), jnp.asarray(projection.weights)
+    support = (indices >= 0) & (weights > 0)
+    logits = jnp.where(support, jnp.log(jnp.where(support, weights, 1.0)), 0.0)
+    return logits, jnp.where(support, indices, -1)
 
 
 def row_softmax(logits: Array, indices: Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xtoken_jax.projection.matrix import Array, Projection, row_softmax
+from xtoken_jax.projection.matrix import Array, Projection, log_weights, row_softmax
 
 
 @jax.tree_util.register_dataclass
@@ -43,11 +43,8 @@ class ShardedProjection:
         """The same with weights that can be trained, `logits`, split likewise."""
         if self.logits is not None:
             return self
-        indices, weights = jnp.asarray(self.projection.indices), jnp.asarray(self.projection.weights)
-        support = (indices >= 0) & (weights > 0)
-        logits = jnp.where(support, jnp.log(jnp.where(support, weights, 1.0)), 0.0)
-        fixed = replace(self.projection, indices=jnp.where(support, indices, -1))
-        return replace(self, projection=fixed, logits=logits)
+        logits, indices = log_weights(self.projection)
+        return replace(self, projection=replace(self.projection, indices=indices), logits=logits)
 
     def current(self) -> Projection:
         """W as it now is, of all rows, with a gradient to the logits where it has such."""
