@@ -70,6 +70,11 @@ def test_a_row_of_one_entry_is_a_copy_wherever_it_stands():
     np.testing.assert_allclose(learnable.project(jnp.array([[0.2, 0.3, 0.4, 0.1]])), expected, rtol=1e-6)
 
 
+def test_w_from_outside_begins_to_learn_inside_a_jitted_function():
+    inside = jax.jit(lambda x: W.learnable().project(x))(PROBABILITIES)
+    np.testing.assert_allclose(inside, W.learnable().project(PROBABILITIES), rtol=1e-6)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_the_gradient_equals_finite_differences(jit):
     learnable = W.learnable()

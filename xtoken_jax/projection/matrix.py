@@ -64,7 +64,9 @@ class Projection:
 
     def learnable(self) -> LearnableProjection:
         """W with weights that can be trained, on the entries that it has; it starts as this W (host)."""
-        logits, indices = log_weights(self)
+        # A W from outside is known inside a traced function too.
+        with jax.ensure_compile_time_eval():
+            logits, indices = log_weights(self)
         places = np.asarray(indices)
         source, rows = _sources(places, (places >= 0).sum(1) == 1, self.teacher_size)
         return LearnableProjection(logits, indices, jnp.asarray(source), jnp.asarray(rows), self.teacher_size)
