@@ -76,6 +76,11 @@ def test_nothing_named(capsys):
     fails(capsys, ["distill"], "student.path: not given", "quickstart")
 
 
+def test_a_further_teacher_that_is_not_there(capsys, run, tmp_path):
+    expected = f"teachers.second.path: no such folder: {tmp_path / 'none'}"
+    fails(capsys, [*run, "teachers.second.path=" + str(tmp_path / "none")], expected)
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_mistake_in_a_folder(capsys, side, run, pair_folders, tmp_path):
     copy = tmp_path / "copy"
@@ -85,7 +90,7 @@ def test_a_mistake_in_a_folder(capsys, side, run, pair_folders, tmp_path):
         shutil.copytree(pair_folders[side == "teacher"], copy)
         return [*run, f"{side}.path={copy}"]
 
-    fails(capsys, [*run, f"{side}.path={copy}"], "no such folder", str(copy))
+    fails(capsys, [*run, f"{side}.path={copy}"], f"{side}.path: no such folder", str(copy))
     for name, expected in (
         ("config.json", "config.json"),
         ("model.safetensors", "weights"),

@@ -28,7 +28,7 @@ from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.mesh import check_batch_size, make_mesh
 from xtoken_jax.models.load import open_model
 from xtoken_jax.runs import agree_on, agree_on_settings
-from xtoken_jax.teachers import chat_templates, open_tokenizer
+from xtoken_jax.teachers import chat_templates, open_tokenizers
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 SHARD_BYTES = 64 * 2**20  # about as many, before compression
@@ -91,8 +91,7 @@ def cache_teacher(
     agree_on_settings(experiment, {"--teacher": teacher, "--out": str(out), **_named(keep)})
     mesh = make_mesh(experiment.mesh)
     check_batch_size(mesh, experiment.data.batch_size)
-    student = open_tokenizer(experiment.student)
-    pairs = {name: TokenizerPair(student, open_tokenizer(config)) for name, config in configs.items()}
+    student, pairs = open_tokenizers(experiment)
     size = pairs[teacher].teacher.size
     if keep.top_k is not None and keep.top_k >= size:
         keep = keep._replace(top_k=None)

@@ -38,7 +38,7 @@ from xtoken_jax.teachers import (
     introduce,
     key_of,
     load_teachers,
-    open_tokenizer,
+    open_tokenizers,
 )
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 from xtoken_jax.train.flops import peak_flops, step_flops
@@ -92,8 +92,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
     check_batch_size(mesh, experiment.data.batch_size, experiment.train.accumulate)
     configs = experiment.every_teacher()
     with jax.set_mesh(mesh):
-        tokenizer = open_tokenizer(experiment.student)
-        pairs = {name: TokenizerPair(tokenizer, open_tokenizer(config)) for name, config in configs.items()}
+        tokenizer, pairs = open_tokenizers(experiment)
         key = jax.random.key(experiment.train.seed)
         introduce(console, "student", tokenizer)
         student, params = open_model(experiment.student, tokenizer.size, mesh=mesh, key=key)
