@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -98,6 +99,7 @@ def end_with_parent() -> None:
 
 
 def work_while_asked(*arguments) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all; the one that started this ends it
     end_with_parent()
     work_on(*arguments)
 
@@ -203,7 +205,11 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
     if not options.report:
-        run_all(options)
+        try:
+            run_all(options)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on with the rest")
+            raise SystemExit(130) from None
     import tables
 
     tables.write(current(list(finished().values())))

@@ -1,7 +1,9 @@
 """experiments/miniature at toy size: made, trained, measured, written down and resumed, in seconds."""
 
+import contextlib
 import dataclasses
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -76,12 +78,13 @@ def test_a_run_gives_finite_figures(study, work):
 
 
 STARTED = """
-import argparse, sys, time
+import sys, time
 from types import SimpleNamespace
 sys.path.insert(0, {folder!r})
 import run
 
 sys.modules["student"] = SimpleNamespace(RUNS=[SimpleNamespace(name="a loss")])
+sys.modules["tables"] = SimpleNamespace(write=lambda results: None)
 run.tasks, run.key_of = lambda seeds: [(0, "digits", 0.7, 0), (1, "digits", 0.7, 0)], str
 run.finished, run.prepare = dict, lambda *_: None
 
@@ -91,24 +94,47 @@ def work_on(*_):
 
 run.work_on = work_on
 if __name__ == "__main__":
-    run.run_all(argparse.Namespace(seeds=2, only=None, regime=None, wrong=None, workers=2, work=None))
+    run.main()
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_its_processes_end_with_it(name, tmp_path):
+@pytest.fixture
+def started(tmp_path):
     script = tmp_path / "started.py"
     script.write_text(STARTED.format(folder=str(FOLDER)))
     main = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, script, "--seeds", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     with main:
         assert [main.stderr.readline() for _ in range(2)] == ["at work\n"] * 2
-        begin = time.monotonic()
-        main.send_signal(signal.Signals[name])
-        main.stderr.read()  # until none of them has it open any more
+        yield main
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(main.pid, signal.SIGKILL)
+
+
+def rest_of(main):
+    """What they write until none of them is left."""
+    begin = time.monotonic()
+    rest = main.stderr.read()
     assert time.monotonic() - begin < 30
-    assert main.returncode != 0
+    main.wait()
+    return rest
+
+
+def test_its_processes_end_with_it(started):
+    started.terminate()
+    rest_of(started)
+    assert started.returncode == -signal.SIGTERM
+
+
+def test_ctrl_c_ends_all_without_a_traceback(started):
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does
+    assert "Traceback" not in rest_of(started)
+    assert started.returncode == 130
 
 
 @pytest.mark.slow
