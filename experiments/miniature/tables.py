@@ -16,6 +16,11 @@ COLUMNS = {
     "digit3": "3rd",
     "bits_per_byte": "bits per byte",
 }
+PLOTTED = (
+    ("sum", "whole sum", "tab:blue", 0.26),
+    ("digit1", "first digit", "tab:orange", 0.0),
+    ("digit2", "second digit", "tab:green", -0.26),
+)
 
 
 def write(results: list[dict]) -> None:
@@ -70,22 +75,25 @@ def _plot(groups: dict[tuple, list[dict]], names: list[str]) -> None:
     import matplotlib.pyplot as plt
 
     regimes = sorted({key[0] for key in groups if key[1] == 0.7})
-    figure, axes = plt.subplots(1, len(regimes), figsize=(6.5 * len(regimes), 5), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(regimes), figsize=(6.5 * len(regimes), 6.5), sharey=True, squeeze=False
+    )
     for axis, regime in zip(axes[0], regimes, strict=True):
         shown = [name for name in names if (regime, 0.7, name) in groups]
         for place, name in enumerate(reversed(shown)):
             found = groups[regime, 0.7, name]
-            for column, colour, shift in (("sum", "tab:blue", 0.15), ("digit1", "tab:orange", -0.15)):
+            for column, label, colour, shift in PLOTTED:
                 values = [result[column] for result in found]
                 axis.barh(
-                    place + shift, np.mean(values), 0.3, color=colour, alpha=0.6,
-                    label={"sum": "whole sum", "digit1": "first digit"}[column] if place == 0 else None,
+                    place + shift, np.mean(values), 0.26, color=colour, alpha=0.6,
+                    label=label if place == 0 else None,
                 )  # fmt: skip
-                axis.plot(values, [place + shift] * len(values), "k.", markersize=4)
+                axis.plot(values, [place + shift] * len(values), "k.", markersize=3)
         axis.set_yticks(range(len(shown)), list(reversed(shown)))
         axis.set_xlim(0, 1)
         axis.set_xlabel("accuracy on held-out sums; a dot is a seed")
         axis.set_title(f"teacher {regime}, 70% of the sums in the text wrong")
-    axes[0][0].legend(loc="lower right")
-    figure.tight_layout()
+    # Bars may end anywhere, so the legend stands above them.
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(PLOTTED))
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(HERE / "accuracy.png", dpi=110)
