@@ -130,6 +130,19 @@ def test_a_mistake_in_the_text(capsys, run, tmp_path):
     assert not (tmp_path / "run").exists()  # nothing was begun
 
 
+def test_what_stands_in_the_way_of_a_runs_last_files_is_named(capsys, run, tmp_path):
+    run = [*run, "loss=p_kl", "loss.learn_projection=true"]
+    assert main(run) == 0
+    capsys.readouterr()
+    for name in ("projection.safetensors", "result.json"):
+        path = tmp_path / "run" / name
+        path.unlink()
+        path.mkdir()
+        fails(capsys, run, f"{path}: cannot be written (Is a directory)", "give the same command again")
+        path.rmdir()
+    assert (tmp_path / "run" / "projection.safetensors").is_file()  # by the second, which got that far
+
+
 def test_a_run_ends_with_a_table_and_refuses_another_run_in_its_folder(capsys, run, tmp_path):
     folder = tmp_path / "run"
     assert main([*run, "baseline=true"]) == 0
