@@ -78,8 +78,9 @@ def test_a_run_gives_finite_figures(study, work):
 
 
 STARTED = """
-import sys, time
+import signal, sys, time
 from types import SimpleNamespace
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without
 sys.path.insert(0, {folder!r})
 import run
 

@@ -64,8 +64,7 @@ class Projection:
 
     def learnable(self) -> LearnableProjection:
         """W with weights that can be trained, on the entries that it has; it starts as this W (host)."""
-        # A W from outside is known inside a traced function too.
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval():  # a W from outside is known inside a traced function too
             logits, indices = log_weights(self)
         places = np.asarray(indices)
         source, rows = _sources(places, (places >= 0).sum(1) == 1, self.teacher_size)
