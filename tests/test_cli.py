@@ -77,7 +77,7 @@ def test_nothing_named(capsys):
 
 
 def test_a_further_teacher_that_is_not_there(capsys, run, tmp_path):
-    expected = f"teachers.second.path: no such folder: {tmp_path / 'none'}"
+    expected = f"teachers.second: no such folder: {tmp_path / 'none'}"
     fails(capsys, [*run, "teachers.second.path=" + str(tmp_path / "none")], expected)
 
 
@@ -90,11 +90,11 @@ def test_a_mistake_in_a_folder(capsys, side, run, pair_folders, tmp_path):
         shutil.copytree(pair_folders[side == "teacher"], copy)
         return [*run, f"{side}.path={copy}"]
 
-    fails(capsys, [*run, f"{side}.path={copy}"], f"{side}.path: no such folder", str(copy))
+    fails(capsys, [*run, f"{side}.path={copy}"], f"{side}: no such folder: {copy}")
     for name, expected in (
         ("config.json", "config.json"),
         ("model.safetensors", "weights"),
-        ("tokenizer.json", "no tokenizer.json"),
+        ("tokenizer.json", f"{side}: {copy}: no tokenizer.json"),
     ):
         words = fresh()
         (copy / name).unlink()

@@ -18,7 +18,6 @@ from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.errors import UserError
-from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind, loss_tables
 from xtoken_jax.losses.objective import LossTables, VocabularySizes
 from xtoken_jax.mesh import place, replicated
@@ -59,16 +58,14 @@ def open_tokenizers(experiment: Experiment) -> tuple[Tokenizer, Pairs]:
     """The student's, and its pair with each teacher's by name; each with its chat template or the named one.
 
     Raises:
-        UserError: a folder that is not there, with its key, or what `Tokenizer.load` refuses.
+        UserError: what `Tokenizer.load` refuses, with whose tokenizer it is.
     """
 
     def load(group: str, config: ModelConfig) -> Tokenizer:
-        path = str(config.path)
         try:
-            resolve_folder(path, weights=False)
+            return Tokenizer.load(str(config.path), chat_template=config.chat_template)
         except UserError as error:
-            raise UserError(f"{group}.path: {error}") from error
-        return Tokenizer.load(path, chat_template=config.chat_template)
+            raise UserError(f"{group}: {error}") from error
 
     student = load("student", experiment.student)
     every = experiment.every_teacher()
