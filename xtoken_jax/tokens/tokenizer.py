@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Tokenizer:
         backend: the `tokenizers.Tokenizer` behind it.
         chat_template: Jinja source that renders a conversation, None where the folder has none.
         warning: one line where `AutoTokenizer` gives other ids than tokenizer.json does.
+        day: the date that a chat template writes where it asks for today's (`strftime_now`).
     """
 
     name: str
@@ -46,6 +48,7 @@ class Tokenizer:
     backend: tokenizers.Tokenizer
     chat_template: str | None = None
     warning: str | None = None
+    day: datetime.date = field(default_factory=datetime.date.today)
 
     @classmethod
     def load(
