@@ -34,17 +34,17 @@ def of_teacher(experiment: Experiment, name: str, pairs: Mapping[str, TokenizerP
     settings = json.dumps(read_config(folder).to_hf(), sort_keys=True).encode()
     data = experiment.data
     others = sorted(
-        f"{pair.teacher.fingerprint[:16]} at {data.length_of(other)}"
+        f"{pair.teacher.file_fingerprint[:16]} at {data.length_of(other)}"
         for other, pair in pairs.items()
         if other != name
     )
     found = {
         "teacher.config": hashlib.sha256(settings).hexdigest()[:16],
-        "teacher.tokenizer": pairs[name].teacher.fingerprint[:16],
+        "teacher.tokenizer": pairs[name].teacher.file_fingerprint[:16],
         "teacher.init": config.init.value,
         "teacher.dtype": config.dtype.value,
         "teacher.compute_dtype": config.compute_dtype.value,
-        "student.tokenizer": pairs[name].student.fingerprint[:16],
+        "student.tokenizer": pairs[name].student.file_fingerprint[:16],
         "data.student_length": str(data.student_length),
         "data.teacher_length": str(data.length_of(name)),
         "other teachers": ", ".join(others) or "none",

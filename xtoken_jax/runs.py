@@ -159,7 +159,7 @@ def contents(
         found[f"{side}.config"] = hashlib.sha256(config).hexdigest()[:16]
         if params is not None:
             found[f"{side}.weights"] = f"{checksum(params):08x}"
-        found[f"{side}.tokenizer"] = tokenizer.fingerprint[:16]
+        found[f"{side}.tokenizer"] = tokenizer.file_fingerprint[:16]
     found |= {key: f"{checksum(projection):08x}" for key, projection in projections.items()}
     for part, sources in texts.items():
         found |= {f"data.{part}.{name}": digest for name, digest in sources.items()}

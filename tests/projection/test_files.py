@@ -122,7 +122,7 @@ def test_other_files_are_refused(saved, tmp_path):
 
 def test_a_changed_tokenizer_of_the_same_name_is_refused(saved):
     pair = trained.pair(*PAIR)
-    changed = TokenizerPair(pair.student, dataclasses.replace(pair.teacher, fingerprint="0"))
+    changed = TokenizerPair(pair.student, dataclasses.replace(pair.teacher, file_fingerprint="0"))
     with pytest.raises(UserError, match=r"teacher tokenizer .* whose files have changed since"):
         load_projection(saved, changed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +25,11 @@ class TextFiles:
         """A text has none."""
 
     def read(self, number: int, keys: Sequence[str]) -> str:
-        """The text of a file."""
+        """The text of a file, without its byte-order mark."""
         file = self._files[number]
         raw = b"".join(decompressed(file)) if is_compressed(file.path) else file.read()
         try:
-            return raw.decode()
+            return raw.removeprefix(codecs.BOM_UTF8).decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{file.path}: cannot be read as UTF-8 text ({error})") from error
 

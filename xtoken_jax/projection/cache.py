@@ -16,7 +16,7 @@ from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 # One more whenever `build_projection` gives another W for the same pair and options.
-ALGORITHM = 1
+ALGORITHM = 2
 
 
 def cached_projection(
@@ -51,6 +51,6 @@ def cached_projection(
 
 def cache_path(pair: TokenizerPair, options: ProjectionOptions) -> Path:
     """Where the W of a pair and of options is kept, under $XTOKEN_CACHE or the user's cache folder."""
-    key = [pair.student.fingerprint, pair.teacher.fingerprint, asdict(options), FORMAT, ALGORITHM]
+    key = [pair.student.file_fingerprint, pair.teacher.file_fingerprint, asdict(options), FORMAT, ALGORITHM]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "projections" / f"{digest}.safetensors"

@@ -152,11 +152,12 @@ def _named(options: dict[str, Any] | None) -> str:
 
 
 def _describe(pair: TokenizerPair) -> dict[str, str]:
-    return {
-        f"{side}_{key}": str(getattr(tokenizer, key))
-        for side, tokenizer in (("student", pair.student), ("teacher", pair.teacher))
-        for key in ("name", "size", "fingerprint")
-    }
+    metadata: dict[str, str] = {}
+    for side, tokenizer in (("student", pair.student), ("teacher", pair.teacher)):
+        metadata[f"{side}_name"] = tokenizer.name
+        metadata[f"{side}_size"] = str(tokenizer.size)
+        metadata[f"{side}_fingerprint"] = tokenizer.file_fingerprint
+    return metadata
 
 
 def _content_hash(tensors: dict[str, np.ndarray]) -> str:

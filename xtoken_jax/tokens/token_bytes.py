@@ -55,6 +55,7 @@ class TokenBytes:
         length_proves: which texts are known to be spelled by their tokens once the number of
             bytes agrees, or is one more, because the tokenizer can leave something out but write
             nothing else than one dummy blank: "any", "ascii" (it composes accents) or "none".
+        byte_fallback: ids of the tokens for single bytes, such as `<0x41>`.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class TokenBytes:
     shadowed: frozenset[int] = frozenset()
     unused: frozenset[int] = frozenset()
     length_proves: str = "none"
+    byte_fallback: frozenset[int] = frozenset()
 
     @cached_property
     def contents(self) -> tuple[bytes, ...]:
@@ -137,6 +139,12 @@ def _steps(node: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
     return [node]
 
 
+def _fallback_pieces(tokenizer_json: dict[str, Any]) -> set[str]:
+    vocab = tokenizer_json["model"]["vocab"]
+    pieces = (piece for piece, _ in vocab) if isinstance(vocab, list) else vocab
+    return {piece for piece in pieces if _BYTE_FALLBACK.fullmatch(piece)}
+
+
 def _length_proves(tokenizer_json: dict[str, Any], kind: str) -> str:
     if kind == "wordpiece":
         return "none"
@@ -166,7 +174,8 @@ def _length_proves(tokenizer_json: dict[str, Any], kind: str) -> str:
     # Two bytes less for a `▁` cannot hide behind one dummy blank. A character left out could, and so
     # could a second blank, which parts of a text around an added token get.
     added = any(not t["special"] for t in tokenizer_json.get("added_tokens") or [])
-    if dummies and (dummies > 1 or added or not tokenizer_json["model"].get("byte_fallback")):
+    every_byte = tokenizer_json["model"].get("byte_fallback") and len(_fallback_pieces(tokenizer_json)) == 256
+    if dummies and (dummies > 1 or added or not every_byte):
         return "none"
     return proves
 
@@ -177,7 +186,23 @@ def _stands_alone(piece: str) -> bool:
     return first[0] in "PS" or "CJK UNIFIED" in unicodedata.name(piece[0], "")
 
 
-def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.json") -> TokenBytes:
+def _affixes(model: dict[str, Any]) -> tuple[str, str]:
+    """What marks a piece inside a word, in front of it, and what marks the end of a word, behind it."""
+    inner, end = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
+    if inner is None and model.get("type") == "WordPiece":
+        inner = "##"
+    return inner or "", end or ""
+
+
+def _unknown_ids(model: dict[str, Any], vocab: dict[str, int], role: int | None) -> set[int]:
+    """The ids that a model gives for what its vocabulary cannot write, and the one that a folder names."""
+    ids = {vocab.get(model.get("unk_token")), model.get("unk_id"), role}
+    return {i for i in ids if i is not None}
+
+
+def read_token_bytes(
+    tokenizer_json: dict[str, Any], *, where: str = "tokenizer.json", unknown: int | None = None
+) -> TokenBytes:
     """Read the byte string of every id from the content of a `tokenizer.json`.
 
     Byte-level BPE and SentencePiece with byte fallback are exact. WordPiece forgets blanks: a
@@ -186,9 +211,14 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
     or stripped of accents; elsewhere, at line ends, behind an opening bracket, with capitals
     under an uncased vocabulary or with `[UNK]`, its chunks are marked as not exact.
 
+    The marks of BPE for the inside and the end of a word (`continuing_subword_prefix`,
+    `end_of_word_suffix`, CLIP's `</w>`) are boundaries and have no bytes. The unknown token has none
+    either: it does not spell what it stands for.
+
     Args:
         tokenizer_json: the parsed file.
         where: its name, for errors.
+        unknown: the id that the folder's configuration names as the unknown token.
 
     Returns:
         TokenBytes over ids 0 .. the highest id.
@@ -197,7 +227,8 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
         UserError: a kind of tokenizer whose tokens are not bytes (word level, BPE without bytes).
     """
     kind = _kind(tokenizer_json, where)
-    vocab = tokenizer_json["model"]["vocab"]
+    model = tokenizer_json["model"]
+    vocab = model["vocab"]
     if isinstance(vocab, list):  # Unigram: [piece, score] by id
         vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
     added = tokenizer_json.get("added_tokens") or []
@@ -205,20 +236,23 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
     table: list[bytes | None] = [None] * size
 
     alphabet = byte_alphabet()
-    inner = tokenizer_json["model"].get("continuing_subword_prefix") or "##"
+    inner, end = _affixes(model)
     fallback_ids: set[int] = set()
     unused = {t["id"] for t in added if is_reserved(t["content"])}
-    for text, i in vocab.items():
+    for piece, i in vocab.items():
+        # An affix alone is text: a word is never empty.
+        continues = bool(inner) and piece.startswith(inner) and piece != inner
+        text = piece.removeprefix(inner) if continues else piece
+        if end and text != end:
+            text = text.removesuffix(end)
         if kind == "byte_level":
             try:
                 table[i] = bytes(map(alphabet.__getitem__, text))
             except KeyError:  # a word added to the vocabulary as it reads
                 table[i] = text.encode()
         elif kind == "wordpiece":
-            if text.startswith(inner) and text != inner:
-                table[i] = text.removeprefix(inner).encode()
-            else:
-                table[i] = text.encode() if not text or _stands_alone(text) else b" " + text.encode()
+            opens = bool(inner) and bool(text) and not continues and not _stands_alone(text)
+            table[i] = b" " * opens + text.encode()
             if is_reserved(text):
                 unused.add(i)
         elif fallback := _BYTE_FALLBACK.fullmatch(text):
@@ -234,11 +268,12 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
             table[token["id"]] = token["content"].encode()
 
     special = {t["id"] for t in added if t["special"]}
-    # The token for what the vocabulary cannot write does not spell it.
-    unknown = vocab.get(tokenizer_json["model"].get("unk_token"))
-    if unknown is not None:
-        table[unknown] = None
-        special.add(unknown)
+    # An ordinary added token is matched where a text spells it, and then it is that text.
+    if unknown in {t["id"] for t in added}:
+        unknown = None
+    for token_id in _unknown_ids(model, vocab, unknown):
+        table[token_id] = None
+        special.add(token_id)
 
     lengths = np.array([len(b) if b is not None else 0 for b in table], np.int32)
     pieces = {content for i, content in enumerate(table) if i not in fallback_ids}
@@ -250,4 +285,5 @@ def read_token_bytes(tokenizer_json: dict[str, Any], *, where: str = "tokenizer.
         shadowed=frozenset(i for i in fallback_ids if table[i] in pieces),
         unused=frozenset(unused),
         length_proves=_length_proves(tokenizer_json, kind),
+        byte_fallback=frozenset(fallback_ids),
     )

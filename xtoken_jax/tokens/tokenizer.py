@@ -17,6 +17,7 @@ import tokenizers
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.tokens.auto_tokenizer import compare_auto_tokenizer
+from xtoken_jax.tokens.encoding import prepare, text_fingerprint
 from xtoken_jax.tokens.roles import CONFIGURED, find_roles, read_json_object
 from xtoken_jax.tokens.token_bytes import KINDS, TokenBytes, read_token_bytes
 
@@ -32,10 +33,13 @@ class Tokenizer:
         roles: "bos", "eos", "pad", "unk" and markers such as "turn_end", "think_open" -> id, those
             that it has (`xtoken_jax.tokens.roles`).
         adds_bos: whether it opens a text with BOS by itself.
-        fingerprint: SHA-256 of tokenizer.json and of the roles.
+        fingerprint: SHA-256 of what it does to text: equal for two files of one tokenizer, whatever their
+            layout and the roles of their special tokens (`same_vocabulary` needs no more).
+        file_fingerprint: SHA-256 of tokenizer.json and of the roles, which decide encoded rows and W.
         backend: the `tokenizers.Tokenizer` behind it.
         chat_template: Jinja source that renders a conversation, None where the folder has none.
-        warning: one line where `AutoTokenizer` gives other ids than tokenizer.json does.
+        warning: one line where dropout was switched off, or `AutoTokenizer` gives other ids than
+            tokenizer.json does.
         day: the date that a chat template writes where it asks for today's (`strftime_now`).
     """
 
@@ -45,6 +49,7 @@ class Tokenizer:
     roles: dict[str, int]
     adds_bos: bool
     fingerprint: str
+    file_fingerprint: str
     backend: tokenizers.Tokenizer
     chat_template: str | None = None
     warning: str | None = None
@@ -78,9 +83,10 @@ class Tokenizer:
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
             )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             definition = json.loads(text)
-            backend = tokenizers.Tokenizer.from_str(text)
+            dropout = _switch_dropout_off(definition)
+            backend = tokenizers.Tokenizer.from_str(json.dumps(definition) if dropout else text)
         except Exception as error:  # the Rust side raises plain Exception
             raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
         for token in definition.get("added_tokens") or []:
@@ -90,24 +96,30 @@ class Tokenizer:
                     f"{path}: the token {token['content']!r} has id {token['id']} in the file but "
                     f"{given} once loaded; give every id below it a token"
                 )
-        # Text is data: a "<|eot|>" spelled out in it must not become a control token.
-        backend.encode_special_tokens = True
-        backend.no_padding()
-        backend.no_truncation()
-        table = read_token_bytes(definition, where=str(path))
         special, config = (
             read_json_object(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")
         )
         roles = find_roles(definition, (special, config), backend.token_to_id)
+        table = read_token_bytes(definition, where=str(path), unknown=roles.get("unk"))
         opening = backend.encode("", add_special_tokens=True).ids
         # DeepSeek's post-processor adds nothing; its configuration says that BOS belongs there.
         adds_bos = config.get("add_bos_token")
         if not isinstance(adds_bos, bool):
             adds_bos = bool(opening) and opening[0] == roles.get("bos")
-        # It places special tokens, which is done here, and may trim blanks off the offsets, which
-        # would leave a blank token without any text.
-        backend.post_processor = None
-        fingerprint = hashlib.sha256(text.encode() + json.dumps(roles, sort_keys=True).encode()).hexdigest()
+        fingerprint = text_fingerprint(definition, backend, table.kind)
+        # Text is data: a "<|eot|>" spelled out in it must not become a control token.
+        parted = prepare(backend, table.special | table.byte_fallback)
+        content = text.encode() + json.dumps(roles, sort_keys=True).encode()
+        # Versions that did not part spellings or switch dropout off encoded other rows.
+        file_fingerprint = hashlib.sha256(content + b" parted" * parted + b" no dropout" * bool(dropout))
+        warning = None
+        if dropout:  # AutoTokenizer keeps it, and gives other ids each time
+            warning = (
+                f"{path}: model.dropout={dropout} draws another encoding of a text each time; it is switched "
+                "off here: set it to null in the file, which transformers reads as it is"
+            )
+        elif compare_auto:
+            warning = compare_auto_tokenizer(folder, config, backend, file_fingerprint.hexdigest())
         return cls(
             name=str(path_or_id),
             size=len(table.table),
@@ -115,9 +127,10 @@ class Tokenizer:
             roles=roles,
             adds_bos=adds_bos and "bos" in roles,
             fingerprint=fingerprint,
+            file_fingerprint=file_fingerprint.hexdigest(),
             backend=backend,
             chat_template=_chat_template(folder, config) if chat_template is None else _read(chat_template),
-            warning=compare_auto_tokenizer(folder, config, backend, fingerprint) if compare_auto else None,
+            warning=warning,
         )
 
     def describe(self) -> str:
@@ -160,6 +173,11 @@ class Tokenizer:
     def pad_id(self) -> int:
         """An id to fill rows with; it is masked wherever it is read."""
         return next((self.roles[r] for r in ("pad", "eos", "bos") if r in self.roles), 0)
+
+
+def _switch_dropout_off(definition: dict[str, Any]) -> float | None:
+    """Remove BPE dropout, a setting for training, from the content of a `tokenizer.json`; return what it was."""
+    return definition["model"].pop("dropout", None)
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
