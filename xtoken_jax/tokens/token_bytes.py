@@ -196,8 +196,8 @@ def _affixes(model: dict[str, Any]) -> tuple[str, str]:
 
 def _unknown_ids(model: dict[str, Any], vocab: dict[str, int], role: int | None) -> set[int]:
     """The ids that a model gives for what its vocabulary cannot write, and the one that a folder names."""
-    ids = {vocab.get(model.get("unk_token")), model.get("unk_id"), role}
-    return {i for i in ids if i is not None}
+    spelled = None if model.get("unk_token") is None else vocab.get(model["unk_token"])
+    return {i for i in (spelled, model.get("unk_id"), role) if i is not None}
 
 
 def read_token_bytes(

@@ -176,7 +176,7 @@ class Tokenizer:
 
 
 def _switch_dropout_off(definition: dict[str, Any]) -> float | None:
-    """Remove BPE dropout, a setting for training, from the content of a `tokenizer.json`; return what it was."""
+    """Remove BPE dropout, a training setting, from a parsed `tokenizer.json` and return its value."""
     return definition["model"].pop("dropout", None)
 
 
