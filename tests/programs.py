@@ -29,5 +29,5 @@ _FLAGS = known(
     ]
 )
 QUICK = " ".join(_FLAGS)
-# For `compile`, where a test reads text or memory of a program: the options that programs outside the tests have.
+# For `compile`, where a test reads text or memory of a program: the options of programs outside the tests.
 AS_OUTSIDE = {_EMITTERS: True} if f"--{_EMITTERS}=false" in _FLAGS else None

@@ -3,8 +3,8 @@
     python3.11 experiments/quickstart/freeze_text.py --out DIR
 
 The texts come from the Python that runs this script and differ between releases. The package has those of
-3.11.7, which the quickstart's tokenizers and models were trained on. With them, figures are the same on every Python.
-The script needs nothing but the standard library.
+3.11.7, which the quickstart's tokenizers and models were trained on. The script needs nothing but the
+standard library.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import importlib
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -58,15 +57,14 @@ def test_the_same_texts_are_written_as_the_same_bytes(script, tmp_path):
     freeze_text = script("freeze_text")
     library = tmp_path / "library"
     library.mkdir()
-    text = "Explains for more than eighty characters what this part of a library is made for. " * 2
+    text = "Explains for more than eighty characters what this part of a library is made for, at length."
     (library / "part.py").write_text(f'"""{text}"""\nraise SystemExit("imported")\n')
     (library / "broken.py").write_text("def (:\n")
     texts = freeze_text.docstrings(library)
-    assert texts == {"part": text.strip()}
+    assert texts == {"part": text}
     for name in ("a.gz", "b.gz"):
         freeze_text.write(texts, tmp_path / name)
     assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
-    assert Path(sysconfig.get_paths()["stdlib"]) != library
 
 
 def words(text):
@@ -89,18 +87,18 @@ def test_no_long_stretch_of_held_out_documentation_is_trained_on():
 
 
 def test_texts_under_two_names_and_repeated_paragraphs():
-    def paragraph(n):
-        return f"Paragraph number {n} of a text that says nothing but this, at some length."
+    def text(*numbers):
+        return "\n\n".join(f"Paragraph {n} of a text that says nothing but this." for n in numbers)
 
-    works = {f"n{i}": "\n\n".join(["Heading", paragraph(i // 2), paragraph(f"{i // 2}b")]) for i in range(60)}
+    works = {f"n{i}": text(i, f"{i}b", f"{i}c") for i in range(60)}
     names = sorted(works, key=lambda name: hashlib.sha256(name.encode()).digest())
-    first, second, third = names[0], names[10], names[20]
-    works[names[1]] += "\n\n" + works[first].replace(" ", "\n   ")  # most of the first
-    works[names[2]] += "\n\n" + paragraph("of the second")
-    works[second] += "\n\n" + paragraph("of the second")
+    twin, repeated, partly, intact = names[0], names[10], names[20], names[30]
+    works[names[1]] = works[twin]
+    works[names[2]] += "\n\n" + works[repeated].replace(" ", "\n   ")
+    works[names[3]] = works[names[4]] = text("shared") + "\n\n" + works[names[3]]
+    works[partly] += "\n\n" + text("shared")
     train, held_out = (python_docs.split_of(works, split) for split in ("train", "validation"))
-    assert works[first] not in train
-    assert held_out[0] == works[second].removesuffix("\n\n" + paragraph("of the second"))
-    assert held_out[1] == works[third]
-    assert len(held_out) == 5
-    assert not set(train) & set(held_out)
+    assert train == [works[name] for i, name in enumerate(names) if i % 10 and i != 1]
+    whole = partly.removeprefix("n")
+    assert held_out[:3] == [works[twin], text(whole, f"{whole}b", f"{whole}c"), works[intact]]
+    assert len(held_out) == 5  # the repeated one is gone
