@@ -60,8 +60,8 @@ class SourceConfig:
         kind: jsonl (one JSON object a line), text (a file is a document), parquet, array_record (records of
             JSON objects or of text), tfds (TensorFlow Datasets, without TensorFlow), hub (Hugging Face
             datasets), python_docs (bundled: the topics of Python 3.11's `help()`), python_docstrings (its
-            standard library's), arithmetic (generated remainders); auto tells files by their endings, and the folders
-            of tfds and hub by what is in them. jsonl and text may be compressed: .gz, .zst.
+            standard library's), arithmetic (generated remainders); auto tells files by their endings, and the
+            folders of tfds and hub by what is in them. jsonl and text may be compressed: .gz, .zst.
         path: a file, a folder, or a pattern such as data/**/*.jsonl.zst, read in the order of their names;
             for tfds a name such as wikipedia/20230601.en or a prepared folder; for hub org/name or
             org/name@revision, or a folder that `save_to_disk` wrote.
