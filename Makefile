@@ -1,12 +1,17 @@
-# `make help` lists the targets. Everything happens in .venv; nothing else on the machine changes.
+# `make help` lists the targets. Everything happens in .venv (test-newest: .venv-newest); nothing else on the machine changes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONSTRAINTS := constraints.txt
+# What most changes touch, in seconds: imports, tokens, alignment, W, losses against the official values, data, config.
+CORE := tests/test_architecture.py tests/test_dependencies.py tests/test_config.py tests/tokens tests/alignment/test_alignment.py \
+  tests/alignment/test_prompts.py tests/projection/test_build.py tests/losses/test_golden.py \
+  tests/data_tests/test_shapes.py tests/data_tests/test_sources.py
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tokenizers test test-parity lint format bench clean
+.PHONY: help quickstart tokenizers test test-newest test-parity check lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,12 +22,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each set of extras; a change of the dependencies installs again.
-$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing xtoken-jax [$*] into $(VENV), a minute or two ..."
 	$(PIP) --editable ".[$*]"
 	@touch $@
 
-$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing xtoken-jax into $(VENV), a minute or two ..."
 	$(PIP) --editable .
 	@touch $@
@@ -36,6 +41,11 @@ tokenizers: $(VENV)/installed ## fetch ten real tokenizers into the user's cache
 test: $(VENV)/installed-test ## the tests, on 8 virtual CPU devices, in WORKERS=2 processes; on real tokenizers if they are there
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
+test-newest: ## the tests with the newest jax: make test-newest PYTHON=python3.13
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
+	  || { echo "the newest jax needs Python 3.12 or newer; name one: make test-newest PYTHON=python3.13"; exit 2; }
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
+
 test-parity: $(VENV)/installed-parity ## the checks against transformers on torch
 	$(BIN)/python -m pytest -m parity
 
@@ -43,6 +53,9 @@ lint: $(VENV)/installed-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint ## lint and a core of the tests, within 90 seconds on 2 cores
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(CORE)
 
 format: $(VENV)/installed-dev ## rewrite the code in ruff's format
 	$(BIN)/ruff check --fix .
@@ -54,4 +67,4 @@ bench: $(VENV)/installed ## compiled memory and relative speed: losses, and on f
 	$(BIN)/python experiments/benchmarks/projection.py
 
 clean: ## delete .venv and caches, keep runs
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-newest .pytest_cache .ruff_cache .mypy_cache

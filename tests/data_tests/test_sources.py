@@ -6,7 +6,6 @@ import json
 import pytest
 import zstandard
 
-from xtoken_jax.data import python_docs
 from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
 from xtoken_jax.errors import UserError
 
@@ -75,15 +74,6 @@ def test_paths_that_name_no_data(tmp_path):
         "DIR/a.csv: its ending does not say what it holds; name kind=, one of jsonl, text, parquet, "
         "array_record"
     )
-
-
-@pytest.mark.parametrize("works", [python_docs.topics(), {f"n{i}": f"text {i // 2}" for i in range(60)}])
-def test_no_held_out_documentation_is_trained_on(works):
-    """Some topics are one text under two names."""
-    train, held_out = (python_docs.split_of(works, split) for split in ("train", "validation"))
-    assert len(train) > 5 * len(held_out) > 0
-    assert not set(train) & set(held_out)
-    assert set(train) | set(held_out) == set(works.values())
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def work(study, tmp_path_factory):
         patch.setitem(world.TEACHERS, "digits", small)
         for name, size in {"BATCHES": 2, "SUM_ROWS": 2, "ENGLISH_ROWS": 1, "HELD_OUT": 40}.items():
             patch.setattr(world, name, size)
-        # The library's docstrings take ten seconds to parse.
+        # A tokenizer of all the docstrings would take seconds to train.
         patch.setattr(world, "docstrings", lambda: {k: v.upper() for k, v in world.topics().items()})
         teacher = world.model_of(small.size, 1).init(jax.random.key(1))
         arrays = {f"a{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(teacher))}

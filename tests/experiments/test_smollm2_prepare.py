@@ -198,13 +198,6 @@ def test_a_training_document_that_repeats_validation_is_left_out():
     assert set(english_text.split_work(works["c"])) <= set(train)
 
 
-def test_docstrings_are_read_without_importing(tmp_path):
-    doc = "Explains at some length what this module is for, " * 3
-    (tmp_path / "bomb.py").write_text(f'"""{doc}"""\nraise SystemExit\ndef f():\n    """Short."""\n')
-    (tmp_path / "broken.py").write_text("def (:\n")
-    assert english_text.docstrings(tmp_path) == {"bomb": doc}
-
-
 def test_a_finished_part_is_recognised_and_a_changed_file_is_not(tmp_path):
     file = tmp_path / "a.json"
     prepare.write_json(file, {"é": 1})

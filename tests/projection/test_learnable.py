@@ -201,4 +201,6 @@ def test_beside_a_fixed_w_it_takes_the_memory_of_its_gradient():
         return compiled.memory_analysis().temp_size_in_bytes
 
     fixed, learned = temporaries(None, w.split()), temporaries(learnable.logits, learnable)
-    assert learned <= fixed + learnable.logits.nbytes
+    # jaxlib 0.12 also stores the student's probabilities of the rows whose weights train; 0.10 fuses them.
+    stored = 4 * positions * len(learnable.rows) if jax.__version_info__ >= (0, 12) else 0
+    assert learned <= fixed + learnable.logits.nbytes + stored

@@ -1,4 +1,4 @@
-"""Where text comes from: files, datasets, the documentation that Python carries, generated arithmetic."""
+"""Where text comes from: files, datasets, bundled documentation of Python, generated arithmetic."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class SourceConfig:
     Attributes:
         kind: jsonl (one JSON object a line), text (a file is a document), parquet, array_record (records of
             JSON objects or of text), tfds (TensorFlow Datasets, without TensorFlow), hub (Hugging Face
-            datasets), python_docs (the topics of `help()`), python_docstrings (those of the standard
-            library), arithmetic (generated remainders); auto tells files by their endings, and the folders
-            of tfds and hub by what is in them. jsonl and text may be compressed: .gz, .zst.
+            datasets), python_docs (bundled: the topics of Python 3.11's `help()`), python_docstrings (its
+            standard library's), arithmetic (generated remainders); auto tells files by their endings, and the
+            folders of tfds and hub by what is in them. jsonl and text may be compressed: .gz, .zst.
         path: a file, a folder, or a pattern such as data/**/*.jsonl.zst, read in the order of their names;
             for tfds a name such as wikipedia/20230601.en or a prepared folder; for hub org/name or
             org/name@revision, or a folder that `save_to_disk` wrote.
