@@ -16,8 +16,9 @@ from xtoken_jax.cache_contents import of_held_out, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.ends import learnt_ends
 from xtoken_jax.data.sources import read_sources
-from xtoken_jax.export import export_hf
+from xtoken_jax.export import check_replaceable
 from xtoken_jax.files import write_whole, writing
 from xtoken_jax.held_out import Figures, held_out_parts, read_held_out
 from xtoken_jax.hosts import from_first
@@ -29,7 +30,7 @@ from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.files import save_projection
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
-from xtoken_jax.runs import agree, agree_on, claim, contents
+from xtoken_jax.runs import agree, agree_on, claim, contents, export_student, folders_to_keep
 from xtoken_jax.teachers import (
     Pairs,
     Teachers,
@@ -128,7 +129,9 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         for name, cache in teachers.caches.items():
             made_of |= {f"{group_of(name)}.cache": cache.index.checksum}
         agree_on(made_of)
-        for change in from_first(lambda: [str(d) for d in claim(run, experiment, made_of)]):
+        from_first(lambda: _check_student_folder(run, experiment))
+        ends = learnt_ends(tokenizer, train_text)
+        for change in from_first(lambda: [str(d) for d in claim(run, experiment, made_of, ends)]):
             console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
 
         def one_run(
@@ -195,10 +198,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         figures["distilled" if configs else "trained"] = end
 
         out = run / STUDENT_FOLDER
-        dtype = experiment.export_dtype.value
-        folder = resolve_folder(str(experiment.student.path), weights=False)
-        template = experiment.student.chat_template
-        export_hf(out, student, trained, folder, dtype=dtype, donate=True, chat_template=template)
+        if (added := export_student(run, out, student, trained, overwrite=True)) is not None:
+            console.print(f"ends     {added}", markup=False)
     kind = kinds.get(FIRST_TEACHER, LossKind.none)
     result: dict[str, object] = {"loss": kind.value, "figures": figures}
     if len(kinds) > 1:
@@ -211,6 +212,13 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
 
     picture = Path(from_first(write))
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
+
+
+def _check_student_folder(run: Path, experiment: Experiment) -> None:
+    """Refuse, before training, a run whose exported student would replace one of its models."""
+    folder = resolve_folder(str(experiment.student.path), weights=False)
+    keep = folders_to_keep(run, experiment)
+    check_replaceable(run / STUDENT_FOLDER, folder, overwrite=True, keep=keep)
 
 
 def _ends(folder: Path) -> tuple[Figures, Figures]:

@@ -1,0 +1,35 @@
+"""Tokens that end a text or an assistant's turn in the training text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from xtoken_jax.data.encode import Document, encode, student_of
+from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
+
+_SAMPLE = 64  # documents of each source
+# Markers inside a turn: where a target stops at one of these, the turn was not over.
+_INSIDE = (
+    "think_open", "think_close", "tool_calls_open", "tool_calls_close", "tool_call_open", "tool_call_close",
+)  # fmt: skip
+
+
+def learnt_ends(tokenizer: Tokenizer, texts: Mapping[str, Sequence[Document]]) -> list[int]:
+    """Ids of the added tokens at which targets stop, in rising order: EOS, the end of a turn.
+
+    Args:
+        tokenizer: the student's.
+        texts: training documents by source; the first 64 of each are encoded.
+    """
+    pairs = {"student": TokenizerPair(tokenizer, tokenizer)}
+    added = set(tokenizer.backend.get_added_tokens_decoder())
+    added -= {tokenizer.roles[role] for role in _INSIDE if role in tokenizer.roles}
+    ends: set[int] = set()
+    for documents in texts.values():
+        for row in encode(pairs, documents[:_SAMPLE]):
+            side = student_of(row)
+            stops = side.targets & ~np.append(side.targets[1:], False)
+            ends.update(side.ids[stops].tolist())
+    return sorted(ends & added)
