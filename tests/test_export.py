@@ -17,6 +17,7 @@ from xtoken_jax import export
 from xtoken_jax.errors import UserError
 from xtoken_jax.export import export_hf
 from xtoken_jax.models import load_model
+from xtoken_jax.tokens.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -199,6 +200,23 @@ def test_a_template_given_is_the_only_one_in_the_folder(student, tmp_path):
     assert (out / "chat_template.jinja").read_bytes() == b"new"
     assert json.loads((out / "tokenizer_config.json").read_text()) == {"eos_token": "</s>", "x": "é"}
     assert not (out / "chat_template.json").exists()
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "the template", "given"])
+def test_a_byte_order_mark_is_not_part_of_a_template(place, pair_folders, tmp_path):
+    folder, given = shutil.copytree(pair_folders[0], tmp_path / "student"), None
+    mark, config = "\ufeff", json.loads((folder / "tokenizer_config.json").read_text())
+    if place in ("chat_template.jinja", "given"):
+        given = folder / place
+        given.write_text(mark + "x")
+    else:
+        inside = mark if place == "the template" else ""
+        text = json.dumps(config | {"chat_template": inside + "x"})
+        (folder / "tokenizer_config.json").write_text(mark.removeprefix(inside) + text)
+    chosen = str(given) if place == "given" else None
+    tokenizer = Tokenizer.load(folder, compare_auto=False, chat_template=chosen)
+    assert tokenizer.chat_template == "x"
+    assert tokenizer.roles["eos"] == Tokenizer.load(pair_folders[0], compare_auto=False).roles["eos"]
 
 
 @pytest.mark.parametrize(

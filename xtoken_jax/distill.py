@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.cache_contents import of_held_out, of_text
+from xtoken_jax.cache_contents import DAY, of_held_out, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
@@ -30,7 +30,7 @@ from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.files import save_projection
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
-from xtoken_jax.runs import agree, agree_on, claim, contents, export_student, folders_to_keep
+from xtoken_jax.runs import agree, agree_on, claim, contents, day_of, export_student, folders_to_keep
 from xtoken_jax.teachers import (
     Pairs,
     Teachers,
@@ -93,7 +93,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
     check_batch_size(mesh, experiment.data.batch_size, experiment.train.accumulate)
     configs = experiment.every_teacher()
     with jax.set_mesh(mesh):
-        tokenizer, pairs = open_tokenizers(experiment)
+        tokenizer, pairs = open_tokenizers(experiment, from_first(lambda: day_of(run, experiment)))
         key = jax.random.key(experiment.train.seed)
         introduce(console, "student", tokenizer)
         student, params = open_model(experiment.student, tokenizer.size, mesh=mesh, key=key)
@@ -110,6 +110,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             held_out_text = read_held_out(experiment)
             held_out = held_out_parts(experiment, tokenizer, pairs, held_out_text)
         templates = chat_templates(tokenizer, pairs, [*train_text.values(), *held_out_text.values()])
+        if DAY in templates:
+            console.print(f"day      {templates[DAY]}: the date that chat templates write in this run")
         for cache in teachers.caches.values():
             cache.check(of_text(train_text) | templates)
         rows = rows_here(mesh, experiment.data.batch_size)

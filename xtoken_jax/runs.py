@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import secrets
@@ -15,8 +16,10 @@ import tokenizers
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from xtoken_jax.cache_contents import DAY
 from xtoken_jax.checksum import checksum
 from xtoken_jax.config import Experiment
+from xtoken_jax.data.teacher_cache import read_index
 from xtoken_jax.errors import UserError
 from xtoken_jax.export import SOURCE, check_replaceable, export_hf
 from xtoken_jax.files import partial_path, write_whole
@@ -178,6 +181,24 @@ class _RunFile(NamedTuple):
     identity: str | None
     ends: list[int]
     changes: list[str]
+
+
+def day_of(run: Path, experiment: Experiment) -> str:
+    """The date that a run's chat templates write: its first day's, also where it resumes.
+
+    A run that reads a teacher cache takes the date that the cache was made with.
+
+    Raises:
+        UserError: a RUN_FILE or a cache that cannot be read.
+    """
+    made_of = (_read(run / RUN_FILE).made_of or {}) if (run / RUN_FILE).is_file() else {}
+    if DAY in made_of:
+        return made_of[DAY]
+    caches = [Path(t.cache).expanduser() for t in experiment.every_teacher().values() if t.cache is not None]
+    for index in map(read_index, caches):
+        if index is not None and DAY in index.made_of:
+            return index.made_of[DAY]
+    return datetime.date.today().isoformat()
 
 
 def claim(
