@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from xtoken_jax.cache_contents import DAY, of_held_out, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.ends import learnt_ends
+from xtoken_jax.data.markers import spelled_markers
 from xtoken_jax.data.sources import read_sources
 from xtoken_jax.export import check_replaceable
 from xtoken_jax.files import write_whole, writing
@@ -119,6 +122,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         batches = training_batches(pairs, train_text, experiment.data, rows=rows)
         counts = ", ".join(f"{len(documents):,} of {name}" for name, documents in train_text.items())
         console.print(f"text     documents: {counts}", markup=False)
+        for line in _spelled({"train": train_text, "validation": held_out_text}, pairs):
+            console.print(f"warning  {line}", markup=False, style="yellow")
         made_of = contents(
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
             {key_of(name, "projection"): projection for name, projection in teachers.projections.items()},
@@ -214,6 +219,20 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
 
     picture = Path(from_first(write))
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
+
+
+def _spelled(texts: Mapping[str, Mapping[str, Documents]], pairs: Pairs) -> list[str]:
+    """Warnings about sources whose texts spell control tokens; one for a file that is read twice."""
+    tokenizers = [tokenizer for pair in pairs.values() for tokenizer in (pair.student, pair.teacher)]
+    lines: dict[str, str] = {}
+    for part, sources in texts.items():
+        for name, documents in sources.items():
+            if documents.shape.messages is None and documents.digest not in lines:
+                option = None if documents.shape.prompt else f"data.{part}.{name}.markers"
+                line = spelled_markers(name, documents, tokenizers, option=option)
+                if line is not None:
+                    lines[documents.digest] = line
+    return [*lines.values()]
 
 
 def _check_student_folder(run: Path, experiment: Experiment) -> None:

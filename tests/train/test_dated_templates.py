@@ -15,9 +15,8 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep
 
 # The year alone: tests may then write another day of it into a cache.
-TEMPLATE = (
-    "{{ strftime_now('%Y') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
-)
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+TEMPLATE = "{{ strftime_now('%Y') }}" + TURNS
 TODAY = datetime.date.today().isoformat()
 EARLIER = datetime.date.today().replace(month=1 + datetime.date.today().month % 12, day=3).isoformat()
 

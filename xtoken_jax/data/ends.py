@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from xtoken_jax.data.encode import Document, encode, student_of
+from xtoken_jax.data.shapes import Marked
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 _SAMPLE = 64  # documents of each source
@@ -28,8 +29,11 @@ def learnt_ends(tokenizer: Tokenizer, texts: Mapping[str, Sequence[Document]]) -
     added -= {tokenizer.roles[role] for role in _INSIDE if role in tokenizer.roles}
     ends: set[int] = set()
     for documents in texts.values():
-        for row in encode(pairs, documents[:_SAMPLE]):
+        sample = documents[:_SAMPLE]
+        for document, row in zip(sample, encode(pairs, sample), strict=True):
             side = student_of(row)
+            if isinstance(document, Marked):  # all of it is a target, so turns end within
+                ends.update(side.ids[side.ids == tokenizer.roles.get("turn_end", -1)].tolist())
             stops = side.targets & ~np.append(side.targets[1:], False)
             ends.update(side.ids[stops].tolist())
     return sorted(ends & added)
