@@ -125,7 +125,8 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
     )
     pair = _load_pair(options, console)
     if documents is not None:
-        line = spelled_markers(options.text_file, documents, (pair.student, pair.teacher))
+        tokenizers = pair.student, pair.teacher
+        line = spelled_markers(options.text_file, documents, tokenizers, sample=len(documents))
         if line is not None:
             console.print(f"warning: {line}", markup=False, style="yellow")
     projection = cached_projection(pair)

@@ -19,7 +19,7 @@ from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.ends import learnt_ends
-from xtoken_jax.data.markers import spelled_markers
+from xtoken_jax.data.markers import SAMPLE, spelled_markers
 from xtoken_jax.data.sources import read_sources
 from xtoken_jax.export import check_replaceable
 from xtoken_jax.files import write_whole, writing
@@ -229,7 +229,8 @@ def _spelled(texts: Mapping[str, Mapping[str, Documents]], pairs: Pairs) -> list
         for name, documents in sources.items():
             if documents.shape.messages is None and documents.digest not in lines:
                 option = None if documents.shape.prompt else f"data.{part}.{name}.markers"
-                line = spelled_markers(name, documents, tokenizers, option=option)
+                sample = min(SAMPLE, documents.read_ahead)
+                line = spelled_markers(name, documents, tokenizers, option=option, sample=sample)
                 if line is not None:
                     lines[documents.digest] = line
     return [*lines.values()]

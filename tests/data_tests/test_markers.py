@@ -69,7 +69,7 @@ def test_markers_become_tokens_only_where_asked(pair):
 
 def test_the_ends_that_texts_teach():
     student = trained.load(with_markers(trained.three_digits, "<|im_start|>", "<|im_end|>"))
-    eos, end = student.roles["eos"], student.roles["turn_end"]
+    eos, end = student.roles["eos"], student.backend.token_to_id("<|im_end|>")
     chat = CHAT.replace("open", "im_start").replace("shut", "im_end")
     assert learnt_ends(student, {"a": [chat], "b": ["12", " "]}) == [eos]
     assert learnt_ends(student, {"a": [Marked(chat)]}) == sorted([eos, end])

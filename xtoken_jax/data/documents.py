@@ -46,6 +46,7 @@ class Documents(Sequence[Document]):
 
     Attributes:
         shape: which keys hold what, and what is to be learnt.
+        read_ahead: the number of first records that `look_ahead` read.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Documents(Sequence[Document]):
         self._count = len(records) if limit is None else min(limit, len(records))
         self._marked = marked
         self.shape = shape
+        self.read_ahead = 0
 
     def __len__(self) -> int:
         return self._count
@@ -101,6 +103,7 @@ class Documents(Sequence[Document]):
         characters, spoke = 0, False
         for number in range(self._count):
             document = self[number]
+            self.read_ahead = number + 1
             spoke = spoke or not says_nothing(document)
             characters += _size(document)
             if spoke and (number + 1 >= _READ_AHEAD or characters >= _READ_AHEAD_CHARACTERS):

@@ -8,6 +8,7 @@ import numpy as np
 
 from xtoken_jax.data.encode import Document, encode, student_of
 from xtoken_jax.data.shapes import Marked
+from xtoken_jax.tokens.roles import TURN_ENDS
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 _SAMPLE = 64  # documents of each source
@@ -27,13 +28,14 @@ def learnt_ends(tokenizer: Tokenizer, texts: Mapping[str, Sequence[Document]]) -
     pairs = {"student": TokenizerPair(tokenizer, tokenizer)}
     added = set(tokenizer.backend.get_added_tokens_decoder())
     added -= {tokenizer.roles[role] for role in _INSIDE if role in tokenizer.roles}
+    turn_ends = {i for i in added if tokenizer.backend.id_to_token(i) in TURN_ENDS}
     ends: set[int] = set()
     for documents in texts.values():
         sample = documents[:_SAMPLE]
         for document, row in zip(sample, encode(pairs, sample), strict=True):
             side = student_of(row)
             if isinstance(document, Marked):  # all of it is a target, so turns end within
-                ends.update(side.ids[side.ids == tokenizer.roles.get("turn_end", -1)].tolist())
+                ends |= turn_ends.intersection(side.ids.tolist())
             stops = side.targets & ~np.append(side.targets[1:], False)
             ends.update(side.ids[stops].tolist())
     return sorted(ends & added)

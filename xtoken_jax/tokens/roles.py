@@ -60,6 +60,8 @@ TURN_MARKERS = tuple(
     for spelling in _SPELLINGS[role]
 )
 
+TURN_ENDS = _SPELLINGS["turn_end"]
+
 _RESERVED = re.compile(
     r"<\|reserved_(special_token_)?\d+\|>|<\|(extra|dummy|placeholder|unused)_?\d+\|>"
     r"|<unused_?\d+>|\[unused_?\d+\]|<｜place▁holder▁no▁\d+｜>|<SPECIAL_\d+>"
