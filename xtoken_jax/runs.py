@@ -46,7 +46,7 @@ from xtoken_jax.train.step import abstract_state
 RUN_FILE = "run.json"  # the settings, and beside them:
 CONTENTS = "contents"
 SWEEP_FOLDER = "sweep"  # of runs that were swept from the same name; not of this one
-IDENTITY = "id"  # random; names the run in what is exported from it
+IDENTITY = "id"  # hash of the settings and contents that it began with; exported folders name it
 ENDS = "ends"  # ids of the tokens that end a text or a turn in the training text
 CHANGES = "changes"  # what differed, one line each, where a run went on all the same
 _PATIENCE = 30.0  # seconds until what one host writes is seen by all
@@ -245,7 +245,10 @@ def claim(
         run.mkdir(parents=True, exist_ok=True)
         changes += [str(d) for d in different]
         settings = {key: value for key, value in mine.items() if key not in ("run_dir", "resume")}
-        content = settings | {IDENTITY: identity or secrets.token_hex(8), ENDS: list(ends)}
+        if identity is None:
+            begun_with = json.dumps([settings, dict(made_of)], sort_keys=True)
+            identity = hashlib.sha256(begun_with.encode()).hexdigest()[:16]
+        content = settings | {IDENTITY: identity, ENDS: list(ends)}
         content |= {CONTENTS: dict(made_of)} | ({CHANGES: changes} if changes else {})
         write_whole(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
