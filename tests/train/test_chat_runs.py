@@ -1,4 +1,4 @@
-"""Chat templates that write the date: a run and a teacher cache keep the day that they began with."""
+"""Chat templates in a run: the day they write stays the same, and the end of a turn is exported."""
 
 import datetime
 import io
@@ -8,11 +8,13 @@ import pytest
 from rich.console import Console
 
 from xtoken_jax.cache_teacher import cache_teacher
+from xtoken_jax.cli import main
 from xtoken_jax.config import load_experiment
 from xtoken_jax.data.teacher_cache import INDEX_FILE
 from xtoken_jax.distill import distill
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep
+from xtoken_jax.tokens.tokenizer import Tokenizer
 
 # The year alone: tests may then write another day of it into a cache.
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -61,6 +63,22 @@ def test_a_run_resumes_with_the_day_it_began_with(chats, tmp_path):
     edit(path, "contents", data_day=EARLIER)
     assert f"day      {EARLIER}: " in output(chats)
     assert json.loads(path.read_text())["contents"]["data.day"] == EARLIER
+
+
+def test_the_exported_student_ends_as_it_learnt_to(chats, tmp_path):
+    assert "ends     <eos> (" in output(chats)
+    student = tmp_path / "run" / "student"
+    ends = json.loads((student / "config.json").read_text())["eos_token_id"]
+    assert ends == Tokenizer.load(student, compare_auto=False).roles["eos"]
+    begun = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert begun["ends"] == [ends]
+    assert json.loads((student / "xtoken.json").read_text())["run"] == begun["id"]
+    words = ["export", str(tmp_path / "run"), "--out"]
+    assert main([*words, str(student), "--step", "1"]) == 0
+    (student / "xtoken.json").unlink()
+    assert main([*words, str(student)]) == 2
+    assert main([*words, str(student), "--overwrite"]) == 0
+    assert main([*words, str(tmp_path / "run"), "--overwrite"]) == 2
 
 
 def test_a_run_has_the_day_of_its_cache(chats, tmp_path):
