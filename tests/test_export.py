@@ -17,6 +17,7 @@ from xtoken_jax import export
 from xtoken_jax.errors import UserError
 from xtoken_jax.export import export_hf
 from xtoken_jax.models import load_model
+from xtoken_jax.tokens.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def test_the_folder_is_read_back_as_the_same_model(student, tmp_path):
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "xtoken.json",
     ]
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (student / name).read_bytes()
@@ -131,6 +133,110 @@ def test_nothing_else_is_overwritten(student, tmp_path):
     (student / "training_args.bin").unlink()
     (student / "expected.npz").unlink()
     refused(student, "student's own folder")
+
+
+def refusal(out, *arguments, **options):
+    """The one line of an export that is refused and leaves everything as it was."""
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as error:
+        export_hf(out, *arguments, **options)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_only_an_export_of_the_same_run_is_replaced_unless_overwrite_insists(student, tmp_path):
+    read = *load_model(student), student
+    teacher = tiny.copy("tied", tmp_path / "teacher")
+    (teacher / "expected.npz").unlink()
+    assert "a model that this run did not export; name a new folder, or replace it with --overwrite" in (
+        refusal(teacher, *read, run="a")
+    )
+    export_hf(tmp_path / "out", *read, run="a")
+    export_hf(tmp_path / "out", *read, run="a")
+    for other in ("b", None):
+        assert "the export of another run" in refusal(tmp_path / "out", *read, run=other)
+    (tmp_path / "out" / "README.md").write_text("a card")
+    assert "holds README.md" in refusal(tmp_path / "out", *read, run="a")
+    for folder in (teacher, tmp_path / "out"):
+        export_hf(folder, *read, run="b", overwrite=True)
+        assert json.loads((folder / "xtoken.json").read_text())["run"] == "b"
+        assert not (folder / "README.md").exists()
+
+
+def test_what_must_be_kept_is_not_replaced_whoever_insists(student, tmp_path, monkeypatch):
+    read = *load_model(student), student
+    run = tmp_path / "runs" / "mine"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "elsewhere" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "here")
+    kept = {"keep": [run], "overwrite": True, "run": "a"}
+    for out in (run, run.parent, tmp_path / "link", tmp_path, tmp_path / "elsewhere"):
+        assert "which must be kept" in refusal(out, *read, **kept)
+    assert "student's own folder" in refusal(student, *read, **kept)
+    export_hf(run / "student", *read, **kept)
+
+
+def test_what_converters_read_is_copied(student, tmp_path):
+    names = ("tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
+    for name in (*names, "special_tokens_map.json", "chat_template.json"):
+        (student / name).write_bytes(name.encode() + b"\xff")
+    out = export_hf(tmp_path / "out", *load_model(student), student)
+    for name in (*names, "special_tokens_map.json", "chat_template.json"):
+        assert (out / name).read_bytes() == name.encode() + b"\xff"
+    assert not (out / "training_args.bin").exists()
+
+
+def test_a_template_given_is_the_only_one_in_the_folder(student, tmp_path):
+    (student / "tokenizer_config.json").write_bytes(
+        b'\xef\xbb\xbf{"eos_token": "</s>", "chat_template": "old", "x": "\xc3\xa9"}'
+    )
+    (student / "chat_template.json").write_text('{"chat_template": "old"}')
+    (tmp_path / "new.jinja").write_bytes(b"\xef\xbb\xbfnew")
+    template = str(tmp_path / "new.jinja")
+    out = export_hf(tmp_path / "out", *load_model(student), student, chat_template=template)
+    assert (out / "chat_template.jinja").read_bytes() == b"new"
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"eos_token": "</s>", "x": "é"}
+    assert not (out / "chat_template.json").exists()
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "the template", "given"])
+def test_a_byte_order_mark_is_not_part_of_a_template(place, pair_folders, tmp_path):
+    folder, given = shutil.copytree(pair_folders[0], tmp_path / "student"), None
+    mark, config = "\ufeff", json.loads((folder / "tokenizer_config.json").read_text())
+    if place in ("chat_template.jinja", "given"):
+        given = folder / place
+        given.write_text(mark + "x")
+    else:
+        inside = mark if place == "the template" else ""
+        text = json.dumps(config | {"chat_template": inside + "x"})
+        (folder / "tokenizer_config.json").write_text(mark.removeprefix(inside) + text)
+    chosen = str(given) if place == "given" else None
+    tokenizer = Tokenizer.load(folder, compare_auto=False, chat_template=chosen)
+    assert tokenizer.chat_template == "x"
+    assert tokenizer.roles["eos"] == Tokenizer.load(pair_folders[0], compare_auto=False).roles["eos"]
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "config_after", "generation_after"),
+    [
+        (2, {"eos_token_id": 2, "top_k": 3}, [2, 5], {"eos_token_id": [2, 5], "top_k": 3}),
+        ([2, 5], {"eos_token_id": [5]}, [2, 5], {"eos_token_id": [5]}),
+        (2, {"top_k": 3}, [2, 5], {"eos_token_id": [2, 5], "top_k": 3}),
+        (None, None, 5, None),
+        (5, None, 5, None),
+    ],
+)
+def test_the_ends_that_were_learnt_are_named(config, generation, config_after, generation_after, tmp_path):
+    student = tiny.copy("llama3", tmp_path / "student", eos_token_id=config)
+    if generation is not None:
+        (student / "generation_config.json").write_text(json.dumps(generation))
+    out = export_hf(tmp_path / "out", *load_model(student), student, ends=[5])
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == config_after
+    path = out / "generation_config.json"
+    assert (json.loads(path.read_text()) if path.is_file() else None) == generation_after
 
 
 @pytest.mark.parametrize("step", ["save_weights", "_swap_in"])

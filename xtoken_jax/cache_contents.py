@@ -16,6 +16,8 @@ from xtoken_jax.models.config import read_config
 from xtoken_jax.models.load import Start
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
+DAY = "data.day"  # key of the date that chat templates write, where one does
+
 _SAMPLES, _SAMPLE = 64, 4096  # of a file of weights, and bytes of each
 
 

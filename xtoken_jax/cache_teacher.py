@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xtoken_jax.cache_contents import of_held_out, of_teacher, of_text
+from xtoken_jax.cache_contents import DAY, of_held_out, of_teacher, of_text
 from xtoken_jax.cache_run import BINS, Part, TeacherRun
 from xtoken_jax.config import Experiment
 from xtoken_jax.data.config import DataConfig
@@ -91,7 +92,7 @@ def cache_teacher(
     agree_on_settings(experiment, {"--teacher": teacher, "--out": str(out), **_named(keep)})
     mesh = make_mesh(experiment.mesh)
     check_batch_size(mesh, experiment.data.batch_size)
-    student, pairs = open_tokenizers(experiment)
+    student, pairs = open_tokenizers(experiment, from_first(lambda: _day_of(out)))
     size = pairs[teacher].teacher.size
     if keep.top_k is not None and keep.top_k >= size:
         keep = keep._replace(top_k=None)
@@ -122,6 +123,13 @@ def cache_teacher(
             if is_first():
                 index.write(out)
     return summarized(index, rate) if is_first() else None
+
+
+def _day_of(out: Path) -> str:
+    """The date that chat templates write in the cache at `out`; today's for a new one."""
+    index = read_index(out)
+    day = None if index is None else index.made_of.get(DAY)
+    return datetime.date.today().isoformat() if day is None else day
 
 
 def _named(keep: Keep) -> dict[str, Any]:

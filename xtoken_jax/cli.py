@@ -144,6 +144,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of one file of weights; more than that becomes several with an index (default: 5GB)",
     )
 
+    sub.add_argument(
+        "--overwrite", action="store_true", help="replace DIR even if this run did not write what it holds"
+    )
+
     sub = command(
         "report",
         _report,
@@ -252,14 +256,17 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
 def _export(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.runs import export_checkpoint
 
-    step = export_checkpoint(
+    step, ends = export_checkpoint(
         options.run_folder,
         options.step,
         options.out,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
     )
-    console.print(f"step {step} of {options.run_folder} -> {options.out}")
+    console.print(f"step {step} of {options.run_folder} -> {options.out}", markup=False)
+    if ends is not None:
+        console.print(f"ends     {ends}", markup=False)
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> None:

@@ -110,13 +110,25 @@ def _load_pair(options: argparse.Namespace, console: Console) -> TokenizerPair:
 
 def _audit(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.coverage.audit import audit
+    from xtoken_jax.data.markers import spelled_markers
+    from xtoken_jax.data.shapes import text_of
+    from xtoken_jax.data.sources import read_documents
     from xtoken_jax.display.audit_table import show_audit
     from xtoken_jax.projection.cache import cached_projection
 
+    critical, documents = (
+        None if path is None else read_documents(source_of(path))
+        for path in (options.critical_file, options.text_file)
+    )
     critical_text, text = (
-        None if path is None else _read_texts(path) for path in (options.critical_file, options.text_file)
+        None if part is None else [text_of(document) for document in part] for part in (critical, documents)
     )
     pair = _load_pair(options, console)
+    if documents is not None:
+        tokenizers = pair.student, pair.teacher
+        line = spelled_markers(options.text_file, documents, tokenizers, sample=len(documents))
+        if line is not None:
+            console.print(f"warning: {line}", markup=False, style="yellow")
     projection = cached_projection(pair)
     found = audit(pair, projection, critical_tokens=options.critical, critical_text=critical_text, text=text)
     if options.json:
@@ -130,13 +142,6 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
         draw_audit(found, options.picture)
         draw_row(pair, projection, options.critical or None, rows)
         console.print(f"coverage  {options.picture}\nrows      {rows}")
-
-
-def _read_texts(path: str) -> list[str]:
-    from xtoken_jax.data.shapes import text_of
-    from xtoken_jax.data.sources import read_documents
-
-    return [text_of(document) for document in read_documents(source_of(path))]
 
 
 def source_of(path: str) -> SourceConfig:

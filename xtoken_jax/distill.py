@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,15 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.cache_contents import of_held_out, of_text
+from xtoken_jax.cache_contents import DAY, of_held_out, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
+from xtoken_jax.data.documents import Documents
+from xtoken_jax.data.ends import learnt_ends
+from xtoken_jax.data.markers import SAMPLE, spelled_markers
 from xtoken_jax.data.sources import read_sources
-from xtoken_jax.export import export_hf
+from xtoken_jax.export import check_replaceable
 from xtoken_jax.files import write_whole, writing
 from xtoken_jax.held_out import Figures, held_out_parts, read_held_out
 from xtoken_jax.hosts import from_first
@@ -29,7 +33,7 @@ from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.files import save_projection
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
-from xtoken_jax.runs import agree, agree_on, claim, contents
+from xtoken_jax.runs import agree, agree_on, claim, contents, day_of, export_student, folders_to_keep
 from xtoken_jax.teachers import (
     Pairs,
     Teachers,
@@ -92,7 +96,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
     check_batch_size(mesh, experiment.data.batch_size, experiment.train.accumulate)
     configs = experiment.every_teacher()
     with jax.set_mesh(mesh):
-        tokenizer, pairs = open_tokenizers(experiment)
+        tokenizer, pairs = open_tokenizers(experiment, from_first(lambda: day_of(run, experiment)))
         key = jax.random.key(experiment.train.seed)
         introduce(console, "student", tokenizer)
         student, params = open_model(experiment.student, tokenizer.size, mesh=mesh, key=key)
@@ -109,6 +113,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             held_out_text = read_held_out(experiment)
             held_out = held_out_parts(experiment, tokenizer, pairs, held_out_text)
         templates = chat_templates(tokenizer, pairs, [*train_text.values(), *held_out_text.values()])
+        if DAY in templates:
+            console.print(f"day      {templates[DAY]}: the date that chat templates write in this run")
         for cache in teachers.caches.values():
             cache.check(of_text(train_text) | templates)
         rows = rows_here(mesh, experiment.data.batch_size)
@@ -116,6 +122,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         batches = training_batches(pairs, train_text, experiment.data, rows=rows)
         counts = ", ".join(f"{len(documents):,} of {name}" for name, documents in train_text.items())
         console.print(f"text     documents: {counts}", markup=False)
+        for line in _spelled({"train": train_text, "validation": held_out_text}, pairs):
+            console.print(f"warning  {line}", markup=False, style="yellow")
         made_of = contents(
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
             {key_of(name, "projection"): projection for name, projection in teachers.projections.items()},
@@ -128,7 +136,9 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         for name, cache in teachers.caches.items():
             made_of |= {f"{group_of(name)}.cache": cache.index.checksum}
         agree_on(made_of)
-        for change in from_first(lambda: [str(d) for d in claim(run, experiment, made_of)]):
+        from_first(lambda: _check_student_folder(run, experiment))
+        ends = learnt_ends(tokenizer, train_text)
+        for change in from_first(lambda: [str(d) for d in claim(run, experiment, made_of, ends)]):
             console.print(f"warning  {change}: goes on all the same", markup=False, style="yellow")
 
         def one_run(
@@ -195,10 +205,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         figures["distilled" if configs else "trained"] = end
 
         out = run / STUDENT_FOLDER
-        dtype = experiment.export_dtype.value
-        folder = resolve_folder(str(experiment.student.path), weights=False)
-        template = experiment.student.chat_template
-        export_hf(out, student, trained, folder, dtype=dtype, donate=True, chat_template=template)
+        if (added := export_student(run, out, student, trained, overwrite=True)) is not None:
+            console.print(f"ends     {added}", markup=False)
     kind = kinds.get(FIRST_TEACHER, LossKind.none)
     result: dict[str, object] = {"loss": kind.value, "figures": figures}
     if len(kinds) > 1:
@@ -211,6 +219,28 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
 
     picture = Path(from_first(write))
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
+
+
+def _spelled(texts: Mapping[str, Mapping[str, Documents]], pairs: Pairs) -> list[str]:
+    """Warnings about sources whose texts spell control tokens; one for a file that is read twice."""
+    tokenizers = [tokenizer for pair in pairs.values() for tokenizer in (pair.student, pair.teacher)]
+    lines: dict[str, str] = {}
+    for part, sources in texts.items():
+        for name, documents in sources.items():
+            if documents.shape.messages is None and documents.digest not in lines:
+                option = None if documents.shape.prompt else f"data.{part}.{name}.markers"
+                sample = min(SAMPLE, documents.read_ahead)
+                line = spelled_markers(name, documents, tokenizers, option=option, sample=sample)
+                if line is not None:
+                    lines[documents.digest] = line
+    return [*lines.values()]
+
+
+def _check_student_folder(run: Path, experiment: Experiment) -> None:
+    """Refuse, before training, a run whose exported student would replace one of its models."""
+    folder = resolve_folder(str(experiment.student.path), weights=False)
+    keep = folders_to_keep(run, experiment)
+    check_replaceable(run / STUDENT_FOLDER, folder, overwrite=True, keep=keep)
 
 
 def _ends(folder: Path) -> tuple[Figures, Figures]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
@@ -15,16 +15,11 @@ from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_files import INDEX, WEIGHTS
 from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE, is_weights, save_weights, stored_dtypes
+from xtoken_jax.models.hf_side_files import COPIED, side_files
 from xtoken_jax.models.lora import merge_lora
 
 CONFIG = "config.json"
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
+MARKER = "xtoken.json"  # names the run that a folder was exported from
 SOURCE = "source"
 
 
@@ -38,29 +33,38 @@ def export_hf(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     donate: bool = False,
     chat_template: str | None = None,
+    ends: Sequence[int] = (),
+    run: str | None = None,
+    overwrite: bool = False,
+    keep: Sequence[str | Path] = (),
 ) -> Path:
     """Writes config.json, safetensors and the student's tokenizer files; returns `out_dir`.
 
     Everything is written to a hidden folder beside `out_dir`, which then takes its place: a killed export
     leaves what was there or the new folder, whole. config.json has the values of the one that the model was
-    read from, but for the dtype.
+    read from, except for the dtype and `eos_token_id`.
 
     Args:
-        out_dir: a new or empty folder, or an earlier export.
+        out_dir: a new or empty folder, or an earlier export of the same run.
         params: the model's parameters; of several processes, all must call this, and process 0 writes.
             Adapters are merged into their kernels.
-        tokenizer_folder: the student's folder; tokenizer.json, tokenizer_config.json,
-            special_tokens_map.json, generation_config.json and chat_template.jinja are copied where present.
+        tokenizer_folder: the student's folder; files of its tokenizer, its chat template and
+            generation_config.json are copied where present.
         dtype: of the stored weights: "float32", "bfloat16" or "float16"; or "source", by which each tensor
             has the dtype that it has in `tokenizer_folder`, so that a model that was not trained is written
             as it was read. (Training runs in float32: for a trained student this rounds.)
         max_shard_size: bytes of weights in a file, a number or such as "5GB"; see `save_weights`.
         donate: merge adapters in the memory of `params`, which cannot be used afterwards.
         chat_template: a Jinja file in place of the folder's template.
+        ends: ids of the tokens that the model was trained to end a text or a turn with; they are added to
+            `eos_token_id` in config.json and generation_config.json.
+        run: identity of the run, stored in the folder. None stands for the student's folder.
+        overwrite: also replace a folder that is not an earlier export of the same run.
+        keep: further folders that must not be replaced, nor a folder around them, such as the teacher's.
 
     Raises:
-        UserError: a folder in the way that is not an export, no tokenizer folder, no weights there for
-            "source", no room or permission to write, or what `save_weights` refuses.
+        UserError: a folder in the way that is not an earlier export of this run, no tokenizer folder, no
+            weights there for "source", no room or permission to write, or what `save_weights` refuses.
     """
     out, source = Path(out_dir).resolve(), Path(tokenizer_folder)
     if not source.is_dir():
@@ -70,9 +74,14 @@ def export_hf(
         dtypes = stored_dtypes(source, dataclasses.replace(model, lora=None))
     partial = out.parent / f".{out.name}.partial"
 
+    config = model.config.to_hf()
+    identity = {"run": run} if run is not None else {"student": str(source.resolve())}
+
     def begin() -> None:
+        check_replaceable(out, source, run=run, overwrite=overwrite, keep=keep)
         with writing(out):
-            _make_way(out, source, partial)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
 
     from_first(begin)
     if model.lora is not None:
@@ -81,21 +90,19 @@ def export_hf(
         model, params = merge_lora(model, params, dtype=wide, donate=donate)
 
     def write() -> None:
-        copied = {name: (source / name).read_bytes() for name in COPIED if (source / name).is_file()}
-        if chat_template is not None:
-            copied["chat_template.jinja"] = Path(chat_template).expanduser().read_bytes()
+        files, _ = side_files(source, config, ends, chat_template)
+        files[MARKER] = (json.dumps({"exported_by": "xtoken", **identity}) + "\n").encode()
         with writing(out):
-            write_beside(copied)
+            write_beside(files)
 
-    def write_beside(copied: dict[str, bytes]) -> None:
+    def write_beside(files: dict[str, bytes]) -> None:
         save_weights(partial, model, params, dtype=dtypes, max_shard_size=max_shard_size)
-        config = model.config.to_hf()
         if dtype != SOURCE:
             # in the spelling that it has: two of them might disagree
             spellings = [key for key in ("dtype", "torch_dtype") if key in config]
-            config |= dict.fromkeys(spellings or ["torch_dtype"], dtype)
+            config.update(dict.fromkeys(spellings or ["torch_dtype"], dtype))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, content in copied.items():
+        for name, content in files.items():
             (partial / name).write_bytes(content)
         for path in [*partial.iterdir(), partial]:
             to_disk(path)
@@ -111,25 +118,55 @@ def export_hf(
     return Path(out_dir)
 
 
-def _make_way(out: Path, source: Path, partial: Path) -> None:
-    _check_replaceable(out, source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+def check_replaceable(
+    out_dir: str | Path,
+    source: Path,
+    *,
+    run: str | None = None,
+    overwrite: bool = False,
+    keep: Sequence[str | Path] = (),
+) -> None:
+    """Check that an export may take the place of what is at `out_dir`; the arguments are `export_hf`'s.
 
-
-def _check_replaceable(out: Path, source: Path) -> None:
+    Raises:
+        UserError: a file is there, a folder that must be kept, or one that is not an earlier export of the
+            same run and `overwrite` is false.
+    """
+    out = Path(out_dir).resolve()
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError(f"cannot export to {out}: it is a file")
-    if out.samefile(source):
-        raise UserError(f"cannot export to {out}: it is the student's own folder")
+        raise UserError(f"cannot export to {out}: it is a file; name a new folder")
+    if out == source.resolve():
+        raise UserError(f"cannot export to {out}: it is the student's own folder; name a new folder")
+    for path in (source, *keep, Path.cwd(), Path.home()):
+        place = Path(path).expanduser().resolve()
+        if place.is_relative_to(out):
+            what = "it is" if place == out else "it is around"
+            raise UserError(f"cannot export to {out}: {what} {path}, which must be kept; name a new folder")
     names = {path.name for path in out.iterdir()}
-    others = sorted(name for name in names - {CONFIG, *COPIED} if not is_weights(name))
+    if not names or overwrite:
+        return
+    if (reason := _foreign(out, names, source, run)) is not None:
+        raise UserError(
+            f"cannot export to {out}: {reason}; name a new folder, or replace it with --overwrite"
+        )
+
+
+def _foreign(out: Path, names: set[str], source: Path, run: str | None) -> str | None:
+    """Why a folder of these files is not an earlier export of the same run; None where it is one."""
+    others = sorted(name for name in names - {CONFIG, MARKER, *COPIED} if not is_weights(name))
     if others:
-        raise UserError(f"cannot export to {out}: it holds {others[0]}, which is not part of an export")
-    if names and not (CONFIG in names and names & {WEIGHTS, INDEX}):
-        raise UserError(f"cannot export to {out}: it is not empty and not an earlier export")
+        return f"it holds {others[0]}, which is not part of an export"
+    if not (CONFIG in names and names & {WEIGHTS, INDEX}):
+        return "it is not empty and not an earlier export"
+    try:
+        marker = json.loads((out / MARKER).read_bytes())
+    except (OSError, ValueError):
+        return "it holds a model that this run did not export"
+    key, value = ("run", run) if run is not None else ("student", str(source.resolve()))
+    same = isinstance(marker, dict) and marker.get(key) == value
+    return None if same else "it holds the export of another run"
 
 
 def _swap_in(partial: Path, out: Path) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
+import tokenizers
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from xtoken_jax.cache_contents import DAY
 from xtoken_jax.checksum import checksum
 from xtoken_jax.config import Experiment
+from xtoken_jax.data.teacher_cache import read_index
 from xtoken_jax.errors import UserError
-from xtoken_jax.export import SOURCE, export_hf
+from xtoken_jax.export import SOURCE, check_replaceable, export_hf
 from xtoken_jax.files import partial_path, write_whole
 from xtoken_jax.hosts import from_first, gather
 from xtoken_jax.hub import resolve_folder
@@ -25,6 +29,7 @@ from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models.config import read_config
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE
+from xtoken_jax.models.hf_side_files import side_files
 from xtoken_jax.models.load import open_model
 from xtoken_jax.models.lora import join_lora, split_lora
 from xtoken_jax.projection.matrix import Projection
@@ -41,6 +46,8 @@ from xtoken_jax.train.step import abstract_state
 RUN_FILE = "run.json"  # the settings, and beside them:
 CONTENTS = "contents"
 SWEEP_FOLDER = "sweep"  # of runs that were swept from the same name; not of this one
+IDENTITY = "id"  # hash of the settings and contents that it began with; exported folders name it
+ENDS = "ends"  # ids of the tokens that end a text or a turn in the training text
 CHANGES = "changes"  # what differed, one line each, where a run went on all the same
 _PATIENCE = 30.0  # seconds until what one host writes is seen by all
 _NAMED = 3  # differences that an error names
@@ -166,13 +173,44 @@ def contents(
     return found
 
 
-def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list[Difference]:
+class _RunFile(NamedTuple):
+    """Content of a run's RUN_FILE: settings, contents, identity, ends and changes."""
+
+    experiment: Experiment
+    made_of: dict[str, str] | None
+    identity: str | None
+    ends: list[int]
+    changes: list[str]
+
+
+def day_of(run: Path, experiment: Experiment) -> str:
+    """The date that a run's chat templates write: its first day's, also where it resumes.
+
+    A run that reads a teacher cache takes the date that the cache was made with.
+
+    Raises:
+        UserError: a RUN_FILE or a cache that cannot be read.
+    """
+    made_of = (_read(run / RUN_FILE).made_of or {}) if (run / RUN_FILE).is_file() else {}
+    if DAY in made_of:
+        return made_of[DAY]
+    caches = [Path(t.cache).expanduser() for t in experiment.every_teacher().values() if t.cache is not None]
+    for index in map(read_index, caches):
+        if index is not None and DAY in index.made_of:
+            return index.made_of[DAY]
+    return datetime.date.today().isoformat()
+
+
+def claim(
+    run: Path, experiment: Experiment, made_of: Mapping[str, str], ends: Sequence[int] = ()
+) -> list[Difference]:
     """Make the run's folder, or accept the one there if it holds this very experiment.
 
     Args:
         run: the folder.
         experiment: its settings; `resume.allow` says which differences are accepted.
         made_of: its `contents`.
+        ends: ids of the tokens that end a text or a turn in its training text.
 
     Returns:
         The differences that were accepted. They are kept in the folder, whose settings and contents are
@@ -185,8 +223,9 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
     path = run / RUN_FILE
     different: list[Difference] = []
     changes: list[str] = []
+    identity = None
     if path.is_file():
-        begun, there, changes = _read(path)
+        begun, there, identity, ends_there, changes = _read(path)
         different = [*differences(_settings(begun), mine), *_flat_differences(there or made_of, made_of)]
         refused = [d for d in different if not covers(experiment.resume.allow, d.key)]
         if refused:
@@ -198,7 +237,7 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
                 f"run_dir=..., delete that folder, or go on all the same with resume.allow=[{','.join(keys)}]"
             )
         _keep_learnt(run, begun, experiment, {d.key for d in _flat_differences(there or made_of, made_of)})
-        if there is not None and not different:
+        if there is not None and identity is not None and ends_there == list(ends) and not different:
             return []
     elif run.exists() and (not run.is_dir() or set(run.iterdir()) - {partial_path(path), run / SWEEP_FOLDER}):
         raise UserError(f"{run}: exists and is not a run's folder; choose another run_dir=...")
@@ -206,7 +245,11 @@ def claim(run: Path, experiment: Experiment, made_of: Mapping[str, str]) -> list
         run.mkdir(parents=True, exist_ok=True)
         changes += [str(d) for d in different]
         settings = {key: value for key, value in mine.items() if key not in ("run_dir", "resume")}
-        content = settings | {CONTENTS: dict(made_of)} | ({CHANGES: changes} if changes else {})
+        if identity is None:
+            begun_with = json.dumps([settings, dict(made_of)], sort_keys=True)
+            identity = hashlib.sha256(begun_with.encode()).hexdigest()[:16]
+        content = settings | {IDENTITY: identity, ENDS: list(ends)}
+        content |= {CONTENTS: dict(made_of)} | ({CHANGES: changes} if changes else {})
         write_whole(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error.strerror}); choose another run_dir=...") from error
@@ -244,7 +287,7 @@ def finished(run: Path, experiment: Experiment) -> dict[str, Any] | None:
     """What result.json says of a run with these very settings; None where it has not ended, or is another."""
     if not ((run / RUN_FILE).is_file() and (run / RESULT_FILE).is_file()):
         return None
-    begun, _, _ = _read(run / RUN_FILE)
+    begun = _read(run / RUN_FILE).experiment
     different = differences(_settings(begun), _settings(experiment))
     return None if different else _read_object(run / RESULT_FILE)
 
@@ -264,18 +307,75 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read(path: Path) -> tuple[Experiment, dict[str, str] | None, list[str]]:
-    """Settings, contents and changes; a setting that came up after the run began is as by default."""
+def _read(path: Path) -> _RunFile:
+    """Read a RUN_FILE; a setting that came up after the run began has its default."""
     found = _read_object(path)
     made_of, changes = found.pop(CONTENTS, None), found.pop(CHANGES, [])
+    identity, ends = found.pop(IDENTITY, None), found.pop(ENDS, [])
     try:
         typed = OmegaConf.merge(OmegaConf.structured(Experiment), found)
-        return cast(Experiment, OmegaConf.to_object(typed)), made_of, changes
+        return _RunFile(cast(Experiment, OmegaConf.to_object(typed)), made_of, identity, ends, changes)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or path.name
         raise UserError(
             f"{path}: {key} is no setting of this version of xtoken; choose another run_dir=..."
         ) from error
+
+
+def _read_run(run: Path) -> _RunFile:
+    path = run / RUN_FILE
+    if not path.is_file():
+        raise UserError(f"{run}: not a run's folder, it has no {RUN_FILE}")
+    return _read(path)
+
+
+def folders_to_keep(run: Path, experiment: Experiment) -> list[Path]:
+    """Folders that no export of the run may replace: its own, its teachers' and their caches."""
+    teachers = experiment.every_teacher().values()
+    paths = [path for teacher in teachers for path in (teacher.path, teacher.cache) if path is not None]
+    return [run, *(place for path in paths if (place := Path(path).expanduser()).is_dir())]
+
+
+def export_student(
+    run: Path,
+    out: Path,
+    student: Model,
+    params: Params,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+) -> str | None:
+    """Write a run's student as a Hugging Face folder, in the memory of `params`.
+
+    Args:
+        run: the run's folder.
+        out: the folder to write.
+        student, params: the model; of several processes, all must call this.
+        dtype, max_shard_size, overwrite: as in `export_hf`; None for the run's export_dtype.
+
+    Returns:
+        A line about the tokens that were added to `eos_token_id`; None where none was.
+
+    Raises:
+        UserError: what `export_hf` refuses.
+    """
+    begun = _read_run(run)
+    config = begun.experiment.student
+    dtype = begun.experiment.export_dtype.value if dtype is None else dtype
+    folder = resolve_folder(str(config.path), weights=dtype == SOURCE)
+    export_hf(
+        out, student, params, folder,
+        dtype=dtype, max_shard_size=max_shard_size, donate=True, chat_template=config.chat_template,
+        ends=begun.ends, run=begun.identity, overwrite=overwrite,
+        keep=folders_to_keep(run, begun.experiment),
+    )  # fmt: skip
+    _, added = side_files(folder, student.config.to_hf(), begun.ends, config.chat_template)
+    if not added:
+        return None
+    spelled = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    names = ", ".join(f"{spelled.id_to_token(end)} ({end})" for end in added)
+    return f"{names} ends what the student learnt to write; added to eos_token_id of the exported folder"
 
 
 def export_checkpoint(
@@ -285,7 +385,8 @@ def export_checkpoint(
     *,
     dtype: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
-) -> int:
+    overwrite: bool = False,
+) -> tuple[int, str | None]:
     """Write the student of a run's checkpoint as a Hugging Face folder.
 
     Args:
@@ -294,19 +395,19 @@ def export_checkpoint(
         out: the folder to write.
         dtype: of the stored weights, as `export_hf` takes it; None for the run's export_dtype.
         max_shard_size: bytes of weights in a file, a number or such as "5GB".
+        overwrite: also replace a folder that is not an earlier export of this run.
 
     Returns:
-        The step that was written.
+        The step that was written, and the line that `export_student` returns.
 
     Raises:
         UserError: no run there, no such checkpoint, or a folder that cannot be written.
     """
-    path = run / RUN_FILE
-    if not path.is_file():
-        raise UserError(f"{run}: not a run's folder, it has no {RUN_FILE}")
-    experiment, _, _ = _read(path)
-    dtype = experiment.export_dtype.value if dtype is None else dtype
+    begun = _read_run(run)
+    experiment = begun.experiment
     folder = resolve_folder(str(experiment.student.path), weights=dtype == SOURCE)
+    keep = folders_to_keep(run, experiment)
+    check_replaceable(out, folder, run=begun.identity, overwrite=overwrite, keep=keep)
     mesh = single_device_mesh()
     student, frozen = Model(read_config(folder)), {}
     if experiment.student.lora.rank:  # the checkpoint holds the adapters alone
@@ -323,9 +424,7 @@ def export_checkpoint(
         learnt = abstract_learnt(checkpoints.projection_shapes(found), of_projections, mesh)
         state, _ = checkpoints.restore(found, abstract_state(student, optimizer, mesh, learnt))
     params = join_lora(state.params, frozen)
-    template = experiment.student.chat_template
-    export_hf(
-        out, student, params, folder,
-        dtype=dtype, max_shard_size=max_shard_size, donate=True, chat_template=template,
-    )  # fmt: skip
-    return found
+    added = export_student(
+        run, out, student, params, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
+    )
+    return found, added

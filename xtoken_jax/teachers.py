@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.cache_contents import of_teacher
+from xtoken_jax.cache_contents import DAY, of_teacher
 from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
 from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data.documents import Documents
@@ -54,8 +55,12 @@ class _Term(NamedTuple):
     projection: Projection | None = None
 
 
-def open_tokenizers(experiment: Experiment) -> tuple[Tokenizer, Pairs]:
+def open_tokenizers(experiment: Experiment, day: str | None = None) -> tuple[Tokenizer, Pairs]:
     """The student's, and its pair with each teacher's by name; each with its chat template or the named one.
+
+    Args:
+        experiment: names their folders.
+        day: the date that chat templates write, such as 2026-11-29; None for today.
 
     Raises:
         UserError: what `Tokenizer.load` refuses, with whose tokenizer it is.
@@ -63,9 +68,10 @@ def open_tokenizers(experiment: Experiment) -> tuple[Tokenizer, Pairs]:
 
     def load(group: str, config: ModelConfig) -> Tokenizer:
         try:
-            return Tokenizer.load(str(config.path), chat_template=config.chat_template)
+            tokenizer = Tokenizer.load(str(config.path), chat_template=config.chat_template)
         except UserError as error:
             raise UserError(f"{group}: {error}") from error
+        return tokenizer if day is None else replace(tokenizer, day=datetime.date.fromisoformat(day))
 
     student = load("student", experiment.student)
     every = experiment.every_teacher()
@@ -73,12 +79,16 @@ def open_tokenizers(experiment: Experiment) -> tuple[Tokenizer, Pairs]:
 
 
 def chat_templates(student: Tokenizer, pairs: Pairs, texts: Sequence[Documents]) -> dict[str, str]:
-    """Key -> fingerprint of each side's chat template, where there are conversations to render."""
+    """Key -> fingerprint of each side's chat template, where there are conversations to render.
+
+    `DAY` is among them if a template writes the date.
+    """
     if not any(documents.shape.messages for documents in texts):
         return {}
     teachers = {group_of(name): pair.teacher for name, pair in pairs.items() if pair.teacher is not student}
     sides = {"student": student} | teachers
-    return {
+    dated = any("strftime_now" in (tokenizer.chat_template or "") for tokenizer in sides.values())
+    return ({DAY: student.day.isoformat()} if dated else {}) | {
         f"{side}.chat_template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16]
         for side, tokenizer in sides.items()
     }

@@ -203,7 +203,7 @@ def test_a_run_goes_on_from_its_adapters_and_ends_in_an_ordinary_folder(words, t
     assert "goes on from step 2" in console.file.getvalue()
     assert trace("cut") == trace("whole")
     assert [step for step, _ in trace("cut")] == [1, 2, 3, 4]
-    assert export_checkpoint(tmp_path / "whole", None, tmp_path / "again") == 4
+    assert export_checkpoint(tmp_path / "whole", None, tmp_path / "again")[0] == 4
     files = [tmp_path / name / WEIGHTS for name in ("whole/student", "cut/student", "again")]
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
 

@@ -154,7 +154,7 @@ def test_a_run_with_two_teachers_ends_in_figures_of_both_and_goes_on(words, tmp_
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         np.testing.assert_allclose(row["kd"], 0.8 * row["kd/teacher"] + 0.2 * row["kd/twin"], rtol=1e-5)
-    assert export_checkpoint(tmp_path / "run", 1, tmp_path / "first") == 1
+    assert export_checkpoint(tmp_path / "run", 1, tmp_path / "first")[0] == 1
     assert distill(experiment("train.steps=2"), console).figures == result.figures
     with pytest.raises(UserError, match=r"teachers\.twin\.weight=0\.2 there, 0\.3 here"):
         distill(experiment("train.steps=2", "teachers.twin.weight=0.3"), console)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Protocol, overload
 
-from xtoken_jax.data.shapes import Conversation, Document, Shape, document_of, says_nothing
+from xtoken_jax.data.shapes import Conversation, Document, Marked, Shape, document_of, says_nothing
 from xtoken_jax.errors import UserError
 
 # What is read when a source is opened, so that most mistakes end a run before it begins.
@@ -46,14 +46,22 @@ class Documents(Sequence[Document]):
 
     Attributes:
         shape: which keys hold what, and what is to be learnt.
+        read_ahead: the number of first records that `look_ahead` read.
     """
 
-    def __init__(self, records: Records, shape: Shape, *, name: str, limit: int | None = None) -> None:
-        """The first `limit` records; `name` is that of the source, for errors."""
+    def __init__(
+        self, records: Records, shape: Shape, *, name: str, limit: int | None = None, marked: bool = False
+    ) -> None:
+        """The first `limit` records; `name` is that of the source, for errors.
+
+        With `marked`, special tokens that a text spells are these tokens.
+        """
         self._records = records
         self._name = name
         self._count = len(records) if limit is None else min(limit, len(records))
+        self._marked = marked
         self.shape = shape
+        self.read_ahead = 0
 
     def __len__(self) -> int:
         return self._count
@@ -67,7 +75,8 @@ class Documents(Sequence[Document]):
             return [self[n] for n in range(self._count)[number]]
         number = range(self._count)[number]
         record = self._records.read(number, self.shape.keys)
-        return document_of(self.shape, record, lambda: self.where(number))
+        document = document_of(self.shape, record, lambda: self.where(number))
+        return Marked(document) if self._marked and isinstance(document, str) else document
 
     def where(self, number: int) -> str:
         """File and line of a document, or what its format has in their place."""
@@ -82,7 +91,8 @@ class Documents(Sequence[Document]):
         1 GiB: a change of a few bytes in the midst of such files can go unseen. Names and times do not
         count, so that a copy on another machine is the same data; another compression is not.
         """
-        return f"{self._count} documents, sha256 {self._records.fingerprint(self.shape.keys)[:16]}"
+        marked = ", markers read as tokens" if self._marked else ""
+        return f"{self._count} documents, sha256 {self._records.fingerprint(self.shape.keys)[:16]}{marked}"
 
     def look_ahead(self) -> None:
         """Read the first 10,000 documents, or 64 MiB of them, and on to the first that says anything.
@@ -93,6 +103,7 @@ class Documents(Sequence[Document]):
         characters, spoke = 0, False
         for number in range(self._count):
             document = self[number]
+            self.read_ahead = number + 1
             spoke = spoke or not says_nothing(document)
             characters += _size(document)
             if spoke and (number + 1 >= _READ_AHEAD or characters >= _READ_AHEAD_CHARACTERS):

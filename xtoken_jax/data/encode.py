@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from xtoken_jax.alignment.chat import align_chats_together
 from xtoken_jax.alignment.prompts import align_completions_together
 from xtoken_jax.alignment.rows import cut_together, with_document_marks
 from xtoken_jax.alignment.spans import Side, Spans, align_texts_together
 from xtoken_jax.data.config import DataConfig
-from xtoken_jax.data.shapes import Conversation, Document, Exchange, says_nothing, text_of
+from xtoken_jax.data.shapes import Conversation, Document, Exchange, Marked, says_nothing, text_of
 from xtoken_jax.errors import UserError
-from xtoken_jax.tokens.tokenizer import TokenizerPair
+from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 LITTLE = 2**19  # student tokens, a second or two of tokenizing
 _AT_ONCE = 256  # documents tokenized in one call: enough to keep all cores busy
@@ -76,7 +78,7 @@ def _how(document: Document) -> _Align:
         return _chats if document.targets == "assistant" else _whole_chats
     if isinstance(document, Exchange) and document.targets == "completion":
         return _exchanges
-    return _texts
+    return _rendered if isinstance(document, Marked) else _texts
 
 
 def _empty(pairs: Sequence[TokenizerPair], documents: Sequence[Document]) -> list[tuple[Spans, ...]]:
@@ -85,6 +87,36 @@ def _empty(pairs: Sequence[TokenizerPair], documents: Sequence[Document]) -> lis
 
 def _texts(pairs: Sequence[TokenizerPair], documents: Sequence[str | Exchange]) -> list[tuple[Spans, ...]]:
     return _marked(pairs, align_texts_together(pairs, [text_of(document) for document in documents]))
+
+
+def _rendered(pairs: Sequence[TokenizerPair], documents: Sequence[str]) -> list[tuple[Spans, ...]]:
+    """Texts whose markers are tokens; a document mark that a text spells itself is not added again."""
+    reading = [TokenizerPair(_reads_markers(pair.student), _reads_markers(pair.teacher)) for pair in pairs]
+    rows = align_texts_together(reading, documents)
+    return [
+        tuple(
+            with_document_marks(_unmarked(pair, spans), spans) for pair, spans in zip(pairs, row, strict=True)
+        )
+        for row in rows
+    ]
+
+
+def _reads_markers(tokenizer: Tokenizer) -> Tokenizer:
+    return replace(tokenizer, backend=tokenizer.markup_backend)
+
+
+def _unmarked(pair: TokenizerPair, spans: Spans) -> TokenizerPair:
+    """The pair without the document marks that a row has on that side."""
+
+    def without(tokenizer: Tokenizer, ids: np.ndarray) -> Tokenizer:
+        bos, eos = (tokenizer.roles.get(role) for role in ("bos", "eos"))
+        if len(ids) and ids[0] == bos:
+            tokenizer = replace(tokenizer, adds_bos=False)
+        if len(ids) and ids[-1] == eos:
+            tokenizer = replace(tokenizer, roles={r: i for r, i in tokenizer.roles.items() if r != "eos"})
+        return tokenizer
+
+    return TokenizerPair(without(pair.student, spans.student.ids), without(pair.teacher, spans.teacher.ids))
 
 
 def _exchanges(pairs: Sequence[TokenizerPair], documents: Sequence[Exchange]) -> list[tuple[Spans, ...]]:

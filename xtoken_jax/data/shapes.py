@@ -24,6 +24,10 @@ class Targets(Enum):
     all = "all"
 
 
+class Marked(str):
+    """A text in which special tokens that it spells are these tokens, as in a rendered conversation."""
+
+
 @dataclass(frozen=True)
 class Exchange:
     """A prompt and its completion, which continue one another as they stand.

@@ -22,6 +22,13 @@ from xtoken_jax.data.tfds import TfdsExamples, is_prepared
 from xtoken_jax.errors import UserError
 
 
+class Markers(Enum):
+    """What a special token is that a text spells, such as <|im_start|>."""
+
+    text = "text"
+    tokens = "tokens"
+
+
 class SourceKind(Enum):
     """What a source reads."""
 
@@ -76,6 +83,9 @@ class SourceConfig:
             "conversations" is a conversation, with "prompt" and "completion" an exchange, with "text" a text.
         targets: what the loss is on: completion, assistant, or all; auto for completions and the turns of
             the assistant, and all of a text.
+        markers: tokens reads special tokens that a text spells, such as <|im_start|>, as these tokens: for
+            conversations that are already rendered in the chat template of both sides. text, the default,
+            reads them as any other characters.
         limit: records taken at most, the first ones; null for all.
         documents: for arithmetic, how many to generate, each of 18 lines; in the validation part, how
             many single problems to measure accuracy on.
@@ -95,6 +105,7 @@ class SourceConfig:
     completion: str | None = None
     messages: str | None = None
     targets: Targets = Targets.auto
+    markers: Markers = Markers.text
     limit: int | None = None
     documents: int = 1000
     wrong_share: float = 0.0
@@ -148,7 +159,11 @@ def read_documents(config: SourceConfig) -> Documents:
         raise UserError(f"{name}: holds no text")
     asked = Shape(config.field, config.prompt, config.completion, config.messages)
     shape = find_shape(records.keys(), asked, config.targets, name)
-    documents = Documents(records, shape, name=name, limit=config.limit)
+    marked = config.markers is Markers.tokens
+    if marked and (shape.messages or shape.prompt):
+        what = "conversations" if shape.messages else "prompts and completions"
+        raise UserError(f"{name}: markers=tokens is for texts, but it holds {what}; leave it out")
+    documents = Documents(records, shape, name=name, limit=config.limit, marked=marked)
     documents.look_ahead()
     return documents
 

@@ -53,6 +53,15 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
 }
 _ROLE_OF = {spelling: role for role, spellings in _SPELLINGS.items() for spelling in spellings}
 
+# Markers of a conversation's turns, whichever tokenizer has them. Plain text does not hold them by chance.
+TURN_MARKERS = tuple(
+    spelling
+    for role in ("turn_start", "turn_header_end", "turn_end", "system", "user", "assistant")
+    for spelling in _SPELLINGS[role]
+)
+
+TURN_ENDS = _SPELLINGS["turn_end"]
+
 _RESERVED = re.compile(
     r"<\|reserved_(special_token_)?\d+\|>|<\|(extra|dummy|placeholder|unused)_?\d+\|>"
     r"|<unused_?\d+>|\[unused_?\d+\]|<｜place▁holder▁no▁\d+｜>|<SPECIAL_\d+>"
