@@ -13,12 +13,10 @@ import numpy as np
 import tokenizers
 
 from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets, to_bytes
+from xtoken_jax.alignment.render import Conversation, reasoning_key, render
 from xtoken_jax.alignment.spans import Spans, align_located
 from xtoken_jax.errors import UserError
-from xtoken_jax.tokens.auto_tokenizer import quiet_import
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
-
-Conversation = Sequence[dict[str, Any]]
 
 # A template may take a message apart at its thinking, keep it, or drop it from earlier turns.
 _THINKING = re.compile(r"(</?think>)")
@@ -135,7 +133,9 @@ def _pieces(conversation: Conversation, place: int, where: Callable[[int], str])
         content = message.get("content")
         if content is not None and not isinstance(content, str):
             raise UserError(f"{where(place)}, message {m}: its content is no text ({content!r:.80})")
-        found += [_Piece(m, part) for part in _parts(content or "")[1::2] if part]
+        key = reasoning_key(message)
+        reasoning = message[key].strip() if key else ""
+        found += [_Piece(m, part) for part in [reasoning, *_parts(content or "")[1::2]] if part]
     return found
 
 
@@ -193,7 +193,16 @@ def _locate(
         learnt.append(
             np.ones(len(row[0]), bool)
             if targets == "all"
-            else _of_assistant(tokenizer, row[0], row[1], raw, regions, pieces[b], conversation)
+            else _of_assistant(
+                tokenizer,
+                template,
+                text,
+                row[:2],
+                regions,
+                pieces[b],
+                conversation,
+                functools.partial(where, b),
+            )
         )
     counts = np.array([len(row) for row in ids], np.int64)
     starts, ends = np.concatenate(spans or [np.zeros((0, 2), np.int64)]).T
@@ -211,41 +220,6 @@ def _locate(
     return located, np.concatenate(learnt or [never])
 
 
-@functools.cache
-def _renderer() -> Callable[..., Any]:
-    with quiet_import():
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-    return render_jinja_template
-
-
-def render(
-    tokenizer: Tokenizer,
-    template: str,
-    conversation: Conversation,
-    where: Callable[[], str],
-    *,
-    answer: bool = False,
-) -> str:
-    """A conversation in a chat template, as transformers renders it; UserError if the template refuses it.
-
-    `where` says what the user finds it by. With `answer` it ends where the assistant's next turn begins.
-    """
-    names: dict[str, Any] = {
-        f"{role}_token": tokenizer.backend.id_to_token(tokenizer.roles[role])
-        for role in ("bos", "eos", "pad", "unk")
-        if role in tokenizer.roles
-    }
-    try:
-        rendered = _renderer()(
-            conversations=[list(conversation)], chat_template=template, add_generation_prompt=answer, **names
-        )
-    # a template raises what it likes
-    except Exception as error:
-        raise UserError(f"{where()}: the chat template of {tokenizer.name} refuses it: {error}") from error
-    return rendered[0][0]
-
-
 def _regions(
     tokenizer: Tokenizer,
     template: str,
@@ -255,32 +229,88 @@ def _regions(
     where: Callable[[], str],
 ) -> list[_Region]:
     """Where the pieces stand in the rendered text: rendered once more with places in their stead."""
-    said = set().union(*(message.get("content") or "" for message in conversation))
+    said = set().union(*(p.text for p in pieces), *(m.get("content") or "" for m in conversation))
     mark = next(chr(point) for point in _MARKS if chr(point) not in said)
+    # Marks in place of the pieces serve most templates. One that looks at a content needs to see it.
+    lost = 0
+    for place in (None, 0.5, 1.0, 0.0):
+        marked = _marked(conversation, pieces, mark, place)
+        rendered = render(tokenizer, template, marked, where)
+        regions = _match(re.split(f"{mark}([0-9]+){mark}", rendered), pieces, text, place)
+        if not isinstance(regions, int):
+            return regions
+        lost = regions if place is None else lost
+    raise _lost(tokenizer, where, pieces[lost].message if pieces else 0)
+
+
+def _marked(
+    conversation: Conversation, pieces: list[_Piece], mark: str, place: float | None
+) -> list[dict[str, Any]]:
+    """The conversation with a numbered mark for each piece, or with the mark inside of the piece."""
     number = iter(range(len(pieces)))
+
+    def mark_of(piece: str) -> str:
+        if not piece:
+            return ""
+        written = f"{mark}{next(number)}{mark}"
+        if place is None:
+            return written
+        middle = int(place * len(piece))
+        return piece[:middle] + written + piece[middle:]
+
     marked = []
     for message in conversation:
-        parts = _parts(message.get("content") or "")
-        parts[1::2] = [f"{mark}{next(number)}{mark}" if piece else "" for piece in parts[1::2]]
-        marked.append({**message, "content": "".join(parts)} if message.get("content") else message)
-    markup = re.split(f"{mark}([0-9]+){mark}", render(tokenizer, template, marked, where))
+        key = reasoning_key(message)
+        changed: dict[str, Any] = {}
+        if key:
+            piece = message[key].strip()
+            changed[key] = message[key].replace(piece, mark_of(piece), 1) if piece else message[key]
+        if message.get("content"):
+            parts = _parts(message["content"])
+            parts[1::2] = [mark_of(piece) for piece in parts[1::2]]
+            changed["content"] = "".join(parts)
+        marked.append({**message, **changed})
+    return marked
+
+
+def _match(markup: list[str], pieces: list[_Piece], text: str, place: float | None) -> list[_Region] | int:
+    """The regions, or the number of the piece at which the marked rendering is another than the text."""
+    numbers = [int(number) for number in markup[1::2]]
+    found: list[tuple[int, int, int, int]] = []
+    if place is not None:
+        if "".join(markup[0::2]) != text:
+            return numbers[0] if numbers else 0
+        at = 0
+        for number, before in zip(numbers, markup[0::2], strict=False):
+            at += len(before)
+            middle = int(place * len(pieces[number].text))
+            for skipped, kept in _variants(pieces[number].text):
+                start = at - middle + skipped
+                if 0 <= start <= at <= start + len(kept) and text.startswith(kept, start):
+                    found.append((number, start, start + len(kept), skipped))
+                    break
+            else:
+                return number
+    else:
+        at = len(markup[0])
+        if not text.startswith(markup[0]):
+            return numbers[0] if numbers else 0
+        for number, after in zip(numbers, markup[2::2], strict=True):
+            for skipped, kept in _variants(pieces[number].text):
+                end = at + len(kept)
+                if text.startswith(kept, at) and text.startswith(after, end):
+                    found.append((number, at, end, skipped))
+                    break
+            else:
+                return number
+            at = end + len(after)
+        if at != len(text):
+            return numbers[-1] if numbers else 0
     regions: list[_Region] = []
-    at = len(markup[0])
-    if not text.startswith(markup[0]):
-        raise _lost(tokenizer, where, 0)
-    for piece, after in zip(map(int, markup[1::2]), markup[2::2], strict=True):
-        for skipped, kept in _variants(pieces[piece].text):
-            end = at + len(kept)
-            if text.startswith(kept, at) and (text.startswith(after, end) if after else True):
-                # Each piece once and in order: what a template repeats or moves is markup.
-                if not regions or piece > regions[-1].piece:
-                    regions.append(_Region(piece, at, end, skipped))
-                break
-        else:
-            end = text.find(after, at) if after else -1
-            if end < 0:
-                raise _lost(tokenizer, where, pieces[piece].message)
-        at = end + len(after)
+    for number, start, end, skipped in found:
+        # Each piece once and in order: what a template repeats or moves is markup.
+        if not regions or number > regions[-1].piece:
+            regions.append(_Region(number, start, end, skipped))
     return regions
 
 
@@ -302,23 +332,39 @@ def _encode(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, byte spans [T, 2] and faithful of a rendered conversation.
 
-    It is encoded as one text, so that markup and content merge as they do in use. A content that
-    spells a special token is the exception: there each content is encoded by itself, as text.
+    It is encoded as one text, so that markup and content merge as they do in use. Only a content
+    that spells a special token is encoded by itself, as text.
     """
     whole = _placed(tokenizer, text, raw, encoding)
     special = tokenizer.token_bytes.lengths[whole[0]] == 0
     ends = whole[1][special, 1]  # a token without text of its own stands at the end of what it covers
-    if not any(((ends > region.start) & (ends <= region.end)).any() for region in regions):
+    spelled = [r for r in regions if ((ends > r.start) & (ends <= r.end)).any()]
+    if not spelled:
         return whole
-    borders = [0, *(border for region in regions for border in (region.start, region.end)), len(raw)]
+    borders = [0, *(border for region in spelled for border in (region.start, region.end)), len(raw)]
     rows = []
     for place, (start, end) in enumerate(pairwise(borders)):
-        part = raw[start:end].decode()
         backend = tokenizer.backend if place % 2 else tokenizer.markup_backend
-        row = _placed(tokenizer, part, raw[start:end], backend.encode(part, add_special_tokens=False))
+        row = _encode_part(tokenizer, backend, raw[start:end].decode(), first=start == 0)
         rows.append((row[0], row[1] + start, row[2]))
     first, second, third = (np.concatenate(column) for column in zip(*rows, strict=True))
     return first, second, third
+
+
+def _encode_part(
+    tokenizer: Tokenizer, backend: tokenizers.Tokenizer, part: str, *, first: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encode a part of a text. Only the first one gets the blank that SentencePiece puts before a text."""
+    if not first and part and tokenizer.token_bytes.kind == "sentencepiece":
+        for context in ("\n", "a", "."):
+            text = context + part
+            encoding = backend.encode(text, add_special_tokens=False)
+            ids, spans, faithful = _placed(tokenizer, text, text.encode(), encoding)
+            kept = spans[:, 1] > 1
+            if (spans[kept, 0] >= 1).all():
+                return ids[kept], spans[kept] - 1, faithful[kept]
+    encoding = backend.encode(part, add_special_tokens=False)
+    return _placed(tokenizer, part, part.encode(), encoding)
 
 
 def _placed(
@@ -347,31 +393,90 @@ def _inside(spans: np.ndarray, start: int, end: int) -> np.ndarray:
 
 def _of_assistant(
     tokenizer: Tokenizer,
-    ids: np.ndarray,
-    spans: np.ndarray,
-    raw: bytes,
+    template: str,
+    text: str,
+    row: tuple[np.ndarray, np.ndarray],
     regions: list[_Region],
     pieces: list[_Piece],
     conversation: Conversation,
+    where: Callable[[], str],
 ) -> np.ndarray:
-    """bool [T]: the tokens of the assistant's contents, and the special token that ends each turn."""
+    """bool [T]: the tokens with a byte of what the assistant writes, the end of each turn included."""
+    ids, spans = row
+    raw = text.encode()
     learnt = np.zeros(len(ids), bool)
     for m, message in enumerate(conversation):
         own = [region for region in regions if pieces[region.piece].message == m]
-        if message["role"] != "assistant" or not own:
+        if message["role"] != "assistant" or not (own or message.get("tool_calls")):
             continue
-        start = _opening(message["content"].encode(), raw, own[0].start)
-        here = np.flatnonzero(_inside(spans, start, own[-1].end))
-        learnt[here] = True
-        behind = int(here[-1]) + 1 if len(here) else len(ids)
-        if behind < len(ids) and int(ids[behind]) in tokenizer.token_bytes.special:
-            learnt[behind] = True
+        start = _turn_start(tokenizer, template, conversation[:m], raw, own, message, where)
+        if start is None:
+            raise _lost(tokenizer, where, m)
+        end = _turn_end(tokenizer, ids, spans, raw, own[-1].end if own else start, message)
+        if end is None:
+            shorter = _rendered_or_none(tokenizer, template, conversation[: m + 1], where)
+            whole = (shorter or "").rstrip().encode()
+            end = len(whole) if whole and raw.startswith(whole) else own[-1].end if own else None
+        if end is None:
+            raise _lost(tokenizer, where, m)
+        learnt |= (spans[:, 1] > start) & (spans[:, 0] < end) & (spans[:, 1] > spans[:, 0])
+        learnt |= (spans[:, 1] == spans[:, 0]) & (spans[:, 1] > start) & (spans[:, 1] <= end)
     return learnt
+
+
+def _rendered_or_none(
+    tokenizer: Tokenizer, template: str, messages: Conversation, where: Callable[[], str], **more: bool
+) -> str | None:
+    """The rendering, None where the template refuses so few messages."""
+    try:
+        return render(tokenizer, template, messages, where, **more) if messages else None
+    except UserError:
+        return None
+
+
+def _turn_start(
+    tokenizer: Tokenizer,
+    template: str,
+    before: Conversation,
+    raw: bytes,
+    own: list[_Region],
+    message: dict[str, Any],
+    where: Callable[[], str],
+) -> int | None:
+    """Where the prompt for an answer ends; where that is not in the row, where the first piece begins."""
+    prompt = _rendered_or_none(tokenizer, template, before, where, answer=True)
+    if prompt and raw.startswith(prompt.encode()) and (not own or len(prompt.encode()) <= own[0].start):
+        plain = _rendered_or_none(tokenizer, template, before, where)
+        # A template without a generation prompt says nothing about where the answer begins.
+        if plain != prompt or not own:
+            return len(prompt.encode())
+    if not own:
+        return None
+    return _opening((message.get("content") or "").encode(), raw, own[0].start)
+
+
+def _turn_end(
+    tokenizer: Tokenizer,
+    ids: np.ndarray,
+    spans: np.ndarray,
+    raw: bytes,
+    after: int,
+    message: dict[str, Any],
+) -> int | None:
+    """Where the marker ends that follows the last content, or the tool calls after it."""
+    ends = {tokenizer.roles[r] for r in ("eos", "turn_end", "document_end") if r in tokenizer.roles}
+    for i in np.flatnonzero(spans[:, 1] > after).tolist():
+        token = int(ids[i])
+        if token in ends or (token in tokenizer.token_bytes.special and not message.get("tool_calls")):
+            return int(spans[i, 1])
+        if not message.get("tool_calls") and raw[max(after, int(spans[i, 0])) : int(spans[i, 1])].strip():
+            return None
+    return None
 
 
 def _opening(content: bytes, raw: bytes, start: int) -> int:
     """Where the assistant's content begins: with what stands in front of its first piece, a `<think>`."""
     parts = _parts(content.decode())
-    first = next(i for i in range(1, len(parts), 2) if parts[i])
+    first = next((i for i in range(1, len(parts), 2) if parts[i]), 0)
     opening = "".join(parts[:first]).lstrip().encode()
     return start - len(opening) if opening and raw.endswith(opening, 0, start) else start

@@ -17,7 +17,8 @@ def align_completions(pair: TokenizerPair, prompts: Sequence[str], completions: 
     """Encode and align prompts with their completions; the tokens of a prompt are no targets.
 
     A prompt and its completion are encoded as one text, as they stand in running text. A token
-    that reaches over the border belongs to the prompt, and a chunk that does never counts.
+    with at least one byte of the completion is a target. A chunk over the border counts if all
+    its tokens on both sides are targets.
 
     Args:
         pair: student's and teacher's tokenizer.
@@ -67,7 +68,8 @@ def align_completions_together(
 
 
 def _behind(located: Located, borders: np.ndarray) -> list[np.ndarray]:
-    """Of each text bool [T]: the tokens that begin at its border or behind it."""
+    """bool [T] for each text: the tokens that end after its border, or begin at it."""
     counts = np.diff(located.offsets)
-    found = located.starts - np.repeat(located.text_starts[:-1], counts) >= np.repeat(borders, counts)
+    places = np.repeat(located.text_starts[:-1] + borders, counts)
+    found = (located.ends > places) | (located.starts >= places)
     return np.split(found, located.offsets[1:-1]) if len(borders) else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from xtoken_jax.alignment.rows import cut_together, with_document_marks
 from xtoken_jax.alignment.spans import Side, Spans, align_texts_together
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.shapes import Conversation, Document, Exchange, Marked, says_nothing, text_of
+from xtoken_jax.data.tally import Tally
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
@@ -156,30 +157,67 @@ def cut_parts(row: Part, config: DataConfig) -> list[Part]:
 
 
 def read_parts(
-    pairs: Mapping[str, TokenizerPair], documents: Mapping[str, Sequence[Document]], config: DataConfig
+    pairs: Mapping[str, TokenizerPair],
+    documents: Mapping[str, Sequence[Document]],
+    config: DataConfig,
+    *,
+    tallies: MutableMapping[str, Tally] | None = None,
 ) -> dict[str, list[Part]]:
     """All parts of each source's documents, in the order of its text.
+
+    Args:
+        pairs: by teacher.
+        documents: by source.
+        config: lengths.
+        tallies: receives the counts of each source by its name.
 
     Raises:
         UserError: a source that is too short for a part with a token to learn.
     """
-    found = {}
+    found: dict[str, list[Part]] = {}
     for name, texts in documents.items():
-        found[name] = [
-            part
-            for first in range(0, len(texts), _AT_ONCE)
-            for row in encode(pairs, texts[first : first + _AT_ONCE])
-            for part in cut_parts(row, config)
-        ]
-        if not found[name]:
-            raise UserError(f"source {name!r}: its text is too short, no row has a token to learn")
+        found[name], tally = [], Tally()
+        for first in range(0, len(texts), _AT_ONCE):
+            for _, parts in _cut_documents(pairs, texts[first : first + _AT_ONCE], config, tally):
+                found[name] += parts
+        _check_rows(name, found[name], tally)
+        if tallies is not None:
+            tallies[name] = tally
     return found
 
 
+def _cut_documents(
+    pairs: Mapping[str, TokenizerPair], documents: Sequence[Document], config: DataConfig, tally: Tally
+) -> Iterator[tuple[Part, list[Part]]]:
+    """Each document as a whole and in parts, counted."""
+    for document, row in zip(documents, encode(pairs, documents), strict=True):
+        parts = cut_parts(row, config)
+        tally.add(document, student_of(row), [student_of(part) for part in parts])
+        yield row, parts
+
+
+def _check_rows(name: str, rows: Sequence[object], tally: Tally) -> None:
+    if not rows:
+        raise UserError(
+            f"source {name!r}: its text is too short, no row has a token to learn; its {tally.records:,} "
+            f"records: {tally.reasons()}"
+        )
+
+
 def cut_little(
-    pairs: Mapping[str, TokenizerPair], documents: Mapping[str, Sequence[Document]], config: DataConfig
+    pairs: Mapping[str, TokenizerPair],
+    documents: Mapping[str, Sequence[Document]],
+    config: DataConfig,
+    *,
+    tallies: MutableMapping[str, Tally] | None = None,
 ) -> dict[str, list[tuple[Record, Part]]] | None:
     """All parts of each source, where the text is little enough to be cut up front; None where it is more.
+
+    Args:
+        pairs: by teacher.
+        documents: by source.
+        config: lengths and batch size.
+        tallies: receives the counts of each source by its name; of much text, those of its first records.
 
     Raises:
         UserError: a source that is too short for a part with a token to learn; of little text, fewer parts
@@ -188,19 +226,19 @@ def cut_little(
     found: dict[str, list[tuple[Record, Part]]] = {}
     tokens, little = 0, True
     for name, texts in documents.items():
-        found[name] = []
+        found[name], tally = [], Tally()
         first, at_once = 0, 4  # of long texts, a few are much already
         # Of much text, as little is read as shows that a source has any.
         while first < len(texts) and (little or not found[name]):
-            rows = encode(pairs, texts[first : first + at_once])
-            for document, row in enumerate(rows, first):
-                parts = cut_parts(row, config)
+            rows = _cut_documents(pairs, texts[first : first + at_once], config, tally)
+            for document, (row, parts) in enumerate(rows, first):
                 found[name] += [(Record(name, document, part), cut) for part, cut in enumerate(parts)]
                 tokens += len(student_of(row))
             first, at_once = first + at_once, min(2 * at_once, _AT_ONCE)
             little = tokens <= LITTLE
-        if not found[name]:
-            raise UserError(f"source {name!r}: its text is too short, no row has a token to learn")
+        _check_rows(name, found[name], tally)
+        if tallies is not None:
+            tallies[name] = tally
     if not little:
         return None
     if (count := sum(map(len, found.values()))) < config.batch_size:

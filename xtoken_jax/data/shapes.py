@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -68,7 +69,7 @@ def says_nothing(document: Document) -> bool:
         learnt = document.completion if document.targets == "completion" else None
         return not (document.prompt + document.completion if learnt is None else learnt).strip()
     return not any(
-        (message.get("content") or "").strip()
+        (message.get("content") or "").strip() or message.get("tool_calls")
         for message in document.messages
         if document.targets == "all" or message["role"] == "assistant"
     )
@@ -182,9 +183,25 @@ def document_of(shape: Shape, record: Mapping[str, Any] | str, where: Callable[[
             raise UserError(f"{where()}: no {key!r} in this record, which has {_listed([*record])}")
         values.append(record[key])
     if shape.messages is not None:
-        return Conversation(_messages(values[0], shape.messages, where), shape.targets, where)
+        messages = _messages(values[0], shape.messages, where)
+        if record.get("tools"):
+            messages = ({**messages[0], "tools": _tools(record["tools"], where)}, *messages[1:])
+        return Conversation(messages, shape.targets, where)
     texts = [_text(value, key, where) for value, key in zip(values, shape.keys, strict=True)]
     return texts[0] if shape.text is not None else Exchange(texts[0], texts[1], shape.targets)
+
+
+def _tools(value: Any, where: Callable[[], str]) -> list[Any]:
+    """The functions that a record's assistant may call; some data sets hold them as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{where()}: 'tools' is not JSON ({error})") from error
+    value = _without_nulls(value)
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise UserError(f"{where()}: 'tools' holds {type(value).__name__}, not a list of objects")
+    return value
 
 
 def _text(value: Any, key: str, where: Callable[[], str]) -> str:
@@ -239,8 +256,16 @@ def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any
     elif not message.get("tool_calls"):
         raise UserError(f"{where()}: {name} has no {keys[1]!r}, only {_listed([*message])}")
     # Columns give every message all keys, absent ones as None.
-    more = {k: v for k, v in message.items() if k not in keys and v is not None}
+    more = {k: _without_nulls(v) for k, v in message.items() if k not in keys and v is not None}
     return {"role": role, "content": content, **more}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Plain lists and objects without the keys that hold null, which columns give to every object."""
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import numpy as np
 
-from xtoken_jax.alignment.chat import render
+from xtoken_jax.alignment.render import render
 from xtoken_jax.errors import UserError
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, Params

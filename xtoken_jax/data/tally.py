@@ -1,0 +1,65 @@
+"""Counts for one source: tokens, targets, and the records that give no row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from xtoken_jax.alignment.spans import Side
+from xtoken_jax.data.shapes import Document, says_nothing, text_of
+
+BLANK = "blank"
+NOTHING_TO_LEARN = "with nothing to learn"
+CUT_OFF = "whose targets do not fit a row"
+
+
+@dataclass
+class Tally:
+    """Counts over the records of one source that were read.
+
+    Attributes:
+        records: number of records read.
+        tokens: student tokens in all rows.
+        targets: student tokens that the loss is on.
+        skipped: reason (`BLANK`, `NOTHING_TO_LEARN`, `CUT_OFF`) -> records that give no row.
+        notes: remark about a template -> records that it holds for.
+    """
+
+    records: int = 0
+    tokens: int = 0
+    targets: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, document: Document, row: Side, parts: Sequence[Side]) -> None:
+        """Count one record.
+
+        Args:
+            document: the record.
+            row: the student's tokens of all of it.
+            parts: the student's tokens of the parts that training reads.
+        """
+        self.records += 1
+        self.tokens += sum(map(len, parts))
+        # The first token of a part is predicted by nothing.
+        self.targets += sum(int(part.targets[1:].sum()) for part in parts)
+        if not parts:
+            self.skipped[_reason(document, row)] += 1
+
+    def describe(self) -> str:
+        """One line, such as `1,204 of 5,310 tokens are targets; skipped 2 of 90 records: 2 blank`."""
+        line = f"{self.targets:,} of {self.tokens:,} tokens are targets"
+        if self.skipped:
+            line += f"; skipped {self.skipped.total():,} of {self.records:,} records: {self.reasons()}"
+        return line
+
+    def reasons(self) -> str:
+        """The skipped records by reason, such as `2 blank, 1 with nothing to learn`."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
+
+
+def _reason(document: Document, row: Side) -> str:
+    if says_nothing(document):
+        return NOTHING_TO_LEARN if text_of(document).strip() else BLANK
+    return CUT_OFF if row.targets[1:].any() else NOTHING_TO_LEARN
