@@ -140,7 +140,8 @@ MISTAKES = {
         "FILE: targets=completion, but it holds conversations; choose assistant or all",
     ),
     "completion-no-text": (
-        [EXCHANGE, {"prompt": "a", "completion": ["b"]}], {}, "FILE:2: 'completion' holds a list and 'prompt' does not; make both texts, or both",
+        [EXCHANGE, {"prompt": "a", "completion": ["b"]}], {},
+        "FILE:2: 'completion' holds a list and 'prompt' does not; make both texts, or both lists of",
     ),
     "no-completion-at-all": ([{"prompt": "a", "completion": ""}], {}, "FILE: holds no completion to learn"),
     "messages-no-list": ([{"messages": "hi"}], {}, "FILE:1: 'messages' holds str, not a list of messages"),
@@ -268,6 +269,11 @@ def read_one_chat(answer):
             {"messages": [USER, ASSISTANT | {"weight": 0.5}]},
             {},
             "messages[1].weight is 0.5; only 0 and 1 are",
+        ),
+        (
+            {"messages": [USER, ASSISTANT | {"weight": 0}]},
+            {"targets": Targets.all},
+            "messages[1] is marked as no target, and targets=all learns every message; choose",
         ),
         ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, {}, "has 'images', which is not read; leave"),
         (

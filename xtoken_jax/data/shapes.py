@@ -153,6 +153,12 @@ def document_of(shape: Shape, record: Mapping[str, Any] | str, where: Callable[[
     system = _optional(record, shape.system, where)
     if shape.messages is not None:
         messages = _messages(record[shape.messages], shape.messages, where)
+        for number, message in enumerate(messages):
+            if shape.targets == "all" and message.get("weight") == 0:
+                raise UserError(
+                    f"{where()}: {shape.messages}[{number}] is marked as no target, and targets=all learns "
+                    "every message; choose targets=assistant"
+                )
         return Conversation(_with_system(messages, system, where), shape.targets, where)
     return _exchange(shape, record, system, where)
 
