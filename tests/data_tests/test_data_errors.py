@@ -125,7 +125,7 @@ def test_columns_and_records_that_are_missing(tmp_path):
     assert refusal(lambda: read(tmp_path), tmp_path) == "DIR/b.parquet: no column 'text'; it has body"
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "b.parquet")
     assert refusal(lambda: list(read(tmp_path)), tmp_path) == (
-        "DIR/b.parquet, row 1: 'text' holds NoneType, not text"
+        "DIR/b.parquet, row 1: 'text' holds NoneType, not text; correct the record or leave it out"
     )
     writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
     for record in (b'{"text": "a"}', b"b"):

@@ -102,6 +102,18 @@ def test_what_is_learnt():
     assert not student.targets.all()
 
 
+def test_an_answer_of_weight_0_is_context():
+    first = MESSAGES[1] | {"weight": 0}
+    chat = Conversation((MESSAGES[0], first, *MESSAGES[2:]))
+    (row,) = encode(pairs(), [chat])
+    (whole,) = encode(pairs(), [Conversation(MESSAGES)])
+    for name, pair in pairs().items():
+        for side, tokenizer in (("student", pair.student), ("teacher", pair.teacher)):
+            found, learnt = getattr(row[name], side), getattr(whole[name], side)
+            assert found.ids.tolist() == learnt.ids.tolist()
+            assert written(tokenizer, found, found.targets) == "yes<|end|>"
+
+
 def test_encoding_together_or_alone_is_the_same():
     together = encode(pairs(), DOCUMENTS)
     for document, row in zip(DOCUMENTS, together, strict=True):

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from xtoken_jax.data.find_shape import find_shape
 from xtoken_jax.data.shapes import (
     Conversation,
     Exchange,
     Shape,
     Targets,
     document_of,
-    find_shape,
     says_nothing,
     text_of,
 )
@@ -140,7 +140,8 @@ MISTAKES = {
         "FILE: targets=completion, but it holds conversations; choose assistant or all",
     ),
     "completion-no-text": (
-        [EXCHANGE, {"prompt": "a", "completion": ["b"]}], {}, "FILE:2: 'completion' holds list, not text",
+        [EXCHANGE, {"prompt": "a", "completion": ["b"]}], {},
+        "FILE:2: 'completion' holds a list and 'prompt' does not; make both texts, or both lists of",
     ),
     "no-completion-at-all": ([{"prompt": "a", "completion": ""}], {}, "FILE: holds no completion to learn"),
     "messages-no-list": ([{"messages": "hi"}], {}, "FILE:1: 'messages' holds str, not a list of messages"),
@@ -162,17 +163,16 @@ MISTAKES = {
     ),
     "content-an-image": (
         [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}], {},
-        "FILE:1: 'messages[0].content' holds list, not text",
+        "FILE:1: messages[0].content[0] is of type 'image', and only 'text' is read; leave such records out",
     ),
     "unknown-role": (
-        [{"messages": [USER, {"role": "gpt", "content": "a"}]}], {},
-        "FILE:1: messages[1] is of the unknown role 'gpt'; there is system, developer, user, assistant, "
-        "tool, function",
+        [{"messages": [USER, {"role": "judge", "content": "a"}]}], {},
+        "FILE:1: messages[1] is of the unknown role 'judge'; rename it to one of system, developer, user, "
+        "assistant, tool, function, human, gpt, ",
     ),
     "unknown-speaker": (
-        [{"conversations": [{"from": "bot", "value": "a"}]}], {},
-        "FILE:1: conversations[0] is of the unknown role 'bot'; there is system, developer, user, assistant, "
-        "tool, function, human, gpt, observation",
+        [{"conversations": [{"from": "function_call", "value": "a"}]}], {},
+        "FILE:1: conversations[0] is of the unknown role 'function_call'; rename it to one of system, ",
     ),
     "nobody-answers": ([{"messages": [USER]}], {}, "FILE: holds no assistant to learn"),
 }  # fmt: skip
@@ -202,3 +202,113 @@ def test_texts_have_no_keys():
     with pytest.raises(UserError, match="here: its records are plain text, without a key 'a'"):
         find_shape(None, Shape(text="a"), Targets.auto, "here")
     assert find_shape(None, Shape(), Targets.auto, "here") == Shape()
+
+
+def test_instructions_are_prompts_in_parts(tmp_path):
+    records = (
+        {"instruction": "Add.", "input": "2 + 3", "output": "5"},
+        {"instruction": "Name a colour.", "input": " ", "output": "red"},
+        {"instruction": "Name a tree.", "output": "oak"},
+    )
+    prompts = ["Add.\n\n2 + 3\n\n", "Name a colour.\n\n", "Name a tree.\n\n"]
+    expected = [Exchange(p, c) for p, c in zip(prompts, ("5", "red", "oak"), strict=True)]
+    assert list(read(tmp_path, *records)) == expected
+    assert list(read(tmp_path, *records[::-1], prompt="instruction", completion="output")) == expected[::-1]
+    dolly = {"instruction": "When?", "context": "It was 1912.", "response": "1912", "category": "qa"}
+    assert list(read(tmp_path, dolly)) == [Exchange("When?\n\nIt was 1912.\n\n", "1912")]
+    named = {"q": "a", "more": "b", "a": "c", "s": "d"}
+    found = read(tmp_path, named, prompt="q", completion="a", input="more", system="s")
+    assert list(found) == [Exchange("d\n\na\n\nb\n\n", "c")]
+    (chat,) = read(tmp_path, records[0] | {"system": "Be brief."}, chat=True)
+    assert chat.targets == "assistant"
+    assert chat.messages == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Add.\n\n2 + 3"},
+        {"role": "assistant", "content": "5"},
+    )
+
+
+def test_of_messages_in_prompt_and_completion_the_completion_is_learnt(tmp_path):
+    record = {
+        "prompt": [USER, ASSISTANT, {"role": "user", "content": "And 1 more?"}],
+        "completion": [{"role": "assistant", "content": "202"}],
+    }
+    (chat,) = read(tmp_path, record)
+    assert chat.targets == "assistant"
+    assert [m.get("weight") for m in chat.messages] == [None, 0, None, None]
+    assert [m["content"] for m in chat.messages] == ["12 + 189?", "201", "And 1 more?", "202"]
+    (chat,) = read(tmp_path, record, targets=Targets.all)
+    assert chat.targets == "all"
+    assert all("weight" not in m for m in chat.messages)
+
+
+def test_messages_as_data_sets_spell_them(tmp_path):
+    turns = [
+        {"from": "Human", "value": "a"},
+        {"from": "chatgpt", "value": "b"},
+        {"from": "bot", "value": "c"},
+    ]
+    (chat,) = read(tmp_path, {"conversations": turns, "system": "Be brief."})
+    assert [m["role"] for m in chat.messages] == ["system", "user", "assistant", "assistant"]
+    for mark in ({"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0}):
+        assert says_nothing(read_one_chat(ASSISTANT | mark))
+    for mark in ({"weight": 1}, {"train": True}, {"weight": None}):
+        assert read_one_chat(ASSISTANT | mark) == CHAT
+    parts = {"role": "user", "content": [{"type": "text", "text": "12 + 189?", "image_url": None}]}
+    assert list(read(tmp_path, {"messages": [parts, ASSISTANT], "images": []})) == [CHAT]
+
+
+def read_one_chat(answer):
+    return document_of(Shape(messages="m", targets="assistant"), {"m": [USER, answer]}, lambda: "here")
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "line"),
+    [
+        (
+            {"messages": [USER, ASSISTANT | {"weight": 0.5}]},
+            {},
+            "messages[1].weight is 0.5; only 0 and 1 are",
+        ),
+        (
+            {"messages": [USER, ASSISTANT | {"weight": 0}]},
+            {"targets": Targets.all},
+            "messages[1] is marked as no target, and targets=all learns every message; choose",
+        ),
+        ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, {}, "has 'images', which is not read; leave"),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+            {},
+            "has 'history', which is not read",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "x"}, ASSISTANT], "system": "y"},
+            {},
+            "two system prompts",
+        ),
+        ({"chosen": "a", "rejected": "b"}, {}, "these are preference pairs: messages=chosen reads"),
+        (
+            {"prompt": "a", "completion": "b", "label": False},
+            {},
+            "a 'label', which may mark completions that",
+        ),
+        ({"question": "a", "answer": "b"}, {}, "; perhaps prompt=question completion=answer"),
+        ({"content": "a", "lang": "C"}, {}, "; perhaps field=content"),
+        (
+            {"text": "a"},
+            {"chat": True},
+            "chat=true is for prompts with completions, and it holds texts; leave",
+        ),
+        ({"text": "a"}, {"system": "s"}, "system=s, and it holds texts; leave it out"),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"input": "c"},
+            "no 'c' in its first record, which has 'prompt'",
+        ),
+    ],
+)
+def test_records_that_say_more_than_is_read(tmp_path, record, options, line):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, record, **options)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)

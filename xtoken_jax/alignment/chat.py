@@ -63,7 +63,7 @@ def align_chats(
         conversations: B lists of messages, {"role": "user", "content": "..."} and whatever else
             the templates read. A content is a text; where it is None, the message is all markup.
         targets: what is to be learnt: "assistant", the contents of the assistant and the marker
-            that ends its turn, or "all".
+            that ends its turn, or "all". A message of the assistant with "weight": 0 is no target.
         student_template, teacher_template: Jinja source in place of the tokenizer's own; a base
             model has none.
 
@@ -407,7 +407,9 @@ def _of_assistant(
     learnt = np.zeros(len(ids), bool)
     for m, message in enumerate(conversation):
         own = [region for region in regions if pieces[region.piece].message == m]
-        if message["role"] != "assistant" or not (own or message.get("tool_calls")):
+        if message["role"] != "assistant" or message.get("weight") == 0:
+            continue
+        if not (own or message.get("tool_calls")):
             continue
         start = _turn_start(tokenizer, template, conversation[:m], raw, own, message, where)
         if start is None:

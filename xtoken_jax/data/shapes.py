@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from xtoken_jax.data.layouts import UNREAD_OF_CONVERSATIONS, UNREAD_OF_PROMPTS, listed
 from xtoken_jax.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_SHARE_GPT = {"human": "user", "gpt": "assistant", "observation": "tool"}  # beside the names of ROLES
-_CONVERSATIONS = "conversations"  # ShareGPT's name for messages
-_NAMED = 12  # keys that an error lists
+_ROLES = dict.fromkeys(ROLES) | {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+# Keys by which data sets mark an assistant's message that is context only.
+_WEIGHTS = ("weight", "train", "training", "loss")
 
 
 class Targets(Enum):
@@ -48,7 +58,8 @@ class Conversation:
 
     Attributes:
         messages: "role", "content", and what else the record has for the template. A content is a text, or
-            None where the message is all markup, as a tool's call.
+            None where the message is all markup, as a tool's call. An assistant's message with "weight": 0
+            is no target.
         targets: what is to be learnt, "assistant" or "all".
         where: says where it was read, for what only a chat template finds wrong.
     """
@@ -71,7 +82,7 @@ def says_nothing(document: Document) -> bool:
     return not any(
         (message.get("content") or "").strip() or message.get("tool_calls")
         for message in document.messages
-        if document.targets == "all" or message["role"] == "assistant"
+        if document.targets == "all" or (message["role"] == "assistant" and message.get("weight") != 0)
     )
 
 
@@ -91,6 +102,11 @@ class Shape:
     Attributes:
         text, prompt, completion, messages: keys. All None where records are texts themselves.
         targets: what is to be learnt: "completion", "assistant" or "all".
+        input: key of a second part of the prompt, such as Alpaca's; a record may lack it.
+        system: key of a system prompt; a record may lack it.
+        spaced: whether a blank line separates the parts of a prompt from each other and from the completion.
+        chat: whether a prompt and its completion are the turns of a conversation.
+        optional: other keys that are read where a record has them.
     """
 
     text: str | None = None
@@ -98,70 +114,21 @@ class Shape:
     completion: str | None = None
     messages: str | None = None
     targets: str = "all"
+    input: str | None = None
+    system: str | None = None
+    spaced: bool = False
+    chat: bool = False
+    optional: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The keys that every record has."""
+        return tuple(k for k in (self.text, self.prompt, self.completion, self.messages) if k is not None)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Those that are read."""
-        return tuple(k for k in (self.text, self.prompt, self.completion, self.messages) if k is not None)
-
-
-def find_shape(keys: Sequence[str] | None, asked: Shape, targets: Targets, where: str) -> Shape:
-    """The shape of a source.
-
-    A key that is asked for decides; else the record does: "messages" or "conversations" hold a
-    conversation, "prompt" with "completion" an exchange, "text" a text.
-
-    Args:
-        keys: of its first record; None where records are texts without keys.
-        asked: the keys that the config names.
-        targets: of the config.
-        where: the source, for errors.
-
-    Raises:
-        UserError: none of them, more than one, a key that is missing, targets of another shape.
-    """
-    if keys is None:
-        if asked.keys:
-            raise UserError(f"{where}: its records are plain text, without a key {asked.keys[0]!r}")
-        found = Shape()
-    else:
-        found = asked if asked.keys else _told_by(keys, where)
-        if found.prompt or found.completion:
-            found = Shape(prompt=found.prompt or "prompt", completion=found.completion or "completion")
-        missing = [key for key in found.keys if key not in keys]
-        if missing:
-            raise UserError(f"{where}: no {missing[0]!r} in its first record, which has {_listed(keys)}")
-    own = "assistant" if found.messages else "completion" if found.prompt else "all"
-    if targets.value not in ("auto", "all", own):
-        what = "conversations" if found.messages else "prompts and completions" if found.prompt else "texts"
-        fitting = f"{own} or all" if own != "all" else "all"
-        raise UserError(f"{where}: targets={targets.value}, but it holds {what}; choose {fitting}")
-    chosen = own if targets is Targets.auto else targets.value
-    return Shape(found.text, found.prompt, found.completion, found.messages, chosen)
-
-
-def _told_by(keys: Sequence[str], where: str) -> Shape:
-    shapes = []
-    if "text" in keys:
-        shapes.append(Shape(text="text"))
-    if "prompt" in keys and "completion" in keys:
-        shapes.append(Shape(prompt="prompt", completion="completion"))
-    shapes += [Shape(messages=key) for key in ("messages", _CONVERSATIONS) if key in keys]
-    if len(shapes) == 1:
-        return shapes[0]
-    how = "name the one to read with field=, prompt= and completion=, or messages="
-    if shapes:
-        names = " and ".join(" + ".join(shape.keys) for shape in shapes)
-        raise UserError(f"{where}: could be read in several ways, as {names}; {how}")
-    raise UserError(
-        f"{where}: no 'text', 'prompt' with 'completion', or 'messages' in its first record, which has "
-        f"{_listed(keys)}; {how}"
-    )
-
-
-def _listed(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return (", ".join(map(repr, keys[:_NAMED])) or "no key") + more
+        """The keys that are read."""
+        return (*self.required, *self.optional)
 
 
 def document_of(shape: Shape, record: Mapping[str, Any] | str, where: Callable[[], str]) -> Document:
@@ -173,22 +140,101 @@ def document_of(shape: Shape, record: Mapping[str, Any] | str, where: Callable[[
         where: says which record it is, for errors.
 
     Raises:
-        UserError: a key that is missing, a value of the wrong type, a message that is none.
+        UserError: a key that is missing, a value of the wrong type, a message that is none, pictures.
     """
     if isinstance(record, str):
         return record
-    values = []
-    for key in shape.keys:
+    for key in shape.required:
         if key not in record:
-            raise UserError(f"{where()}: no {key!r} in this record, which has {_listed([*record])}")
-        values.append(record[key])
+            raise UserError(
+                f"{where()}: no {key!r} in this record, which has {listed([*record])}; add it, or leave the "
+                "record out"
+            )
+    if shape.text is not None:
+        return _text(record[shape.text], shape.text, where)
+    for key in UNREAD_OF_CONVERSATIONS if shape.messages else UNREAD_OF_PROMPTS:
+        if _is_something(record.get(key)):
+            raise UserError(f"{where()}: has {key!r}, which is not read; leave such records out")
+    system = _optional(record, shape.system, where)
     if shape.messages is not None:
-        messages = _messages(values[0], shape.messages, where)
-        if record.get("tools"):
-            messages = ({**messages[0], "tools": _tools(record["tools"], where)}, *messages[1:])
-        return Conversation(messages, shape.targets, where)
-    texts = [_text(value, key, where) for value, key in zip(values, shape.keys, strict=True)]
-    return texts[0] if shape.text is not None else Exchange(texts[0], texts[1], shape.targets)
+        messages = _messages(record[shape.messages], shape.messages, where)
+        for number, message in enumerate(messages):
+            if shape.targets == "all" and message.get("weight") == 0:
+                raise UserError(
+                    f"{where()}: {shape.messages}[{number}] is marked as no target, and targets=all learns "
+                    "every message; choose targets=assistant"
+                )
+        return Conversation(
+            _with_tools(_with_system(messages, system, where), record, where), shape.targets, where
+        )
+    return _exchange(shape, record, system, where)
+
+
+def _exchange(
+    shape: Shape, record: Mapping[str, Any], system: str, where: Callable[[], str]
+) -> Exchange | Conversation:
+    """A prompt and its completion: texts, the turns of a conversation, or lists of messages."""
+    prompt_key, completion_key = shape.prompt or "", shape.completion or ""
+    lists = [isinstance(_plain(record[key]), list | Mapping) for key in (prompt_key, completion_key)]
+    if all(lists):
+        prompt, completion = (_messages(record[key], key, where) for key in (prompt_key, completion_key))
+        if shape.targets != "all":
+            prompt = tuple(m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt)
+        messages = _with_tools(_with_system((*prompt, *completion), system, where), record, where)
+        return Conversation(messages, "all" if shape.targets == "all" else "assistant", where)
+    if any(lists):
+        one, other = (prompt_key, completion_key) if lists[0] else (completion_key, prompt_key)
+        raise UserError(
+            f"{where()}: {one!r} holds a list and {other!r} does not; make both texts, or both lists of "
+            "messages"
+        )
+    prompt_text, completion_text = (_text(record[key], key, where) for key in (prompt_key, completion_key))
+    parts = [part for part in (prompt_text, _optional(record, shape.input, where)) if part.strip()]
+    if shape.chat:
+        turns = (
+            {"role": "user", "content": "\n\n".join(parts)},
+            {"role": "assistant", "content": completion_text},
+        )
+        return Conversation(_with_system(turns, system, where), shape.targets, where)
+    if shape.spaced:
+        prompt_text = "".join(f"{part}\n\n" for part in parts)
+    if system.strip():
+        prompt_text = f"{system}\n\n{prompt_text}"
+    return Exchange(prompt_text, completion_text, shape.targets)
+
+
+def _optional(record: Mapping[str, Any], key: str | None, where: Callable[[], str]) -> str:
+    """A text that a record may lack; "" where it does."""
+    value = None if key is None else record.get(key)
+    return "" if value is None else _text(value, str(key), where)
+
+
+def _with_system(
+    messages: tuple[dict[str, Any], ...], system: str, where: Callable[[], str]
+) -> tuple[dict[str, Any], ...]:
+    """Messages with the system prompt that stands next to them in the record."""
+    if not system.strip() or messages[0] == {"role": "system", "content": system}:
+        return messages
+    if messages[0]["role"] in ("system", "developer"):
+        raise UserError(f"{where()}: has two system prompts, in a key and in the first message; keep one")
+    return ({"role": "system", "content": system}, *messages)
+
+
+def _with_tools(
+    messages: tuple[dict[str, Any], ...], record: Mapping[str, Any], where: Callable[[], str]
+) -> tuple[dict[str, Any], ...]:
+    """Messages whose first one carries the functions that the record offers to the assistant."""
+    if not record.get("tools"):
+        return messages
+    return ({**messages[0], "tools": _tools(record["tools"], where)}, *messages[1:])
+
+
+def _is_something(value: Any) -> bool:
+    """Whether a value is neither null nor empty."""
+    value = _plain(value)
+    if isinstance(value, list | Mapping):
+        return any(map(_is_something, value.values() if isinstance(value, Mapping) else value))
+    return value is not None and value != "" and value != b""
 
 
 def _tools(value: Any, where: Callable[[], str]) -> list[Any]:
@@ -209,13 +255,19 @@ def _text(value: Any, key: str, where: Callable[[], str]) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{where()}: {key!r} is not UTF-8 ({error})") from error
+            raise UserError(
+                f"{where()}: {key!r} is not UTF-8 ({error}); convert the data to UTF-8"
+            ) from error
     if not isinstance(value, str):
-        raise UserError(f"{where()}: {key!r} holds {type(value).__name__}, not text")
+        raise UserError(
+            f"{where()}: {key!r} holds {type(value).__name__}, not text; correct the record or leave it out"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
-        raise UserError(f"{where()}: {key!r} is not text ({error})") from error
+        raise UserError(
+            f"{where()}: {key!r} is not text ({error}); correct the record or leave it out"
+        ) from error
     return value
 
 
@@ -223,41 +275,85 @@ def _messages(value: Any, key: str, where: Callable[[], str]) -> tuple[dict[str,
     if isinstance(value, Mapping):  # a list of objects, which TFDS keeps as an object of lists
         columns = {name: _plain(column) for name, column in value.items()}
         if not all(isinstance(column, list) for column in columns.values()):
-            raise UserError(f"{where()}: {key!r} holds one object, not a list of messages")
+            raise UserError(
+                f"{where()}: {key!r} holds one object, not a list of messages; put it into a list"
+            )
         value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     value = _plain(value)
     if not isinstance(value, list):
-        raise UserError(f"{where()}: {key!r} holds {type(value).__name__}, not a list of messages")
+        raise UserError(
+            f"{where()}: {key!r} holds {type(value).__name__}, not a list of messages; name the "
+            "key of the list with messages=, or a text with field="
+        )
     if not value:
-        raise UserError(f"{where()}: {key!r} holds no message")
+        raise UserError(f"{where()}: {key!r} holds no message; leave the record out")
     return tuple(_message(m, f"{key}[{n}]", where) for n, m in enumerate(value))
 
 
 def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise UserError(
-            f"{where()}: {name} holds {type(message).__name__}, not an object with role and content"
+            f"{where()}: {name} holds {type(message).__name__}, not an object with role and content; make it "
+            'one, such as {"role": "user", "content": "..."}'
         )
     keys = ("role", "content")
     if "from" in message and "value" in message and "role" not in message:
         keys = ("from", "value")
     if keys[0] not in message:
-        raise UserError(f"{where()}: {name} has no 'role', only {_listed([*message])}")
-    role = _text(message[keys[0]], f"{name}.{keys[0]}", where)
-    role = _SHARE_GPT.get(role, role) if keys[0] == "from" else role
-    if role not in ROLES:
-        known = ", ".join([*ROLES, *(_SHARE_GPT if keys[0] == "from" else ())])
-        raise UserError(f"{where()}: {name} is of the unknown role {role!r}; there is {known}")
+        raise UserError(
+            f"{where()}: {name} has no 'role', only {listed([*message])}; a message has role and content, or "
+            "from and value"
+        )
+    spelled = _text(message[keys[0]], f"{name}.{keys[0]}", where)
+    role = spelled if spelled in _ROLES else spelled.lower()
+    if role not in _ROLES:
+        raise UserError(
+            f"{where()}: {name} is of the unknown role {spelled!r}; rename it to one of {', '.join(_ROLES)}"
+        )
+    role = _ROLES[role] or role
     content = _plain(message.get(keys[1]))
-    if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
-        content = "".join(_text(part.get("text"), f"{name}.{keys[1]}", where) for part in content)
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{name}.{keys[1]}[{n}]", where) for n, part in enumerate(content))
     if content is not None:
         content = _text(content, f"{name}.{keys[1]}", where)
+    elif keys[1] in message and not message.get("tool_calls"):
+        raise UserError(
+            f"{where()}: its content is null in {name}, which calls no tools either; give it a text, or leave the "
+            "record out"
+        )
     elif not message.get("tool_calls"):
-        raise UserError(f"{where()}: {name} has no {keys[1]!r}, only {_listed([*message])}")
+        raise UserError(
+            f"{where()}: {name} has no {keys[1]!r}, only {listed([*message])}; a message without one needs "
+            "tool_calls"
+        )
     # Columns give every message all keys, absent ones as None.
-    more = {k: _without_nulls(v) for k, v in message.items() if k not in keys and v is not None}
-    return {"role": role, "content": content, **more}
+    more = {k: _without_nulls(v) for k, v in message.items() if k not in (*keys, *_WEIGHTS) and v is not None}
+    weight = {} if _is_learnt(message, name, where) else {"weight": 0}
+    return {"role": role, "content": content, **more, **weight}
+
+
+def _part(part: Any, name: str, where: Callable[[], str]) -> str:
+    """A part of a content that is a list, as OpenAI writes it: {"type": "text", "text": "..."}."""
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text":
+        raise UserError(
+            f"{where()}: {name} is of type {kind!r}, and only 'text' is read; leave such records out"
+        )
+    return _text(part.get("text"), f"{name}.text", where)
+
+
+def _is_learnt(message: Mapping[str, Any], name: str, where: Callable[[], str]) -> bool:
+    """Whether a message may be a target, by the keys with which data sets say otherwise."""
+    for key in _WEIGHTS:
+        value = message.get(key)
+        if value is None or value == 1:
+            continue
+        if not isinstance(value, int | float) or value != 0:
+            raise UserError(
+                f"{where()}: {name}.{key} is {value!r}; only 0 and 1 are read, make it one of them"
+            )
+        return False
+    return True
 
 
 def _without_nulls(value: Any) -> Any:

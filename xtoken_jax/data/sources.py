@@ -13,10 +13,11 @@ from xtoken_jax.data import arithmetic, python_docs
 from xtoken_jax.data.array_record import ArrayRecords
 from xtoken_jax.data.compressed import ENDINGS
 from xtoken_jax.data.documents import Documents, Records
+from xtoken_jax.data.find_shape import find_shape
 from xtoken_jax.data.hugging_face import HubRows, is_saved
 from xtoken_jax.data.jsonl import JsonLines
 from xtoken_jax.data.parquet import ParquetFiles
-from xtoken_jax.data.shapes import Shape, Targets, find_shape
+from xtoken_jax.data.shapes import Shape, Targets
 from xtoken_jax.data.text_files import TextFiles
 from xtoken_jax.data.tfds import TfdsExamples, is_prepared
 from xtoken_jax.errors import UserError
@@ -78,9 +79,18 @@ class SourceConfig:
             generated. Files have none.
         field: the key that holds a text.
         prompt, completion: the keys of an exchange; one of them named, the other is that of its own name.
+            Texts continue one another as they stand; lists of messages are a conversation whose targets are
+            the completion's.
+        input: the key of a second part of the prompt, which records may lack. Blank lines separate the
+            prompt, this part and the completion.
+        system: the key of a system prompt, which records may lack; null for "system".
+        chat: whether a prompt and its completion become the turns of a conversation, in each side's own
+            chat template.
         messages: the key that holds the messages of a conversation: objects with role and content, or as
-            ShareGPT has them with from and value. Without any key named: a record with "messages" or
-            "conversations" is a conversation, with "prompt" and "completion" an exchange, with "text" a text.
+            ShareGPT has them with from and value. Without any key named: a record with "messages",
+            "conversations" or "conversation" is a conversation, with "prompt" and "completion" an exchange,
+            with "instruction" and "output" (Alpaca, with "input") or "response" (Dolly, with "context") an
+            exchange in parts, with "text" a text.
         targets: what the loss is on: completion, assistant, or all; auto for completions and the turns of
             the assistant, and all of a text.
         markers: tokens reads special tokens that a text spells, such as <|im_start|>, as these tokens: for
@@ -104,6 +114,9 @@ class SourceConfig:
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
+    input: str | None = None
+    system: str | None = None
+    chat: bool = False
     targets: Targets = Targets.auto
     markers: Markers = Markers.text
     limit: int | None = None
@@ -119,9 +132,11 @@ class SourceConfig:
         if self.kind in _GENERATED:
             if self.split not in ("train", "validation"):
                 raise UserError(f"{where}.split={self.split!r}: choose train or validation")
-            for key in ("path", "field", "prompt", "completion", "messages"):
+            for key in ("path", "field", "prompt", "completion", "messages", "input", "system", "chat"):
                 if getattr(self, key):
-                    raise UserError(f"{where}.{key}: a source of kind {self.kind.value} reads none")
+                    raise UserError(
+                        f"{where}.{key}: a source of kind {self.kind.value} reads none; leave it out"
+                    )
         if not self.split.strip():
             raise UserError(f"{where}.split: name a split, such as train")
         for key, kind in (("subset", SourceKind.hub), ("data_dir", SourceKind.tfds)):
@@ -157,7 +172,15 @@ def read_documents(config: SourceConfig) -> Documents:
     records = _records(config)
     if not len(records):
         raise UserError(f"{name}: holds no text")
-    asked = Shape(config.field, config.prompt, config.completion, config.messages)
+    asked = Shape(
+        config.field,
+        config.prompt,
+        config.completion,
+        config.messages,
+        input=config.input,
+        system=config.system,
+        chat=config.chat,
+    )
     shape = find_shape(records.keys(), asked, config.targets, name)
     marked = config.markers is Markers.tokens
     if marked and (shape.messages or shape.prompt):

@@ -1,0 +1,48 @@
+"""Layouts of published records: which keys hold what, and hints for records that fit no layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Instruction data: keys of the instruction, its optional context, and the answer.
+ALPACA = ("instruction", "input", "output")
+DOLLY = ("instruction", "context", "response")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+SYSTEM = "system"  # key of a system prompt next to a conversation or a prompt
+
+# A record with something under one of these keys says more than its text.
+UNREAD = ("image", "images", "video", "videos", "audio", "audios")
+UNREAD_OF_PROMPTS = (*UNREAD, "history")
+UNREAD_OF_CONVERSATIONS = (*UNREAD, "functions")
+
+_PROMPTS = ("prompt", "question", "query", "problem", "instruction", "input", "inputs", "source")
+_COMPLETIONS = (
+    "completion", "answer", "response", "output", "solution", "generation", "targets", "target", "chosen",
+)  # fmt: skip
+_TEXTS = ("content", "contents", "body", "document", "article", "story", "code", "raw_content", "raw_text")
+_SHOWN = 12  # keys that an error lists
+
+
+def listed(keys: Sequence[str]) -> str:
+    """The keys of a record for an error message, at most 12 of them."""
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return (", ".join(map(repr, keys[:_SHOWN])) or "no key") + more
+
+
+def hint(keys: Sequence[str]) -> str:
+    """The settings that probably read records of these keys, such as `; perhaps field=content`."""
+    if "chosen" in keys and "rejected" in keys:
+        return (
+            "; these are preference pairs: messages=chosen reads the preferred conversations, field=chosen "
+            "the preferred texts, prompt=prompt completion=chosen the answers to separate prompts"
+        )
+    prompt = next((key for key in _PROMPTS if key in keys), None)
+    completion = next((key for key in _COMPLETIONS if key in keys), None)
+    text = next((key for key in _TEXTS if key in keys), None)
+    if prompt and completion:
+        return f"; perhaps prompt={prompt} completion={completion}"
+    if text:
+        return f"; perhaps field={text}"
+    if len(keys) <= 2 and "data" in keys:
+        return "; the list in a file that is one JSON object is read with records=data"
+    return ""
