@@ -21,6 +21,7 @@ from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.ends import learnt_ends
 from xtoken_jax.data.markers import SAMPLE, spelled_markers
 from xtoken_jax.data.sources import read_sources
+from xtoken_jax.data.tally import Tally
 from xtoken_jax.export import check_replaceable
 from xtoken_jax.files import write_whole, writing
 from xtoken_jax.held_out import Figures, held_out_parts, read_held_out
@@ -119,11 +120,18 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             cache.check(of_text(train_text) | templates)
         rows = rows_here(mesh, experiment.data.batch_size)
         # Too little text is said before anything is written.
-        batches = training_batches(pairs, train_text, experiment.data, rows=rows)
+        tallies: dict[str, Tally] = {}
+        batches = training_batches(pairs, train_text, experiment.data, rows=rows, tallies=tallies)
         counts = ", ".join(f"{len(documents):,} of {name}" for name, documents in train_text.items())
         console.print(f"text     documents: {counts}", markup=False)
         for line in _spelled({"train": train_text, "validation": held_out_text}, pairs):
             console.print(f"warning  {line}", markup=False, style="yellow")
+        for name, tally in tallies.items():
+            sample = tally.records < len(train_text[name])
+            of = f" (sample: its first {tally.records:,} records)" if sample else ""
+            console.print(f"targets  source {name!r}{of}: {tally.describe()}", markup=False)
+            for note, count in tally.notes.most_common():
+                console.print(f"         {count:,} records: {note}", markup=False)
         made_of = contents(
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
             {key_of(name, "projection"): projection for name, projection in teachers.projections.items()},
@@ -209,6 +217,10 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             console.print(f"ends     {added}", markup=False)
     kind = kinds.get(FIRST_TEACHER, LossKind.none)
     result: dict[str, object] = {"loss": kind.value, "figures": figures}
+    result["text"] = {
+        name: {"records": t.records, "tokens": t.tokens, "targets": t.targets, "skipped": dict(t.skipped)}
+        for name, t in tallies.items()
+    }
     if len(kinds) > 1:
         result["losses"] = {name: kind.value for name, kind in kinds.items()}
 

@@ -81,6 +81,24 @@ def test_the_exported_student_ends_as_it_learnt_to(chats, tmp_path):
     assert main([*words, str(tmp_path / "run"), "--overwrite"]) == 2
 
 
+def test_the_start_counts_targets_and_what_was_skipped(chats, tmp_path):
+    path, user = tmp_path / "chats.jsonl", {"role": "user", "content": "1+1"}
+    with path.open("a") as file:
+        file.write((json.dumps({"messages": [user]}) + "\n") * 3)
+    words = [*chats, "train.steps=1", "data.student_length=64", "data.teacher_length=64"]
+    text = output(words)
+    line = next(line for line in text.splitlines() if line.startswith("targets"))
+    counts = json.loads((tmp_path / "run" / "result.json").read_text())["text"]["text"]
+    answer = 2  # a number below 100, and EOS
+    assert counts["targets"] == 24 * answer
+    assert counts["records"] == 27
+    assert sum(counts["skipped"].values()) == 3
+    assert line.startswith(
+        f"targets  source 'text': {24 * answer:,} of {counts['tokens']:,} tokens are targets"
+    )
+    assert "skipped 3 of 27 records: 3 with nothing to learn" in line
+
+
 def test_a_run_has_the_day_of_its_cache(chats, tmp_path):
     cached(chats, tmp_path / "cache")
     index = tmp_path / "cache" / INDEX_FILE

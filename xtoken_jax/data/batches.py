@@ -8,7 +8,7 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from xtoken_jax.data.cache_shards import PartRows
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Document, Part, Record, cut_little, encode, student_of
 from xtoken_jax.data.lanes import Lane, Row, State, spread, streams_of
+from xtoken_jax.data.tally import Tally
 from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
@@ -94,6 +95,7 @@ def training_batches(
     caches: Mapping[str, TeacherCache] | None = None,
     rows: slice | Sequence[int] = slice(None),
     threads: int | None = None,
+    tallies: MutableMapping[str, Tally] | None = None,
 ) -> Batches:
     """An endless iterator of Batch, shuffled anew in every epoch, whose position can be saved.
 
@@ -104,12 +106,14 @@ def training_batches(
         caches: by teacher, of those whose outputs are cached.
         rows: which rows of the global batch are made here; they are the same whoever makes them.
         threads: that make them; None for as many as there are processors, up to 8.
+        tallies: receives the counts of each source by its name, as `cut_little` gives them.
 
     Raises:
         UserError: a source without a row that has a token to learn, or less text than a batch holds.
     """
     weights = config.weights()
-    streams = streams_of(documents, weights, config.seed, cut_little(pairs, documents, config))
+    cut = cut_little(pairs, documents, config, tallies=tallies)
+    streams = streams_of(documents, weights, config.seed, cut)
     encode_all = functools.partial(encode, pairs)
 
     def lane(slot: int) -> Lane:
