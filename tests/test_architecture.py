@@ -58,7 +58,7 @@ ALLOWED = {
 }  # fmt: skip
 # These may import anything.
 WIRING = {
-    "__init__", "cache_contents", "cache_run", "cache_teacher", "cli", "cli_cache", "cli_copies",
+    "__init__", "__main__", "cache_contents", "cache_run", "cache_teacher", "cli", "cli_cache", "cli_copies",
     "cli_generate", "cli_tokenizers", "distill", "held_out", "runs", "sweep", "teachers",
 }  # fmt: skip
 

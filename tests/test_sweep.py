@@ -175,3 +175,10 @@ def test_optuna_searches_for_the_figure(sweep, ran, tmp_path):
     jobs = jobs_of(folder)
     best = (folder / "hydra" / "optimization_results.yaml").read_text()
     assert f"best_value: {jobs[0]['figures']['text bits/byte']}" in best
+
+
+def test_a_sweep_without_a_run_dir_writes_below_runs(words, ran, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["distill", "-m", *words, "name=mine", "optimizer.learning_rate=1e-3,2e-3"]) == 0
+    folder = tmp_path / "runs" / "mine" / "sweep"
+    assert [Path(e.run_dir).parent for e in ran] == [folder, folder]

@@ -107,7 +107,7 @@ def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) ->
     job = Job(run, overrides, sweep, "running")
     begun = time.perf_counter()
     try:
-        config.run_dir = str(run)
+        OmegaConf.update(config, "run_dir", str(run), force_add=True)
         experiment = experiment_of(config)
         result = finished(run, experiment)
         if result is None:
