@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses.blockwise_plan import logits_of, rows_at
 from xtoken_jax.losses.chunks import single_positions
+from xtoken_jax.losses.softmax import not_finite
 from xtoken_jax.mesh import BATCH
 
 
@@ -44,7 +45,7 @@ def top_token_agreement(
         data_axes: mesh axes that split B.
 
     Returns:
-        float32 scalar without a gradient; NaN where there is no such chunk.
+        float32 scalar without a gradient; NaN where there is no such chunk or its logits are not finite.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     axes = tuple(axis for axis in data_axes if mesh.shape.get(axis, 1) > 1)
@@ -68,8 +69,8 @@ def top_token_agreement(
         (order,) = jnp.nonzero(single, size=every, fill_value=every)
         most = jax.lax.pmax(number, axes) if axes else number
 
-        def one(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            place, hits = carry
+        def one(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            place, hits, faults = carry
             places = place + jnp.arange(block, dtype=jnp.int32)
             chunks = order.at[places].get(mode="fill", fill_value=every)
             ours, theirs = (
@@ -77,18 +78,22 @@ def top_token_agreement(
                 for x, at in ((student, at_student), (teacher, at_teacher))
             )
             z_s = logits_of(ours, unembeddings[0])
+            faulty = not_finite(z_s)
             if unembeddings[1] is not None:
-                theirs = logits_of(theirs, unembeddings[1]).argmax(axis=-1)
+                z_t = logits_of(theirs, unembeddings[1])
+                theirs, faulty = z_t.argmax(axis=-1), faulty | not_finite(z_t)
             partner = partners.at[theirs].get(mode="fill", fill_value=-1)
             own = jnp.take_along_axis(z_s, jnp.maximum(partner, 0)[:, None], axis=-1)[:, 0]
             agrees = (partner >= 0) & (own >= z_s.max(axis=-1)) & (chunks < every)
-            return place + block, hits + agrees.sum(dtype=jnp.int32)
+            faults += (faulty & (chunks < every)).sum(dtype=jnp.int32)
+            return place + block, hits + agrees.sum(dtype=jnp.int32), faults
 
-        start = jnp.int32(0), jnp.int32(0)
-        hits = jax.lax.while_loop(lambda carry: carry[0] < most, one, start)[1]
+        start = jnp.int32(0), jnp.int32(0), jnp.int32(0)
+        _, hits, faults = jax.lax.while_loop(lambda carry: carry[0] < most, one, start)
         if axes:
-            hits, number = jax.lax.psum((hits, number), axes)
-        return jnp.where(number > 0, hits / jnp.maximum(number, 1), jnp.nan).astype(jnp.float32)
+            hits, faults, number = jax.lax.psum((hits, faults, number), axes)
+        measured = (number > 0) & (faults == 0)
+        return jnp.where(measured, hits / jnp.maximum(number, 1), jnp.nan).astype(jnp.float32)
 
     hidden = jax.lax.stop_gradient((student_hidden, of_teacher))
     rest: Any = alignment, jax.lax.stop_gradient(unembeddings), jnp.asarray(partners)

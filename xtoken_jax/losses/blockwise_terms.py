@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -33,7 +32,13 @@ from xtoken_jax.losses.projection_kl import (
     projected_softmax,
 )
 from xtoken_jax.losses.rank import sorted_l1
-from xtoken_jax.losses.softmax import actual_log_softmax, centred, merged_log_softmax
+from xtoken_jax.losses.softmax import (
+    actual_log_softmax,
+    centred,
+    log_softmax_within,
+    merged_log_softmax,
+    not_finite,
+)
 from xtoken_jax.mesh import whole
 from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import Partition
@@ -125,7 +130,7 @@ def _p_kl(setting: TermSetting, projection: Any, teacher: TeacherRows) -> Term:
 
     def of_teacher(block: Block) -> jax.Array:
         logits = chosen.logits(block.positions)
-        merged = block.merging.merge(jax.nn.log_softmax(logits, axis=-1))
+        merged = block.merging.merge(log_softmax_within(logits))
         if merge not in ("first", "last"):
             return merged
         actual = chosen.actual(block.positions, logits)
@@ -140,7 +145,7 @@ def _p_kl(setting: TermSetting, projection: Any, teacher: TeacherRows) -> Term:
 
     return Term(
         teacher=of_teacher,
-        target=partial(jax.nn.log_softmax, axis=-1) if merge == "mean_normalized" else lambda merged: merged,
+        target=log_softmax_within if merge == "mean_normalized" else lambda merged: merged,
         student=of_student,
         values=lambda m, t: (
             chunk_values(m, t, setting.direction, setting.beta) * tau**2,
@@ -212,7 +217,7 @@ def _prefix(
     tau, direction, beta = setting.temperature, setting.direction, setting.beta
 
     def rows(positions: jax.Array) -> jax.Array:
-        return centred(teacher.logits(positions, tau))
+        return _all_or_nothing(centred(teacher.logits(positions, tau)))
 
     batch = PrefixBatch.of(alignment, tables, student_ids, teacher_ids, rows, teacher.block)
 
@@ -228,11 +233,13 @@ def _prefix(
         teacher=of_teacher,
         target=lambda merged: merged,
         student=lambda z, _, block, __: block.merging.merge(
-            batch.student_events(centred(z), block.positions)
+            batch.student_events(_all_or_nothing(centred(z)), block.positions)
         ),
         values=values,
         whole_rows=True,
-        at_positions=lambda z, positions: batch.steps(centred(z), positions, direction, beta) * tau**2,
+        at_positions=lambda z, positions: (
+            batch.steps(_all_or_nothing(centred(z)), positions, direction, beta) * tau**2
+        ),
         positions=batch.by_student.size > 0,
     )
 
@@ -244,11 +251,12 @@ def _same_vocabulary(setting: TermSetting, teacher: TeacherRows) -> Term:
     def of_student(
         logits: jax.Array, next_ids: jax.Array, block: Block, learnt: jax.Array | None
     ) -> jax.Array:
-        logits = logits if chosen.columns is None else logits[:, chosen.columns]
+        if chosen.columns is not None:
+            logits = jnp.where(not_finite(logits)[:, None], jnp.nan, logits[:, chosen.columns])
         return merged_log_softmax(logits, None, block.merging)
 
     return Term(
-        teacher=lambda block: merged_log_softmax(chosen.logits(block.positions), None, block.merging),
+        teacher=lambda block: block.merging.merge_wide(log_softmax_within(chosen.logits(block.positions))),
         target=lambda merged: merged,
         student=of_student,
         values=lambda m, t: _alone(kl_terms(t, m, setting.direction, beta=setting.beta).sum(-1) * tau**2),
@@ -275,22 +283,32 @@ class _Chosen:
         rows: what the columns' logits are made from.
         temperature: tau.
         log_actual: float32 [N_t], the log-probability of the token that comes, or None.
+        faulty: bool [N_t], positions with a NaN or +inf in any column; None without columns.
     """
 
     columns: jax.Array | None
     rows: TeacherRows
     temperature: float
     log_actual: jax.Array | None
+    faulty: jax.Array | None = None
 
     def logits(self, positions: jax.Array) -> jax.Array:
         """float32 [n, k]."""
-        return self.rows.logits(positions, self.temperature)
+        logits = self.rows.logits(positions, self.temperature)
+        if self.faulty is None:
+            return logits
+        return jnp.where(self.faulty.at[positions].get(mode="clip")[:, None], jnp.nan, logits)
 
     def actual(self, positions: jax.Array, logits: jax.Array) -> jax.Array:
         """float32 [n]: log-probabilities of the tokens that come, over the full vocabulary."""
         if self.log_actual is not None:
             return self.log_actual.at[positions].get(mode="clip")
         return _log_actual(logits, cast(jax.Array, self.rows.next(positions)))
+
+
+def _all_or_nothing(logits: jax.Array) -> jax.Array:
+    """Logits [n, V] in which a row that is not finite is NaN in every column: no event can hide it."""
+    return jnp.where(not_finite(logits)[:, None], jnp.nan, logits)
 
 
 def _log_actual(logits: jax.Array, next_ids: jax.Array) -> jax.Array:
@@ -314,7 +332,7 @@ def _choose(teacher: TeacherRows, tau: float, top_k: int) -> _Chosen:
         return carry[0] < wanted.sum()
 
     def look(carry: tuple) -> tuple:
-        place, top, log_actual = carry
+        place, top, log_actual, faulty = carry
         places = place + jnp.arange(block, dtype=jnp.int32)
         positions = order.at[places].get(mode="fill", fill_value=length)
         logits = teacher.logits(positions, tau)
@@ -323,13 +341,15 @@ def _choose(teacher: TeacherRows, tau: float, top_k: int) -> _Chosen:
             log_actual = log_actual.at[positions].set(actual, mode="drop")
         votes = real.at[positions].get(mode="fill", fill_value=False)
         logits = logits + teacher.offsets(positions, tau)[:, None]
-        top = jnp.maximum(top, highest(jnp.where(votes[:, None], logits, -jnp.inf)))
-        return place + block, top, log_actual
+        bad = not_finite(logits)
+        top = jnp.maximum(top, highest(jnp.where((votes & ~bad)[:, None], logits, -jnp.inf)))
+        return place + block, top, log_actual, faulty.at[positions].set(bad, mode="drop")
 
     log_actual = None if teacher.next_ids is None else jnp.zeros(length, jnp.float32)
-    start = (jnp.int32(0), jnp.full(teacher.size, -jnp.inf, jnp.float32), log_actual)
-    _, top, log_actual = jax.lax.while_loop(more, look, start)
+    none = jnp.zeros(length, bool)
+    start = (jnp.int32(0), jnp.full(teacher.size, -jnp.inf, jnp.float32), log_actual, none)
+    _, top, log_actual, faulty = jax.lax.while_loop(more, look, start)
     if teacher.axes:
         top = jax.lax.pmax(top, teacher.axes)
     columns = jax.lax.top_k(top, top_k)[1].astype(jnp.int32)
-    return _Chosen(columns, teacher.at_columns(columns), tau, log_actual)
+    return _Chosen(columns, teacher.at_columns(columns), tau, log_actual, faulty)

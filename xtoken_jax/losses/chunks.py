@@ -33,6 +33,27 @@ def valid_chunks(alignment: Alignment) -> jax.Array:
     return found
 
 
+def counted_positions(alignment: Alignment) -> tuple[jax.Array, jax.Array]:
+    """bool [B, T_s] and [B, T_t]: positions that predict a token of a chunk that counts.
+
+    What the logits of the other positions are never matters, not even if they are NaN.
+    """
+    valid = jnp.pad(valid_chunks(alignment), ((0, 0), (0, 1)))
+    count = alignment.valid.shape[1]
+    student, teacher = (
+        jnp.take_along_axis(valid, _segments(chunks, count), axis=1)
+        for chunks in (alignment.student_chunks, alignment.teacher_chunks)
+    )
+    return student, teacher
+
+
+def chunks_of_positions(flags: jax.Array, chunks: jax.Array | np.ndarray, count: int) -> jax.Array:
+    """bool [B, C]: chunks with a flagged position, from flags by position, bool [B T]."""
+    segments = _segments(chunks, count)
+    flags = flags.reshape(segments.shape).astype(jnp.int32)
+    return _by_row(jax.ops.segment_max, flags, segments, count)[:, :count] > 0
+
+
 def single_positions(alignment: Alignment) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The chunks that count and have one position on each side.
 

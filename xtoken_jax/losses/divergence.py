@@ -28,7 +28,8 @@ def kl_terms(
         beta: the teacher's share of the mixture, between 0 and 1, for "jsd".
 
     Returns:
-        float terms of the same shape. The gradient is finite wherever the value is.
+        float terms of the same shape. The gradient is finite wherever the value is. NaN on either side
+        gives NaN, except where the leading probability is 0.
 
     Raises:
         ValueError: another direction, or beta outside its range.
@@ -47,8 +48,8 @@ def kl_terms(
             return _jsd_terms(teacher, student, float(beta))
         direction = "reverse" if beta else "forward"
     lead, other = (teacher, student) if direction == "forward" else (student, teacher)
-    # What underflows is absent too: 0 times an infinite difference would make NaN.
-    present = lead > _LEAST
+    # What underflows is absent too: 0 times an infinite difference would make NaN. A NaN is not absent.
+    present = ~(lead <= _LEAST)
     # Both branches of a `where` are differentiated, so the absent ones are made harmless first.
     lead = jnp.where(present, lead, 0.0)
     other = jnp.where(present, other, 0.0)
@@ -79,7 +80,7 @@ def _jsd_parts(teacher: jax.Array, student: jax.Array, beta: float) -> tuple[jax
     above = jnp.log1p(share * jnp.expm1(-jnp.abs(ratio)))
 
     def part(weight: float, value: jax.Array, below: jax.Array) -> jax.Array:
-        present = value > -jnp.inf
+        present = value != -jnp.inf
         excess = jnp.where(present, -above - below, 0.0)
         return weight * jnp.where(present, jnp.exp(value) * excess, 0.0)
 

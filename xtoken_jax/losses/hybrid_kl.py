@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import Merging, next_tokens, valid_chunks
+from xtoken_jax.losses.chunks import Merging, counted_positions, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.softmax import flat_logits, merged_log_softmax
 from xtoken_jax.losses.sorting import largest, largest_with_places
@@ -143,10 +143,8 @@ def hybrid_terms(
         raise ValueError(f"merge={merge!r} needs student_ids and teacher_ids")
     count = alignment.valid.shape[1]
     student_size, teacher_size = _sizes(partition)
-    student, teacher = (
-        flat_logits(logits, size) / temperature
-        for logits, size in ((student_logits, student_size), (teacher_logits, teacher_size))
-    )
+    student = flat_logits(student_logits, student_size, counted_positions(alignment)[0]) / temperature
+    teacher = flat_logits(teacher_logits, teacher_size) / temperature
     student_next, teacher_next = (
         None if merge == "mean" or ids is None else next_tokens(ids) for ids in (student_ids, teacher_ids)
     )

@@ -90,7 +90,7 @@ def likelihood_kl(student: jax.Array, teacher: jax.Array, likelihood_temperature
 def _forward(student: jax.Array, teacher: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:
     """The values, and their slope by log p_S."""
     highest = -FLOOR * tau
-    counts = student < highest
+    counts = ~(student >= highest)  # a NaN counts
     student, teacher = jnp.minimum(student, highest), jnp.minimum(teacher, highest)
     a, b = jnp.exp(teacher / tau), jnp.exp(student / tau)
     other_a, other_b = -jnp.expm1(teacher / tau), -jnp.expm1(student / tau)  # 1 - a, with all its digits

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import valid_chunks
+from xtoken_jax.losses.chunks import chunks_of_positions, counted_positions, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
-from xtoken_jax.losses.softmax import centred, flat_logits
+from xtoken_jax.losses.softmax import centred, flat_logits, not_finite
 from xtoken_jax.projection.events import Continuations, PrefixTables, log_masses
 
 
@@ -105,10 +105,12 @@ def prefix_parts(
     beta: float = 0.5,
 ) -> tuple[jax.Array, jax.Array]:
     """The terms of `prefix_kl` where chunks begin (1), and those inside of them (2 and 3); float32 [B, C]."""
-    student = centred(flat_logits(student_logits, tables.student_size) / temperature)
-    teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size))
-    teacher = centred(teacher / temperature)
+    counted = counted_positions(alignment)[0]
+    student = flat_logits(student_logits, tables.student_size, counted) / temperature
+    teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size)) / temperature
     plan = PrefixPlan.of(alignment, tables, student_ids, teacher_ids)
+    faulty = plan.faulty(alignment, not_finite(student), not_finite(teacher))
+    student, teacher = centred(student), centred(teacher)
 
     def compare(of_teacher: jax.Array, of_student: jax.Array) -> jax.Array:
         return divergence(of_teacher, of_student, direction, beta)
@@ -125,7 +127,8 @@ def prefix_parts(
     inside = plan.by_teacher.by_chunk(value)
     value = compare(after_student.within(teacher, plan.by_student.start), steps_student)
     inside = inside + plan.by_student.by_chunk(value)
-    start, inside = (jnp.where(plan.counted, part * temperature**2, 0.0) for part in (start, inside))
+    factor = jnp.where(faulty, jnp.nan, temperature**2)
+    start, inside = (jnp.where(plan.counted, part * factor, 0.0) for part in (start, inside))
     return start, inside
 
 
@@ -134,7 +137,7 @@ def divergence(teacher: jax.Array, student: jax.Array, direction: str, beta: flo
 
     Both are normalized over the events that neither side excludes (-inf).
     """
-    both = (teacher > -jnp.inf) & (student > -jnp.inf)
+    both = (teacher != -jnp.inf) & (student != -jnp.inf)
     teacher, student = (_normalized(masses, both) for masses in (teacher, student))
     return kl_terms(teacher, student, direction, beta=beta).sum(-1)
 
@@ -211,6 +214,15 @@ class PrefixPlan(NamedTuple):
             _steps(student, teacher, tables.student_pieces, counted),
             _steps(teacher, student, tables.teacher_pieces, counted),
         )
+
+    def faulty(self, alignment: Alignment, student: jax.Array, teacher: jax.Array) -> jax.Array:
+        """bool [B, C]: counted chunks with a position that is not finite, of bool [B T_s] and [B T_t].
+
+        A token without an event would otherwise hide that its logit is NaN.
+        """
+        count = self.counted.shape[1]
+        faulty = chunks_of_positions(student, alignment.student_chunks, count)
+        return self.counted & (faulty | chunks_of_positions(teacher, alignment.teacher_chunks, count))
 
 
 class _Tokens(NamedTuple):
@@ -335,16 +347,16 @@ class Slots(NamedTuple):
 def _log_sum(values: jax.Array) -> jax.Array:
     """log sum exp along the last axis, with gradients of 0 where all is -inf."""
     highest = jax.lax.stop_gradient(values.max(axis=-1, keepdims=True))
-    highest = jnp.where(highest > -jnp.inf, highest, 0.0)
+    highest = jnp.where(highest == -jnp.inf, 0.0, highest)
     total = jnp.exp(values - highest).sum(-1)
-    found = total > 0
+    found = total != 0
     return jnp.where(found, jnp.log(jnp.where(found, total, 1.0)) + highest[..., 0], -jnp.inf)
 
 
 def _normalized(values: jax.Array, both: jax.Array) -> jax.Array:
     values = jnp.where(both, values, -jnp.inf)
     total = _log_sum(values)[:, None]
-    return jnp.where(both, values - jnp.where(total > -jnp.inf, total, 0.0), -jnp.inf)
+    return jnp.where(both, values - jnp.where(total == -jnp.inf, 0.0, total), -jnp.inf)
 
 
 @jax.custom_vjp
@@ -369,7 +381,7 @@ def _group_sums_backward(residuals: tuple, gradient: jax.Array) -> tuple:
     places = jax.lax.broadcasted_iota(jnp.int32, leads.shape, 1)
     first = jax.lax.cummax(jnp.where(leads, places, 0), axis=1)
     gradient, sums = (jnp.take_along_axis(x, first, axis=1) for x in (jnp.where(leads, gradient, 0.0), sums))
-    share = jnp.where((values > -jnp.inf) & (gradient != 0), values - sums, -jnp.inf)
+    share = jnp.where((values != -jnp.inf) & (gradient != 0), values - sums, -jnp.inf)
     return gradient * jnp.exp(share), None
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import MERGES, Merging, next_tokens, valid_chunks
+from xtoken_jax.losses.chunks import MERGES, Merging, counted_positions, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
-from xtoken_jax.losses.softmax import centred, flat_logits
+from xtoken_jax.losses.softmax import centred, flat_logits, log_softmax_within, not_finite
 from xtoken_jax.projection.matrix import LearnableProjection, Projection, SplitProjection
 from xtoken_jax.projection.sharded import ShardedProjection
 
@@ -107,15 +107,20 @@ def projection_parts(
     if merge not in MERGES:
         raise ValueError(f"merge={merge!r}: choose one of {', '.join(MERGES)}")
     count = alignment.valid.shape[1]
-    student = flat_logits(student_logits, projection.student_size) / temperature
-    teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, projection.teacher_size)) / temperature
-    mask = None if teacher_mask is None else jnp.asarray(teacher_mask).reshape(-1)
-    columns = top_columns(teacher, mask, min(top_k, teacher.shape[-1]))
+    valid, (counted, _) = valid_chunks(alignment), counted_positions(alignment)
+    student = flat_logits(student_logits, projection.student_size, counted) / temperature
+    if not isinstance(projection, Projection | SplitProjection):
+        # The gradient by W is a sum over all positions.
+        student = jnp.where(counted.reshape(-1, 1), student, 0.0)
+    teacher_logits = jax.lax.stop_gradient(teacher_logits)
+    teacher = flat_logits(teacher_logits, projection.teacher_size) / temperature
+    columns, faulty = top_columns(teacher_logits, teacher_mask, top_k, projection.teacher_size)
 
     merging = Merging.of(alignment.teacher_chunks, count, merge)
-    target = merging.merge(jax.nn.log_softmax(teacher[:, columns], axis=-1))
+    chosen = jnp.where(faulty[:, None], jnp.nan, teacher[:, columns])
+    target = merging.merge(log_softmax_within(chosen))
     if merge == "mean_normalized":
-        target = jax.nn.log_softmax(target, axis=-1)
+        target = log_softmax_within(target)
     if merge in ("first", "last"):
         if teacher_ids is None:
             raise ValueError(f"merge={merge!r} needs teacher_ids")
@@ -127,8 +132,9 @@ def projection_parts(
     projected = projected_softmax(student, projection, columns, teacher.shape[-1])
     # The projection is linear: merging behind it gives the same as before it, over fewer columns.
     projected = Merging.of(alignment.student_chunks, count, merge).merge(projected)
+    # What does not count must not become NaN times a gradient of 0.
+    projected, target = (jnp.where(valid.reshape(-1, 1), x, 0.0) for x in (projected, target))
     values = chunk_values(projected, target, direction, beta) * temperature**2
-    valid = valid_chunks(alignment)
     both = values, lost_mass(projected)
     values, lost = (jnp.where(valid, part.reshape(valid.shape), 0.0) for part in both)
     return values, lost
@@ -215,14 +221,37 @@ def _projected_backward(width: int, residuals: tuple, gradient: jax.Array) -> tu
 _projected.defvjp(_projected_forward, _projected_backward)
 
 
-def top_columns(logits: jax.Array, mask: jax.Array | None, count: int) -> jax.Array:
-    """int32 [count]: the columns of logits [N, V] whose maximum over the (real) positions is highest."""
-    width = logits.shape[-1]
-    if count == width:
-        return jnp.arange(width, dtype=jnp.int32)
-    if mask is not None:
-        logits = jnp.where(mask[:, None], logits, -jnp.inf)
-    return jax.lax.top_k(highest(logits), count)[1].astype(jnp.int32)
+def top_columns(
+    logits: jax.Array, mask: jax.Array | None, count: int, size: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The columns whose maximum over the (real) positions is highest, and the positions that are not finite.
+
+    Args:
+        logits: float [B, T, >= size].
+        mask: bool [B, T], real positions; None: all.
+        count: columns wanted; all of them if there are no more.
+        size: V of the tokenizer; None: the width.
+
+    Returns:
+        int32 [min(count, V)]; and bool [B T], real positions with a NaN or +inf in any column, which choose
+        no column. Where all columns are wanted they are in the result anyway, and none is named.
+    """
+
+    def real() -> jax.Array:
+        flat = flat_logits(logits, size)
+        return flat if mask is None else jnp.where(jnp.asarray(mask, bool).reshape(-1, 1), flat, -jnp.inf)
+
+    def by_finite() -> tuple[jax.Array, jax.Array]:
+        faulty = not_finite(real())
+        return highest(jnp.where(faulty[:, None], -jnp.inf, real())), faulty
+
+    none = jnp.zeros(logits.shape[0] * logits.shape[1], bool)
+    width = logits[..., :size].shape[-1]
+    if count >= width:
+        return jnp.arange(width, dtype=jnp.int32), none
+    best = highest(real())
+    best, faulty = jax.lax.cond(not_finite(best), by_finite, lambda: (best, none))
+    return jax.lax.top_k(best, count)[1].astype(jnp.int32), faulty
 
 
 def highest(logits: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import Merging, valid_chunks
+from xtoken_jax.losses.chunks import Merging, counted_positions, valid_chunks
 from xtoken_jax.losses.softmax import flat_logits, merged_log_softmax
 from xtoken_jax.losses.sorting import largest, largest_with_places
 from xtoken_jax.projection.matrix import Array
@@ -48,12 +48,14 @@ def rank_l1(
     """
     count = alignment.valid.shape[1]
 
-    def probabilities(logits: jax.Array, size: int | None, chunks: Array) -> jax.Array:
-        flat = flat_logits(logits, size) / temperature
+    counted = counted_positions(alignment)
+
+    def probabilities(logits: jax.Array, size: int | None, chunks: Array, counted: jax.Array) -> jax.Array:
+        flat = flat_logits(logits, size, counted) / temperature
         return jnp.exp(merged_log_softmax(flat, None, Merging.of(chunks, count, "mean")))
 
-    student = probabilities(student_logits, student_size, alignment.student_chunks)
-    teacher = probabilities(teacher_logits, teacher_size, alignment.teacher_chunks)
+    student = probabilities(student_logits, student_size, alignment.student_chunks, counted[0])
+    teacher = probabilities(teacher_logits, teacher_size, alignment.teacher_chunks, counted[1])
     values = sorted_l1(student, jax.lax.stop_gradient(teacher)) * temperature**2
     return jnp.where(valid_chunks(alignment), values.reshape(alignment.valid.shape), 0.0)
 

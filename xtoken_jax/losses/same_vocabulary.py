@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import Merging, valid_chunks
+from xtoken_jax.losses.chunks import Merging, counted_positions, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.projection_kl import top_columns
-from xtoken_jax.losses.softmax import centred, flat_logits, merged_log_softmax
+from xtoken_jax.losses.softmax import (
+    centred,
+    flat_logits,
+    gradient_at,
+    log_softmax_within,
+    merged_log_softmax,
+    not_finite,
+)
 
 
 def next_token_cross_entropy(
@@ -23,14 +30,19 @@ def next_token_cross_entropy(
         token_mask: bool [B, T], tokens that count as labels.
 
     Returns:
-        values float32 [B, T - 1] in nats, and the bool [B, T - 1] mask of those that count.
+        values float32 [B, T - 1] in nats, and the bool [B, T - 1] mask of those that count. A position that
+        does not count may be NaN, with a gradient of 0.
     """
     # The last position is left out of the values, not of the logits: that would copy them.
-    logits = centred(jnp.asarray(logits, jnp.float32))
+    logits = jnp.asarray(logits, jnp.float32)
+    mask = jnp.asarray(token_mask[:, 1:], bool)
+    counted = jnp.pad(mask, ((0, 0), (0, 1)))
+    highest = jax.lax.stop_gradient(logits).max(axis=-1)
+    logits = centred(gradient_at(logits, counted | (highest < jnp.inf)), highest)
     labels = jnp.roll(token_ids, -1, axis=1)[..., None]
     chosen = jnp.take_along_axis(logits, labels, axis=-1)[..., 0]
     values = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return values[:, :-1], jnp.asarray(token_mask[:, 1:], bool)
+    return values[:, :-1], mask
 
 
 def same_vocabulary_kl(
@@ -83,10 +95,8 @@ def same_vocabulary_kl(
             "tokenizer, give its size to cut padded columns off"
         )
     mask = jnp.asarray(token_mask[:, 1:], bool)
-    columns = _columns(teacher, teacher_mask, top_k)
-    s, t = (
-        jax.nn.log_softmax(_within(z[:, :-1], columns) / temperature, axis=-1) for z in (student, teacher)
-    )
+    s, t = _compared(student, teacher, teacher_mask, top_k)
+    s, t = (log_softmax_within(jnp.where(mask[..., None], z[:, :-1], 0.0) / temperature) for z in (s, t))
     values = kl_terms(t, s, direction, beta=beta).sum(-1) * temperature**2
     return jnp.where(mask, values, 0.0), mask
 
@@ -119,26 +129,31 @@ def same_vocabulary_kl_by_chunk(
     Returns:
         float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
     """
-    count = alignment.valid.shape[1]
-    student, teacher = flat_logits(student_logits, size), flat_logits(teacher_logits, size)
-    teacher = jax.lax.stop_gradient(teacher)
-    columns = _columns(teacher, teacher_mask, top_k)
-    s, t = (
-        merged_log_softmax(_within(z, columns) / temperature, None, Merging.of(chunks, count, "first"))
-        for z, chunks in ((student, alignment.student_chunks), (teacher, alignment.teacher_chunks))
+    count, valid = alignment.valid.shape[1], valid_chunks(alignment)
+    student = gradient_at(
+        jnp.asarray(student_logits[..., :size], jnp.float32), counted_positions(alignment)[0]
+    )
+    teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits[..., :size], jnp.float32))
+    student, teacher = _compared(student, teacher, teacher_mask, top_k)
+    t = Merging.of(alignment.teacher_chunks, count, "first").merge_wide(
+        log_softmax_within(flat_logits(teacher, None) / temperature)
+    )
+    s = merged_log_softmax(
+        flat_logits(student, None) / temperature, None, Merging.of(alignment.student_chunks, count, "first")
     )
     values = kl_terms(t, s, direction, beta=beta).sum(-1) * temperature**2
-    return jnp.where(valid_chunks(alignment), values.reshape(alignment.valid.shape), 0.0)
+    return jnp.where(valid, values.reshape(alignment.valid.shape), 0.0)
 
 
-def _columns(teacher: jax.Array, mask: jax.Array | None, top_k: int | None) -> jax.Array | None:
-    """int32 [top_k] of float [..., V]; None for all of them."""
-    width = teacher.shape[-1]
-    if top_k is None or top_k >= width:
-        return None
-    real = None if mask is None else jnp.asarray(mask).reshape(-1)
-    return top_columns(teacher.reshape(-1, width), real, top_k)
-
-
-def _within(logits: jax.Array, columns: jax.Array | None) -> jax.Array:
-    return logits if columns is None else logits[..., columns]
+def _compared(
+    student: jax.Array, teacher: jax.Array, mask: jax.Array | None, top_k: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Both logits [B, T, V] at the compared columns; a row that is not finite elsewhere is NaN in all."""
+    if top_k is None or top_k >= teacher.shape[-1]:
+        return student, teacher
+    columns, faulty = top_columns(teacher, mask, top_k)
+    faulty = faulty.reshape(*teacher.shape[:2], 1)
+    return (
+        jnp.where(not_finite(student)[..., None], jnp.nan, student[..., columns]),
+        jnp.where(faulty, jnp.nan, teacher[..., columns]),
+    )

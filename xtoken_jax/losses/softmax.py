@@ -8,10 +8,52 @@ import jax.numpy as jnp
 from xtoken_jax.losses.chunks import Merging
 
 
-def flat_logits(logits: jax.Array, size: int | None) -> jax.Array:
-    """float32 [B T, size] of [B, T, >= size]: positions in one row, without columns past the tokenizer's."""
+def flat_logits(logits: jax.Array, size: int | None, counted: jax.Array | None = None) -> jax.Array:
+    """float32 [B T, size] of [B, T, >= size]: positions in one row, without columns past the tokenizer's.
+
+    Args:
+        logits: float [B, T, >= size].
+        size: V of the tokenizer; None: all columns.
+        counted: bool [B, T]; the other positions get a gradient of 0, see `gradient_at`. None: all.
+    """
     logits = jnp.asarray(logits[..., :size], jnp.float32)
+    if counted is not None:
+        logits = gradient_at(logits, counted)
     return logits.reshape(-1, logits.shape[-1])
+
+
+@jax.custom_jvp
+def gradient_at(logits: jax.Array, counted: jax.Array) -> jax.Array:
+    """The same logits, whose gradient is 0 outside the counted positions, also where they are NaN.
+
+    A position outside every chunk takes no part in a loss, but its gradient is 0 times the slope of a
+    softmax, which is NaN if its logits are not finite.
+
+    Args:
+        logits: float [..., V].
+        counted: bool [...].
+    """
+    return logits
+
+
+@gradient_at.defjvp
+def _gradient_at_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    logits, counted = primals
+    return logits, jnp.where(counted[..., None], tangents[0], 0.0)
+
+
+def not_finite(logits: jax.Array) -> jax.Array:
+    """bool [...]: rows of logits [..., V] with a NaN or +inf; -inf excludes a token and is allowed."""
+    return ~(logits.max(axis=-1) < jnp.inf)
+
+
+def log_softmax_within(logits: jax.Array) -> jax.Array:
+    """log_softmax of some of the columns; a row of -inf alone stays one, it has no mass there."""
+    logits = centred(logits)
+    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return logits - jnp.where(normalizer == -jnp.inf, 0.0, normalizer)
 
 
 def soft_capped(logits: jax.Array, softcap: float | None) -> jax.Array:
@@ -41,7 +83,7 @@ def centred(logits: jax.Array, highest: jax.Array | None = None) -> jax.Array:
     """
     highest = logits.max(axis=-1) if highest is None else highest
     highest = jax.lax.stop_gradient(highest)[..., None]
-    return logits - jnp.where(highest > -jnp.inf, highest, 0.0)
+    return logits - jnp.where(highest == -jnp.inf, 0.0, highest)
 
 
 def merged_log_softmax(logits: jax.Array, next_ids: jax.Array | None, merging: Merging) -> jax.Array:

@@ -68,7 +68,7 @@ def teacher_scores(
     logits = jax.lax.stop_gradient(jnp.asarray(logits[:, :-1, :size], jnp.float32))
     log_p = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(log_p, jnp.asarray(token_ids)[:, 1:, None], axis=-1)[..., 0]
-    information = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0).sum(-1)
+    information = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * log_p).sum(-1)
     mask = jnp.asarray(token_mask[:, 1:], bool)
     return TeacherScores(
         *(masked_mean(values, mask, count) for values in (chosen, information, jnp.exp(log_p.max(-1))))
@@ -111,15 +111,17 @@ def combine_teachers(
     if combine not in ("sum", "select_teacher"):
         raise ValueError(f"combine={combine!r}: choose 'sum' or 'select_teacher'")
     if combine == "select_teacher":
-        alphas = jax.nn.one_hot(jnp.argmax(_scores(teachers, "negative_ce")), len(teachers))
+        scores = _scores(teachers, "negative_ce")
+        alphas = jax.nn.one_hot(jnp.argmax(scores), len(teachers))
+        alphas = jnp.where(jnp.isnan(scores).any(), jnp.nan, alphas)
     elif score is None:
         alphas = jnp.array([teacher.weight for teacher in teachers], jnp.float32)
     else:
         alphas = jax.nn.softmax(sharpness * _scores(teachers, score))
     factors = _vocabulary_factors(teachers) if scale_by_vocabulary else [1.0] * len(teachers)
     kds = jnp.stack([jnp.asarray(teacher.kd, jnp.float32) for teacher in teachers])
-    # A teacher without weight may be infinite, which 0 times would make NaN.
-    shares = jnp.where(alphas > 0, alphas * jnp.array(factors, jnp.float32) * kds, 0.0)
+    # A teacher without weight may be infinite, which 0 times would make NaN. A weight that is NaN stays NaN.
+    shares = jnp.where(alphas == 0, 0.0, alphas * jnp.array(factors, jnp.float32) * kds)
     return shares.sum(), alphas
 
 

@@ -68,7 +68,12 @@ def _p_kl_forward(
         # log_softmax within the columns; what is subtracted does not depend on the column.
         chosen = jnp.zeros(width, bool).at[places].set(True, mode="drop")
         merging = setting.merging(rows.teacher_chunks)
-        offset = merging.merge(layout.log_normalizer(jnp.where(chosen[None, :], t, -jnp.inf))[:, None])[:, 0]
+        # What is not finite counts in the columns that are not compared, too.
+        compared = jnp.where(chosen[None, :] | ~(t < jnp.inf), t, -jnp.inf)
+        normalizer = layout.log_normalizer(compared)
+        # A row without mass in the columns stays one of -inf.
+        normalizer = jnp.where(normalizer == -jnp.inf, 0.0, normalizer)
+        offset = merging.merge(normalizer[:, None])[:, 0]
         if rows.teacher_ids is not None:
             actual = layout.at(t, next_tokens(rows.teacher_ids)) - layout.log_normalizer(t)
             offset = offset - merging.other_tokens(actual)

@@ -48,15 +48,21 @@ class TensorFiles:
 
     def __init__(self, folder: Path):
         self._maps: list[mmap.mmap] = []
+        self._folder = folder
+        self._files: dict[str, str] = {}  # tensor -> file, of a sharded checkpoint
         if (folder / WEIGHTS).is_file():
             self.tensors = self._open(folder / WEIGHTS)
             return
-        files = weight_map(folder)
+        files = self._files = weight_map(folder)
         opened = {name: self._open(folder / name) for name in sorted(set(files.values()))}
         absent = [name for name, file in files.items() if name not in opened[file]]
         if absent:
             raise UserError(f"{folder / INDEX} names tensors that its files do not hold: {first(absent)}")
         self.tensors = {name: opened[file][name] for name, file in files.items()}
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._folder / self._files.get(name, WEIGHTS)
 
     def release(self) -> None:
         """Give the pages read so far back to the kernel, which keeps them in its own cache or not."""

@@ -178,14 +178,31 @@ class _Reader:
         The copy has the file's order of axes; on its way to the device, it is turned faster than numpy does.
         """
         if not layout.stacked:
-            cut = layout.cut(self.tensors[layout.names[0]].values, index)
-            return layout.turned(np.array(cut, self.dtype, order="C"))
+            cut = np.array(layout.cut(self.tensors[layout.names[0]].values, index), self.dtype, order="C")
+            self._check_finite(layout.names[0], cut)
+            return layout.turned(cut)
         layers = range(*index[0].indices(len(layout.names)))
         cuts = [layout.cut(self.tensors[layout.names[layer]].values, index[1:]) for layer in layers]
         part = np.empty((len(layers), *cuts[0].shape), self.dtype)
         many = map if cuts[0].nbytes < _WORTH_A_THREAD else self.threads.map
-        list(many(np.copyto, part, cuts))
+
+        def copy(place: np.ndarray, cut: np.ndarray, layer: int) -> None:
+            np.copyto(place, cut)
+            self._check_finite(layout.names[layer], place)
+
+        list(many(copy, part, cuts, layers))
         return layout.turned(part)
+
+    def _check_finite(self, name: str, values: np.ndarray) -> None:
+        """Raise UserError for a NaN or an infinity among the values, which were copied from a tensor."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            # A sum needs no second array, and no NaN or infinity leaves it finite.
+            if np.isfinite(np.sum(values, dtype=np.float32)) or np.isfinite(values).all():
+                return
+        raise UserError(
+            f"{self.files.path_of(name)}: the tensor {name} holds NaN or infinite values; this checkpoint is"
+            " damaged or its training diverged, use an earlier one"
+        )
 
     def _stored_bytes(self, layout: Layout) -> int:
         """How much of the files a parameter is."""

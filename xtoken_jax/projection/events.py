@@ -106,7 +106,7 @@ def _forward(logits: jax.Array, components: Components) -> tuple[jax.Array, tupl
     several = components.count - components.single.shape[0]
     parts, events = logits[:, jnp.asarray(components.tokens)].T, jnp.asarray(components.events)
     highest = jax.ops.segment_max(parts, events, several, indices_are_sorted=True)
-    highest = jnp.where(highest > -jnp.inf, highest, 0.0)
+    highest = jnp.where(highest == -jnp.inf, 0.0, highest)
     sums = jax.ops.segment_sum(jnp.exp(parts - highest[events]), events, several, indices_are_sorted=True)
     masses = jnp.concatenate([single, (jnp.log(sums) + highest).T], axis=1)
     return masses, (logits, masses, components)
@@ -117,7 +117,7 @@ def _backward(residuals: tuple, gradient: jax.Array) -> tuple:
     event_of = jnp.asarray(components.event_of)
     of_token = gradient.at[:, event_of].get(mode="fill", fill_value=0.0)
     mass = masses.at[:, event_of].get(mode="fill", fill_value=0.0)
-    share = jnp.where((mass > -jnp.inf) & (of_token != 0), logits - mass, -jnp.inf)
+    share = jnp.where((mass != -jnp.inf) & (of_token != 0), logits - mass, -jnp.inf)
     return of_token * jnp.exp(share), None
 
 
