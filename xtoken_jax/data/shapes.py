@@ -318,8 +318,8 @@ def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any
         content = _text(content, f"{name}.{keys[1]}", where)
     elif keys[1] in message and not message.get("tool_calls"):
         raise UserError(
-            f"{where()}: the content of {name} is null and it calls no tools; give it a text, or leave the record "
-            "out"
+            f"{where()}: the content of {name} is null, and it calls no tools; give it a text, or leave the "
+            "record out"
         )
     elif not message.get("tool_calls"):
         raise UserError(

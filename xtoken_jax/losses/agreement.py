@@ -69,7 +69,9 @@ def top_token_agreement(
         (order,) = jnp.nonzero(single, size=every, fill_value=every)
         most = jax.lax.pmax(number, axes) if axes else number
 
-        def one(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def one(
+            carry: tuple[jax.Array, jax.Array, jax.Array],
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             place, hits, faults = carry
             places = place + jnp.arange(block, dtype=jnp.int32)
             chunks = order.at[places].get(mode="fill", fill_value=every)
