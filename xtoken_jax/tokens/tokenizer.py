@@ -19,6 +19,7 @@ from xtoken_jax.hub import resolve_folder
 from xtoken_jax.tokens.auto_tokenizer import compare_auto_tokenizer
 from xtoken_jax.tokens.encoding import prepare, text_fingerprint
 from xtoken_jax.tokens.roles import CONFIGURED, find_roles, read_json_object
+from xtoken_jax.tokens.rowless import drop_rowless
 from xtoken_jax.tokens.token_bytes import KINDS, TokenBytes, read_token_bytes
 
 
@@ -28,7 +29,8 @@ class Tokenizer:
 
     Attributes:
         name: the folder or hub id it was loaded from.
-        size: V, the number of ids, added tokens included.
+        size: V, the number of ids, added tokens included, without special ones that have no row in the
+            embedding of the model in the same folder (`xtoken_jax.tokens.rowless`).
         token_bytes: the byte string of each id.
         roles: "bos", "eos", "pad", "unk" and markers such as "turn_end", "think_open" -> id, those
             that it has (`xtoken_jax.tokens.roles`).
@@ -82,11 +84,18 @@ class Tokenizer:
                 f"{folder}: no tokenizer.json; save the tokenizer in its fast form "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
             )
+        special, config, model_config = (
+            read_json_object(folder / name)
+            for name in ("special_tokens_map.json", "tokenizer_config.json", "config.json")
+        )
+        template = _chat_template(folder, config) if chat_template is None else _read(chat_template)
         try:
             text = path.read_text(encoding="utf-8-sig")
             definition = json.loads(text)
             dropout = _switch_dropout_off(definition)
-            backend = tokenizers.Tokenizer.from_str(json.dumps(definition) if dropout else text)
+            rowless = drop_rowless(definition, model_config, (special, config), template)
+            changed = dropout or rowless
+            backend = tokenizers.Tokenizer.from_str(json.dumps(definition) if changed else text)
         except Exception as error:  # the Rust side raises plain Exception
             raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
         for token in definition.get("added_tokens") or []:
@@ -96,9 +105,6 @@ class Tokenizer:
                     f"{path}: the token {token['content']!r} has id {token['id']} in the file but "
                     f"{given} once loaded; give every id below it a token"
                 )
-        special, config = (
-            read_json_object(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")
-        )
         roles = find_roles(definition, (special, config), backend.token_to_id)
         table = read_token_bytes(definition, where=str(path), unknown=roles.get("unk"))
         opening = backend.encode("", add_special_tokens=True).ids
@@ -129,7 +135,7 @@ class Tokenizer:
             fingerprint=fingerprint,
             file_fingerprint=file_fingerprint.hexdigest(),
             backend=backend,
-            chat_template=_chat_template(folder, config) if chat_template is None else _read(chat_template),
+            chat_template=template,
             warning=warning,
         )
 
