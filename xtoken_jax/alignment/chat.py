@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import tokenizers
 
+from xtoken_jax.alignment.chat_pieces import Piece, Region, pieces_of, regions_of
+from xtoken_jax.alignment.chat_targets import targets_of
 from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets, to_bytes
-from xtoken_jax.alignment.render import Conversation, reasoning_key, render
+from xtoken_jax.alignment.render import Conversation, render
 from xtoken_jax.alignment.spans import Spans, align_located
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
-
-# A template may take a message apart at its thinking, keep it, or drop it from earlier turns.
-_THINKING = re.compile(r"(</?think>)")
-# Characters of private use, which no template strips: a number between two of them stands for a piece
-# when it is looked up where a template puts it.
-_MARKS = range(0xF0000, 0xFFFFE)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A part of a message's content that templates keep or drop as a whole."""
-
-    message: int
-    text: str
-
-
-@dataclass(frozen=True)
-class _Region:
-    """Where a piece stands in a rendered conversation (characters, then bytes), and the number of
-    characters that the template took off its front."""
-
-    piece: int
-    start: int
-    end: int
-    skipped: int
 
 
 def align_chats(
@@ -106,7 +81,7 @@ def align_chats_together(
     if targets not in ("assistant", "all"):
         raise ValueError(f"targets={targets!r}: must be 'assistant' or 'all'")
     conversations = [list(conversation) for conversation in conversations]
-    pieces = [_pieces(conversation, b, where) for b, conversation in enumerate(conversations)]
+    pieces = [pieces_of(conversation, b, where) for b, conversation in enumerate(conversations)]
     student, learnt = _locate(pairs[0].student, conversations, pieces, targets, where)
     by_pair = []
     for pair in pairs:
@@ -123,47 +98,10 @@ def align_chats_together(
     return list(zip(*by_pair, strict=True))
 
 
-def _pieces(conversation: Conversation, place: int, where: Callable[[int], str]) -> list[_Piece]:
-    found = []
-    for m, message in enumerate(conversation):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(
-                f"{where(place)}, message {m}: not an object with a 'role' and a 'content' ({message!r:.80})"
-            )
-        content = message.get("content")
-        if content is not None and not isinstance(content, str):
-            raise UserError(f"{where(place)}, message {m}: its content is no text ({content!r:.80})")
-        key = reasoning_key(message)
-        reasoning = message[key].strip() if key else ""
-        found += [_Piece(m, part) for part in [reasoning, *_parts(content or "")[1::2]] if part]
-    return found
-
-
-def _parts(content: str) -> list[str]:
-    """A content cut up: between pieces, piece, between pieces, ..., between pieces.
-
-    With thinking marked in it, the blanks around the markers stand between the pieces; else it is
-    one piece with its blanks. A piece of blanks alone is empty.
-    """
-    texts = _THINKING.split(content)
-    if len(texts) == 1:
-        return ["", content, ""] if content.strip() else [content, "", ""]
-    parts = [""]
-    for place, text in enumerate(texts):
-        if place % 2:
-            parts[-1] += text
-        else:
-            piece = text.strip()
-            before, after = text.split(piece, 1) if piece else (text, "")
-            parts[-1] += before
-            parts += [piece, after]
-    return parts
-
-
 def _locate(
     tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
-    pieces: Sequence[list[_Piece]],
+    pieces: Sequence[list[Piece]],
     targets: str,
     where: Callable[[int], str],
 ) -> tuple[Located, np.ndarray]:
@@ -181,19 +119,19 @@ def _locate(
     for b, (conversation, text, raw, encoding) in enumerate(
         zip(conversations, texts, raws, encodings, strict=True)
     ):
-        found = _regions(tokenizer, template, conversation, pieces[b], text, functools.partial(where, b))
+        found = regions_of(tokenizer, template, conversation, pieces[b], text, functools.partial(where, b))
         offset = byte_offsets(text)
         regions = [replace(r, start=int(offset[r.start]), end=int(offset[r.end])) for r in found]
         row = _encode(tokenizer, text, raw, encoding, regions)
         ids.append(row[0])
         faithful.append(row[2])
-        place, size = _in_pieces(row[1], regions, pieces[b])
+        place, size = _inpieces_of(row[1], regions, pieces[b])
         spans.append(place + text_starts[-1])
         text_starts.append(text_starts[-1] + size)
         learnt.append(
             np.ones(len(row[0]), bool)
             if targets == "all"
-            else _of_assistant(
+            else targets_of(
                 tokenizer,
                 template,
                 text,
@@ -220,115 +158,8 @@ def _locate(
     return located, np.concatenate(learnt or [never])
 
 
-def _regions(
-    tokenizer: Tokenizer,
-    template: str,
-    conversation: Conversation,
-    pieces: list[_Piece],
-    text: str,
-    where: Callable[[], str],
-) -> list[_Region]:
-    """Where the pieces stand in the rendered text: rendered once more with places in their stead."""
-    said = set().union(*(p.text for p in pieces), *(m.get("content") or "" for m in conversation))
-    mark = next(chr(point) for point in _MARKS if chr(point) not in said)
-    # Marks in place of the pieces serve most templates. One that looks at a content needs to see it.
-    lost = 0
-    for place in (None, 0.5, 1.0, 0.0):
-        marked = _marked(conversation, pieces, mark, place)
-        rendered = render(tokenizer, template, marked, where)
-        regions = _match(re.split(f"{mark}([0-9]+){mark}", rendered), pieces, text, place)
-        if not isinstance(regions, int):
-            return regions
-        lost = regions if place is None else lost
-    raise _lost(tokenizer, where, pieces[lost].message if pieces else 0)
-
-
-def _marked(
-    conversation: Conversation, pieces: list[_Piece], mark: str, place: float | None
-) -> list[dict[str, Any]]:
-    """The conversation with a numbered mark for each piece, or with the mark inside of the piece."""
-    number = iter(range(len(pieces)))
-
-    def mark_of(piece: str) -> str:
-        if not piece:
-            return ""
-        written = f"{mark}{next(number)}{mark}"
-        if place is None:
-            return written
-        middle = int(place * len(piece))
-        return piece[:middle] + written + piece[middle:]
-
-    marked = []
-    for message in conversation:
-        key = reasoning_key(message)
-        changed: dict[str, Any] = {}
-        if key:
-            piece = message[key].strip()
-            changed[key] = message[key].replace(piece, mark_of(piece), 1) if piece else message[key]
-        if message.get("content"):
-            parts = _parts(message["content"])
-            parts[1::2] = [mark_of(piece) for piece in parts[1::2]]
-            changed["content"] = "".join(parts)
-        marked.append({**message, **changed})
-    return marked
-
-
-def _match(markup: list[str], pieces: list[_Piece], text: str, place: float | None) -> list[_Region] | int:
-    """The regions, or the number of the piece at which the marked rendering is another than the text."""
-    numbers = [int(number) for number in markup[1::2]]
-    found: list[tuple[int, int, int, int]] = []
-    if place is not None:
-        if "".join(markup[0::2]) != text:
-            return numbers[0] if numbers else 0
-        at = 0
-        for number, before in zip(numbers, markup[0::2], strict=False):
-            at += len(before)
-            middle = int(place * len(pieces[number].text))
-            for skipped, kept in _variants(pieces[number].text):
-                start = at - middle + skipped
-                if 0 <= start <= at <= start + len(kept) and text.startswith(kept, start):
-                    found.append((number, start, start + len(kept), skipped))
-                    break
-            else:
-                return number
-    else:
-        at = len(markup[0])
-        if not text.startswith(markup[0]):
-            return numbers[0] if numbers else 0
-        for number, after in zip(numbers, markup[2::2], strict=True):
-            for skipped, kept in _variants(pieces[number].text):
-                end = at + len(kept)
-                if text.startswith(kept, at) and text.startswith(after, end):
-                    found.append((number, at, end, skipped))
-                    break
-            else:
-                return number
-            at = end + len(after)
-        if at != len(text):
-            return numbers[-1] if numbers else 0
-    regions: list[_Region] = []
-    for number, start, end, skipped in found:
-        # Each piece once and in order: what a template repeats or moves is markup.
-        if not regions or number > regions[-1].piece:
-            regions.append(_Region(number, start, end, skipped))
-    return regions
-
-
-def _lost(tokenizer: Tokenizer, where: Callable[[], str], message: int) -> UserError:
-    return UserError(
-        f"{where()}: the chat template of {tokenizer.name} changes message {message} so that it cannot be "
-        "found in what is rendered; simplify the template or give plain text"
-    )
-
-
-def _variants(text: str) -> Iterator[tuple[int, str]]:
-    """What templates make of a content, with the number of characters taken off its front."""
-    for kept in (text, text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"), text.lstrip("\n")):
-        yield text.index(kept), kept
-
-
 def _encode(
-    tokenizer: Tokenizer, text: str, raw: bytes, encoding: tokenizers.Encoding, regions: list[_Region]
+    tokenizer: Tokenizer, text: str, raw: bytes, encoding: tokenizers.Encoding, regions: list[Region]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, byte spans [T, 2] and faithful of a rendered conversation.
 
@@ -374,7 +205,7 @@ def _placed(
     return np.array(encoding.ids, np.int32), np.stack([starts, ends], axis=1), faithful
 
 
-def _in_pieces(spans: np.ndarray, regions: list[_Region], pieces: list[_Piece]) -> tuple[np.ndarray, int]:
+def _inpieces_of(spans: np.ndarray, regions: list[Region], pieces: list[Piece]) -> tuple[np.ndarray, int]:
     """Spans within the pieces laid end to end, [0, 0] outside of them, and the pieces' total size."""
     # One unit apart, so that no two pieces share a boundary.
     bases = np.cumsum([0, *(len(piece.text.encode()) + 1 for piece in pieces)]).tolist()
@@ -389,96 +220,3 @@ def _in_pieces(spans: np.ndarray, regions: list[_Region], pieces: list[_Piece]) 
 def _inside(spans: np.ndarray, start: int, end: int) -> np.ndarray:
     """bool [T]: the tokens whose text lies between two places."""
     return (spans[:, 0] >= start) & (spans[:, 1] <= end) & (spans[:, 1] > spans[:, 0])
-
-
-def _of_assistant(
-    tokenizer: Tokenizer,
-    template: str,
-    text: str,
-    row: tuple[np.ndarray, np.ndarray],
-    regions: list[_Region],
-    pieces: list[_Piece],
-    conversation: Conversation,
-    where: Callable[[], str],
-) -> np.ndarray:
-    """bool [T]: the tokens with a byte of what the assistant writes, the end of each turn included."""
-    ids, spans = row
-    raw = text.encode()
-    learnt = np.zeros(len(ids), bool)
-    for m, message in enumerate(conversation):
-        own = [region for region in regions if pieces[region.piece].message == m]
-        if message["role"] != "assistant" or message.get("weight") == 0:
-            continue
-        if not (own or message.get("tool_calls")):
-            continue
-        start = _turn_start(tokenizer, template, conversation[:m], raw, own, message, where)
-        if start is None:
-            raise _lost(tokenizer, where, m)
-        end = _turn_end(tokenizer, ids, spans, raw, own[-1].end if own else start, message)
-        if end is None:
-            shorter = _rendered_or_none(tokenizer, template, conversation[: m + 1], where)
-            whole = (shorter or "").rstrip().encode()
-            end = len(whole) if whole and raw.startswith(whole) else own[-1].end if own else None
-        if end is None:
-            raise _lost(tokenizer, where, m)
-        learnt |= (spans[:, 1] > start) & (spans[:, 0] < end) & (spans[:, 1] > spans[:, 0])
-        learnt |= (spans[:, 1] == spans[:, 0]) & (spans[:, 1] > start) & (spans[:, 1] <= end)
-    return learnt
-
-
-def _rendered_or_none(
-    tokenizer: Tokenizer, template: str, messages: Conversation, where: Callable[[], str], **more: bool
-) -> str | None:
-    """The rendering, None where the template refuses so few messages."""
-    try:
-        return render(tokenizer, template, messages, where, **more) if messages else None
-    except UserError:
-        return None
-
-
-def _turn_start(
-    tokenizer: Tokenizer,
-    template: str,
-    before: Conversation,
-    raw: bytes,
-    own: list[_Region],
-    message: dict[str, Any],
-    where: Callable[[], str],
-) -> int | None:
-    """Where the prompt for an answer ends; where that is not in the row, where the first piece begins."""
-    prompt = _rendered_or_none(tokenizer, template, before, where, answer=True)
-    if prompt and raw.startswith(prompt.encode()) and (not own or len(prompt.encode()) <= own[0].start):
-        plain = _rendered_or_none(tokenizer, template, before, where)
-        # A template without a generation prompt says nothing about where the answer begins.
-        if plain != prompt or not own:
-            return len(prompt.encode())
-    if not own:
-        return None
-    return _opening((message.get("content") or "").encode(), raw, own[0].start)
-
-
-def _turn_end(
-    tokenizer: Tokenizer,
-    ids: np.ndarray,
-    spans: np.ndarray,
-    raw: bytes,
-    after: int,
-    message: dict[str, Any],
-) -> int | None:
-    """Where the marker ends that follows the last content, or the tool calls after it."""
-    ends = {tokenizer.roles[r] for r in ("eos", "turn_end", "document_end") if r in tokenizer.roles}
-    for i in np.flatnonzero(spans[:, 1] > after).tolist():
-        token = int(ids[i])
-        if token in ends or (token in tokenizer.token_bytes.special and not message.get("tool_calls")):
-            return int(spans[i, 1])
-        if not message.get("tool_calls") and raw[max(after, int(spans[i, 0])) : int(spans[i, 1])].strip():
-            return None
-    return None
-
-
-def _opening(content: bytes, raw: bytes, start: int) -> int:
-    """Where the assistant's content begins: with what stands in front of its first piece, a `<think>`."""
-    parts = _parts(content.decode())
-    first = next((i for i in range(1, len(parts), 2) if parts[i]), 0)
-    opening = "".join(parts[:first]).lstrip().encode()
-    return start - len(opening) if opening and raw.endswith(opening, 0, start) else start
