@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from xtoken_jax.alignment.chat_pieces import Piece, Region, pieces_of, regions_of
-from xtoken_jax.alignment.chat_targets import targets_of
+from xtoken_jax.alignment.chat_targets import refuse_what_is_left_out, targets_of
 from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets, to_bytes
 from xtoken_jax.alignment.render import Conversation, render
 from xtoken_jax.alignment.spans import Spans, align_located
@@ -31,14 +31,16 @@ def align_chats(
 
     The contents of the messages are aligned; a template's markup is in no chunk. What a message
     says is text, also where it spells a special token. A content that one side's template
-    leaves out (the thinking of earlier turns) is in no chunk on the other.
+    leaves out (the thinking of earlier turns) is in no chunk on the other. `{% generation %}`
+    blocks of a template, where it has them, decide what the targets are.
 
     Args:
         pair: student's and teacher's tokenizer.
         conversations: B lists of messages, {"role": "user", "content": "..."} and whatever else
             the templates read. A content is a text; where it is None, the message is all markup.
         targets: what is to be learnt: "assistant", the contents of the assistant and the marker
-            that ends its turn, or "all". A message of the assistant with "weight": 0 is no target.
+            that ends its turn, thinking and tool calls, or "all". A message of the assistant with
+            "weight": 0 is no target.
         student_template, teacher_template: Jinja source in place of the tokenizer's own; a base
             model has none.
 
@@ -46,8 +48,9 @@ def align_chats(
         One Spans a conversation. BOS is what the template makes of it; nothing is added.
 
     Raises:
-        UserError: no chat template; a template that refuses the conversation or changes a
-            message beyond recognition; a message without role; a content that is no text.
+        UserError: no chat template; a template that refuses the conversation, changes a message
+            beyond recognition or leaves out tools, a tool call or the last reasoning;
+            a message without role; a content that is no text.
 
     Example:
         rows = align_chats(pair, [[{"role": "user", "content": "12 + 189?"},
@@ -120,6 +123,8 @@ def _locate(
         zip(conversations, texts, raws, encodings, strict=True)
     ):
         found = regions_of(tokenizer, template, conversation, pieces[b], text, functools.partial(where, b))
+        present = {pieces[b][region.piece].text for region in found}
+        refuse_what_is_left_out(tokenizer, template, text, conversation, present, functools.partial(where, b))
         offset = byte_offsets(text)
         regions = [replace(r, start=int(offset[r.start]), end=int(offset[r.end])) for r in found]
         row = _encode(tokenizer, text, raw, encoding, regions)

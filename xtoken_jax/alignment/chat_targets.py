@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from xtoken_jax.alignment.chat_pieces import Piece, Region, lost, parts_of
-from xtoken_jax.alignment.render import Conversation, render
+from xtoken_jax.alignment.locate import byte_offsets
+from xtoken_jax.alignment.render import (
+    Conversation,
+    has_generation,
+    reasoning_key,
+    render,
+    render_generated,
+)
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
@@ -25,8 +32,10 @@ def targets_of(
 ) -> np.ndarray:
     """bool [T]: the tokens with a byte of what the assistant writes, the end of each turn included."""
     ids, spans = row
+    if has_generation(template):
+        return _overlapping(spans, _generated(tokenizer, template, text, conversation, where))
     raw = text.encode()
-    learnt = np.zeros(len(ids), bool)
+    written = []
     for m, message in enumerate(conversation):
         own = [region for region in regions if pieces[region.piece].message == m]
         if message["role"] != "assistant" or message.get("weight") == 0:
@@ -43,9 +52,86 @@ def targets_of(
             end = len(whole) if whole and raw.startswith(whole) else own[-1].end if own else None
         if end is None:
             raise lost(tokenizer, where, m)
+        written.append((start, end))
+    return _overlapping(spans, written)
+
+
+def _overlapping(spans: np.ndarray, written: list[tuple[int, int]]) -> np.ndarray:
+    """bool [T]: the tokens with a byte in one of the ranges; without text, they stand at their span's end."""
+    learnt = np.zeros(len(spans), bool)
+    for start, end in written:
         learnt |= (spans[:, 1] > start) & (spans[:, 0] < end) & (spans[:, 1] > spans[:, 0])
         learnt |= (spans[:, 1] == spans[:, 0]) & (spans[:, 1] > start) & (spans[:, 1] <= end)
     return learnt
+
+
+def _generated(
+    tokenizer: Tokenizer, template: str, text: str, conversation: Conversation, where: Callable[[], str]
+) -> list[tuple[int, int]]:
+    """Byte ranges of the template's `{% generation %}` blocks, but for turns that are no target."""
+    rendered, ranges = render_generated(tokenizer, template, conversation, where)
+    weights = [message.get("weight") for message in conversation if message["role"] == "assistant"]
+    if rendered != text or (0 in weights and len(ranges) != len(weights)):
+        raise UserError(
+            f"{where()}: the chat template of {tokenizer.name} has {len(ranges)} generation blocks for "
+            f"{len(weights)} turns of the assistant, so those marked as no target cannot be found; leave the "
+            "marks out or name a template with a block for each turn"
+        )
+    offset = byte_offsets(text)
+    kept = [r for r, weight in zip(ranges, weights, strict=True) if weight != 0] if 0 in weights else ranges
+    return [(int(offset[start]), int(offset[end])) for start, end in kept]
+
+
+def refuse_what_is_left_out(
+    tokenizer: Tokenizer,
+    template: str,
+    text: str,
+    conversation: Conversation,
+    found: set[str],
+    where: Callable[[], str],
+) -> None:
+    """Refuse a conversation of which a template leaves out the functions, a call or the last reasoning.
+
+    Templates drop the reasoning of turns before the last user's message on purpose. Nothing else may be
+    missing.
+
+    Args:
+        tokenizer, template: of one side.
+        text: the rendered conversation.
+        conversation: its messages.
+        found: the texts of the pieces that stand in `text`.
+        where: describes the conversation in errors.
+
+    Raises:
+        UserError: what is left out, and what to do.
+    """
+
+    def without(key: str, at: int) -> Conversation:
+        return [
+            {k: v for k, v in message.items() if k != key} if m == at else message
+            for m, message in enumerate(conversation)
+        ]
+
+    refused = f"{where()}: the chat template of {tokenizer.name}"
+    remedy = "name another template with student.chat_template or teacher.chat_template"
+
+    def is_ignored(key: str, at: int) -> bool:
+        if not conversation[at].get(key):
+            return False
+        return _rendered_or_none(tokenizer, template, without(key, at), where) == text
+
+    if conversation and is_ignored("tools", 0):
+        raise UserError(f"{refused} leaves out the record's tools; {remedy}, or remove the tools")
+    last_user = max((m for m, message in enumerate(conversation) if message["role"] == "user"), default=-1)
+    for m, message in enumerate(conversation):
+        if is_ignored("tool_calls", m):
+            raise UserError(f"{refused} leaves out the tool_calls of message {m}; {remedy}")
+        key = reasoning_key(message)
+        if key and m > last_user and message[key].strip() not in found:
+            raise UserError(
+                f"{refused} leaves out {key!r} of message {m}; {remedy}, or write it into the content as "
+                "<think>...</think>"
+            )
 
 
 def _rendered_or_none(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import datetime
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from xtoken_jax.tokens.tokenizer import Tokenizer
 Conversation = Sequence[dict[str, Any]]
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _DAY: contextvars.ContextVar[datetime.date] = contextvars.ContextVar("day")
 
 
@@ -41,16 +43,47 @@ def render(
 ) -> str:
     """Render a conversation in a chat template, as transformers renders it.
 
+    `tools` in the first message are the functions that the assistant may call.
+
     Args:
         tokenizer: names the special tokens and the day that `strftime_now` writes.
         template: Jinja source.
-        conversation: messages; `tools` in the first one are the functions that the assistant may call.
+        conversation: messages.
         where: describes the conversation in errors.
         answer: end where the assistant's next turn begins.
 
     Raises:
         UserError: the template refuses the conversation.
     """
+    return _render(tokenizer, template, conversation, where, add_generation_prompt=answer)[0]
+
+
+def render_generated(
+    tokenizer: Tokenizer, template: str, conversation: Conversation, where: Callable[[], str]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation and return the character ranges of its `{% generation %}` blocks, too.
+
+    Args:
+        tokenizer, template, conversation, where: as `render` takes them.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    return _render(tokenizer, template, conversation, where, return_assistant_tokens_mask=True)
+
+
+def has_generation(template: str) -> bool:
+    """Return whether a template marks what the assistant writes with `{% generation %}`."""
+    return _GENERATION.search(template) is not None
+
+
+def _render(
+    tokenizer: Tokenizer,
+    template: str,
+    conversation: Conversation,
+    where: Callable[[], str],
+    **options: bool,
+) -> tuple[str, list[tuple[int, int]]]:
     names: dict[str, Any] = {
         f"{role}_token": tokenizer.backend.id_to_token(tokenizer.roles[role])
         for role in ("bos", "eos", "pad", "unk")
@@ -66,7 +99,7 @@ def render(
             conversations=[messages],
             tools=tools,
             chat_template=template,
-            add_generation_prompt=answer,
+            **options,
             **names,
         )
     # a template raises what it likes
@@ -74,7 +107,8 @@ def render(
         raise UserError(f"{where()}: the chat template of {tokenizer.name} refuses it: {error}") from error
     finally:
         _DAY.reset(token)
-    return rendered[0][0]
+    (text,), ranges = rendered
+    return text, [(start, end) for start, end in ranges[0]] if ranges else []
 
 
 def reasoning_key(message: dict[str, Any]) -> str | None:
