@@ -90,7 +90,7 @@ def _render(
         if role in tokenizer.roles
     }
     tools = conversation[0].get("tools") if conversation else None
-    messages = [_with_reasoning({k: v for k, v in m.items() if k != "tools"}) for m in conversation]
+    messages = [_as_templates_read({k: v for k, v in m.items() if k != "tools"}) for m in conversation]
     token = _DAY.set(tokenizer.day)
     try:
         # The compiled template is cached by transformers; its environment belongs to this template alone.
@@ -116,8 +116,13 @@ def reasoning_key(message: dict[str, Any]) -> str | None:
     return next((key for key in REASONING if isinstance(message.get(key), str) and message[key]), None)
 
 
-def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose reasoning stands under the two names that templates read."""
+def _as_templates_read(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose reasoning has the two names that templates read, and whose content is a text.
+
+    A call of a tool has the content null in OpenAI's format; several templates search in the content.
+    """
+    if message.get("content", "") is None:
+        message = {**message, "content": ""}
     key = reasoning_key(message)
     if key is None:
         return message
