@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import chunks_of_positions, counted_positions, valid_chunks
+from xtoken_jax.losses.chunks import chunks_of_positions, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.softmax import centred, flat_logits, not_finite
 from xtoken_jax.projection.events import Continuations, PrefixTables, log_masses
@@ -105,8 +105,8 @@ def prefix_parts(
     beta: float = 0.5,
 ) -> tuple[jax.Array, jax.Array]:
     """The terms of `prefix_kl` where chunks begin (1), and those inside of them (2 and 3); float32 [B, C]."""
-    counted = counted_positions(alignment)[0]
-    student = flat_logits(student_logits, tables.student_size, counted) / temperature
+    # The position after a chunk takes part too, so the gradient is not limited to those of chunks.
+    student = flat_logits(student_logits, tables.student_size) / temperature
     teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size)) / temperature
     plan = PrefixPlan.of(alignment, tables, student_ids, teacher_ids)
     faulty = plan.faulty(alignment, not_finite(student), not_finite(teacher))
