@@ -5,7 +5,7 @@ from xtoken_jax.models.decoder import Model, logits
 from xtoken_jax.models.hf_saving import save_weights
 from xtoken_jax.models.hf_weights import init_model, load_model
 from xtoken_jax.models.lora import LoraConfig, add_lora, join_lora, merge_lora, split_lora
-from xtoken_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
+from xtoken_jax.models.rope import LinearScaling, Llama3Scaling, LongRope, Yarn
 
 __all__ = [
     "DecoderConfig",
@@ -14,6 +14,7 @@ __all__ = [
     "LongRope",
     "LoraConfig",
     "Model",
+    "Yarn",
     "add_lora",
     "init_model",
     "join_lora",

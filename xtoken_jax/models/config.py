@@ -7,7 +7,9 @@ from typing import Any
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.models import hf_settings
-from xtoken_jax.models.families import FAMILIES
+from xtoken_jax.models.families import FAMILIES, MULTIMODAL
+from xtoken_jax.models.hf_keys import refuse_unknown
+from xtoken_jax.models.hf_rope import read_rope, written_rope
 from xtoken_jax.models.hf_settings import FULL, SLIDING
 from xtoken_jax.models.rope import LongRope, RopeScaling
 
@@ -39,7 +41,8 @@ class DecoderConfig:
         initializer_range: of a random start.
 
     The others do not change what is computed: they are kept for the exported config.json; `source` is
-    the whole one that was read, as JSON.
+    the whole one that was read, as JSON, and `multimodal` names the architecture of the checkpoint around
+    a language model, which is not exported.
     """
 
     vocab_size: int
@@ -76,6 +79,7 @@ class DecoderConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     dtype: str | None = None
+    multimodal: str | None = dataclasses.field(default=None, compare=False)
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -145,11 +149,13 @@ class DecoderConfig:
             UserError: an architecture or a setting that is not implemented, or a missing key.
         """
         source = json.dumps(hf)
-        architecture = hf_settings.architecture_of(hf)
+        architecture, multimodal = hf_settings.architecture_of(hf), None
+        if architecture in MULTIMODAL:
+            multimodal = architecture
+            outer, hf, architecture = hf_settings.language_model(hf, multimodal)
+            refuse_unknown(outer, FAMILIES[architecture], multimodal)
         family = FAMILIES[architecture]
-        if family.exported_as is not None:
-            hf = hf_settings.language_model(hf)
-        hf_settings.refuse_unknown(hf, family, architecture)
+        refuse_unknown(hf, family, architecture)
         hf = {**family.defaults, **hf}
         if missing := [key for key in hf_settings.REQUIRED if hf.get(key) is None]:
             raise UserError(f"config.json lacks {', '.join(missing)}")
@@ -161,7 +167,7 @@ class DecoderConfig:
                 f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={heads}"
             )
         window, layer_types = hf_settings.read_windows(hf, family)
-        theta, scaling, partial, sliding_theta = hf_settings.read_rope(hf, family)
+        theta, scaling, partial, sliding_theta = read_rope(hf, family)
         eos = hf.get("eos_token_id")
         fields = {
             field: hf[key] for key, names in family.keys.items() if hf.get(key) is not None for field in names
@@ -190,7 +196,8 @@ class DecoderConfig:
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=hf.get("pad_token_id"),
             dtype=hf_settings.value_of(hf, "dtype", hf.get("torch_dtype")),
-            source=source if family.exported_as is None else None,
+            multimodal=multimodal,
+            source=source if multimodal is None else None,
             **family.settings,
             **fields,
         )
@@ -202,11 +209,10 @@ class DecoderConfig:
         """
         if self.source is not None and DecoderConfig.from_hf(json.loads(self.source)) == self:
             return json.loads(self.source)
-        architecture = FAMILIES[self.architecture].exported_as or self.architecture
-        family = FAMILIES[architecture]
+        family = FAMILIES[self.architecture]
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         hf = {
-            "architectures": [architecture],
+            "architectures": [self.architecture],
             "model_type": family.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -219,7 +225,7 @@ class DecoderConfig:
             **{key: getattr(self, names[0]) for key, names in family.keys.items()},
             "rms_norm_eps": self.norm_eps,
             **hf_settings.written_windows(self, family),
-            **hf_settings.written_rope(self, family),
+            **written_rope(self, family),
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": self.initializer_range,
             "max_position_embeddings": self.max_position_embeddings,
@@ -228,8 +234,10 @@ class DecoderConfig:
             "pad_token_id": self.pad_token_id,
         }
         hf = hf if self.dtype is None else {**hf, "torch_dtype": self.dtype}
-        if dataclasses.replace(DecoderConfig.from_hf(hf), architecture=self.architecture) != self:
-            raise UserError(f"a config.json of {architecture} cannot say all that this model's config says")
+        if DecoderConfig.from_hf(hf) != self:
+            raise UserError(
+                f"a config.json of {self.architecture} cannot say all that this model's config says"
+            )
         return hf
 
 

@@ -32,13 +32,17 @@ class Family(NamedTuple):
         keys: further keys of config.json -> the fields they set.
         defaults: what an absent key means, where it is not what it means for Llama.
         activation: the key that names the activation.
+        activations: further names of activations.
         windows: which layers have the sliding window: "none", "all", "qwen" (`use_sliding_window`, from
-            `max_window_layers` on) or "pattern" (`layer_types`, or all but each n-th).
-        pattern: n of "pattern" where config.json does not say.
+            `max_window_layers` on), "pattern" (`layer_types`, or all but each n-th), "first" (the same, but
+            for the first of each n) or "layers" (`layer_types`, or all).
+        pattern: n of "pattern" and "first" where config.json does not say.
         partial_rotary: heads may be rotated in part.
         two_ropes: sliding layers have a rotary base of their own.
-        exported_as: the architecture that an export is, where it is another one.
-        other_tensors: prefixes of tensors that belong to what is not the language model.
+        rope_types: names of rope types -> what they mean, where these are the only ones.
+        ignored: further keys of config.json that are harmless at any value.
+        values: further keys of config.json -> the values at which they are harmless.
+        sizes: what an absent key means in the text_config of a multimodal checkpoint.
     """
 
     model_type: str
@@ -47,12 +51,32 @@ class Family(NamedTuple):
     keys: Mapping[str, tuple[str, ...]] = {}
     defaults: Mapping[str, Any] = {}
     activation: str = "hidden_act"
+    activations: Mapping[str, str] = {}
     windows: str = "none"
     pattern: int = 2
     partial_rotary: bool = False
     two_ropes: bool = False
-    exported_as: str | None = None
-    other_tensors: tuple[str, ...] = ()
+    rope_types: Mapping[str, str] = {}
+    ignored: frozenset[str] = frozenset()
+    values: Mapping[str, tuple[Any, ...]] = {}
+    sizes: Mapping[str, int] = {}
+
+
+class Multimodal(NamedTuple):
+    """A checkpoint of a language model and more; only its language model is read, and exported on its own.
+
+    Attributes:
+        model_type: of config.json.
+        texts: `model_type` of text_config -> architecture of the language model; the first one where
+            text_config has none.
+        other_tensors: prefixes of tensors that do not belong to the language model.
+        keys: keys of config.json that do not concern the language model.
+    """
+
+    model_type: str
+    texts: Mapping[str, str]
+    other_tensors: tuple[str, ...]
+    keys: frozenset[str]
 
 
 _LAYER = "model.layers.{layer}."
@@ -138,10 +162,32 @@ _GEMMA3 = Family(
     two_ropes=True,
 )
 
+
+def _sizes(vocabulary: int, hidden: int, intermediate: int, positions: int) -> dict[str, int]:
+    """Defaults of transformers for a config.json that says nothing, as text_config in LLaVA's."""
+    return {
+        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": positions,
+    }  # fmt: skip
+
+
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family("llama", _LLAMA, keys={**_ATTENTION_BIAS, "mlp_bias": ("mlp_bias",)}),
+    "LlamaForCausalLM": Family(
+        "llama",
+        _LLAMA,
+        keys={**_ATTENTION_BIAS, "mlp_bias": ("mlp_bias",)},
+        sizes=_sizes(32_000, 4096, 11_008, 2048),
+    ),
     "MistralForCausalLM": Family(
-        "mistral", _LLAMA, defaults={"num_key_value_heads": 8, "sliding_window": 4096}, windows="all"
+        "mistral",
+        _LLAMA,
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        windows="all",
+        sizes=_sizes(32_000, 4096, 14_336, 131_072),
+    ),
+    # Mistral whose layers differ
+    "MinistralForCausalLM": Family(
+        "ministral", _LLAMA, defaults={"num_key_value_heads": 8, "sliding_window": 4096}, windows="layers"
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2",
@@ -149,6 +195,7 @@ FAMILIES: dict[str, Family] = {
         settings={"qkv_bias": True},
         defaults={"sliding_window": 4096, "max_window_layers": 28},
         windows="qwen",
+        sizes=_sizes(151_936, 4096, 22_016, 32_768),
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
@@ -157,14 +204,79 @@ FAMILIES: dict[str, Family] = {
         keys=_ATTENTION_BIAS,
         defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
         windows="qwen",
+        sizes=_sizes(151_936, 4096, 22_016, 32_768),
     ),
     # Phi-3, Phi-3.5-mini and Phi-4-mini
     "Phi3ForCausalLM": Family(
         "phi3",
         _PHI3,
-        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        defaults={
+            "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "max_position_embeddings": 4096,
+        },
         windows="all",
         partial_rotary=True,
+        rope_types=dict.fromkeys(("longrope", "su", "yarn"), "longrope"),
+    ),
+    # Code World Model
+    "CwmForCausalLM": Family(
+        "cwm",
+        _LLAMA,
+        keys={"mlp_bias": ("mlp_bias",)},
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 8192,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1e6,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            },
+            "bos_token_id": 128_000,
+            "eos_token_id": [128_001, 128_008, 128_009],
+        },
+        windows="first",
+        pattern=4,
+    ),
+    # Its dropout, like all dropout, is left out in training.
+    "SeedOssForCausalLM": Family(
+        "seed_oss",
+        _LLAMA,
+        keys={
+            "attention_bias": ("qkv_bias",),
+            "attention_out_bias": ("output_bias",),
+            "mlp_bias": ("mlp_bias",),
+        },
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "max_position_embeddings": 524_288,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        ignored=frozenset({"attention_dropout", "residual_dropout"}),
+    ),
+    "GemmaForCausalLM": Family(
+        "gemma",
+        _LLAMA,
+        settings={"unit_offset_norms": True, "scale_embedding": True},
+        keys=_ATTENTION_BIAS,
+        defaults={
+            "hidden_act": "gelu_pytorch_tanh",
+            "head_dim": 256,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
+        # the first releases say "gelu" and mean this
+        activations={"gelu": "gelu_tanh"},
+        values={"hidden_activation": ("gelu_pytorch_tanh", "gelu", None)},
     ),
     "Gemma2ForCausalLM": Family(
         "gemma2",
@@ -182,12 +294,37 @@ FAMILIES: dict[str, Family] = {
         windows="pattern",
     ),
     "Gemma3ForCausalLM": _GEMMA3,
-    # With pictures: its language model alone is read, and exported as the text architecture.
-    "Gemma3ForConditionalGeneration": _GEMMA3._replace(
-        model_type="gemma3",
-        exported_as="Gemma3ForCausalLM",
-        other_tensors=(
-            "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.",
+}  # fmt: skip
+
+_PICTURES = {"vision_config", "image_token_index", "image_token_id"}
+_PICTURE_TENSORS = tuple(
+    f"{outer}{part}" for outer in ("", "model.") for part in ("vision_tower.", "multi_modal_projector.")
+)
+MULTIMODAL: dict[str, Multimodal] = {
+    "Gemma3ForConditionalGeneration": Multimodal(
+        "gemma3",
+        {"gemma3_text": "Gemma3ForCausalLM"},
+        _PICTURE_TENSORS,
+        frozenset(
+            {
+                *_PICTURES, "boi_token_index", "eoi_token_index", "mm_tokens_per_image", "boi_token_id",
+                "eoi_token_id",
+            }
+        ),
+    ),
+    "LlavaForConditionalGeneration": Multimodal(
+        "llava",
+        {
+            "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+            "qwen3": "Qwen3ForCausalLM",
+        },
+        _PICTURE_TENSORS,
+        frozenset(
+            {
+                *_PICTURES, "image_seq_length", "projector_hidden_act", "vision_feature_select_strategy",
+                "vision_feature_layer", "multimodal_projector_bias", "ignore_index", "projection_dim",
+                "vocab_size",
+            }
         ),
     ),
 }  # fmt: skip

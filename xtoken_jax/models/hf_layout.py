@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from xtoken_jax.models.decoder import Model, Params
-from xtoken_jax.models.families import FAMILIES, Weight
+from xtoken_jax.models.families import FAMILIES, MULTIMODAL, Weight
 
 
 class Layout:
@@ -96,10 +96,9 @@ def pieces(layouts: dict[str, Layout]) -> dict[str, list[tuple[Layout, int]]]:
 
 def own_name(model: Model, name: str) -> str | None:
     """The name that a stored tensor has in the language model alone; None for one that is not part of it."""
-    others = FAMILIES[model.config.architecture].other_tensors
-    if not others:
+    if model.config.multimodal is None:
         return name
-    if name.startswith(others):
+    if name.startswith(MULTIMODAL[model.config.multimodal].other_tensors):
         return None
     for prefix, own in (("language_model.", ""), ("model.language_model.", "model.")):
         if name.startswith(prefix):

@@ -42,7 +42,24 @@ class LongRope:
     attention_factor: float
 
 
-RopeScaling = Llama3Scaling | LinearScaling | LongRope
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071): short wavelengths kept, long ones divided by `factor`, a ramp between them.
+
+    The ramp lies between the dimensions that turn `beta_fast` and `beta_slow` times within the pretrained
+    length, rounded outwards to whole dimensions with `truncate`. Cosines and sines are multiplied by
+    `attention_factor`.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+RopeScaling = Llama3Scaling | LinearScaling | LongRope | Yarn
 
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines [B, T, R] float32
@@ -77,6 +94,9 @@ def angles(
         frequencies = frequencies / np.float32(scaling.factor)
     elif isinstance(scaling, Llama3Scaling):
         frequencies = jnp.asarray(_llama3(np.float32(1) / power, scaling))[None, None, :]
+    elif isinstance(scaling, Yarn):
+        frequencies = jnp.asarray(_yarn(power, theta, scaling))[None, None, :]
+        factor = scaling.attention_factor
     elif isinstance(scaling, LongRope):
         factors = (np.asarray(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
         short, long = ((np.float32(1) / (f * power))[None, None, :] for f in factors)
@@ -112,3 +132,23 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     turns = scaling.original_max_position_embeddings / wavelength
     keep = np.clip((turns - low) / (high - low), 0, 1)
     return ((1 - keep) * frequencies / scaling.factor + keep * frequencies).astype(np.float32)
+
+
+def _yarn(power: np.ndarray, theta: float, scaling: Yarn) -> np.ndarray:
+    """Frequencies float32 [R] from theta ** (2 i / dim), in the order of operations of `transformers`."""
+    dim = 2 * len(power)
+
+    def dimension(turns: float) -> float:
+        """The dimension that turns so often within the pretrained length."""
+        pretrained = scaling.original_max_position_embeddings
+        return dim * math.log(pretrained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low or 0.001
+    ramp = np.clip((np.arange(len(power), dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
+    keep = 1 - ramp
+    kept, divided = np.float32(1) / power, np.float32(1) / (np.float32(scaling.factor) * power)
+    return (divided * (1 - keep) + kept * keep).astype(np.float32)

@@ -75,6 +75,44 @@ CASES: dict[str, tuple[str, dict]] = {
             "original_max_position_embeddings": 16,
         },
     ),
+    "qwen3_yarn": (
+        "Qwen3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 50.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 2.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+            },
+        },
+    ),
+    "ministral": (
+        "Ministral",
+        {"sliding_window": 7, "head_dim": 12, "layer_types": [FULL, SLIDING, SLIDING]},
+    ),
+    "cwm": (
+        "Cwm",
+        {
+            "sliding_window": 5,
+            "head_dim": 12,
+            "mlp_bias": True,
+            "layer_types": [FULL, SLIDING, SLIDING],
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "seed_oss": ("SeedOss", {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True}),
+    "gemma": ("Gemma", {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
     "gemma2": (
         "Gemma2",
         {
