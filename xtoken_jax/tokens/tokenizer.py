@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -84,10 +85,12 @@ class Tokenizer:
                 f"{folder}: no tokenizer.json; save the tokenizer in its fast form "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
             )
-        special, config, model_config = (
-            read_json_object(folder / name)
-            for name in ("special_tokens_map.json", "tokenizer_config.json", "config.json")
+        special, config = (
+            read_json_object(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")
         )
+        model_config: dict[str, Any] = {}
+        with contextlib.suppress(UserError):  # loading the model says what is wrong with its config.json
+            model_config = read_json_object(folder / "config.json")
         template = _chat_template(folder, config) if chat_template is None else _read(chat_template)
         try:
             text = path.read_text(encoding="utf-8-sig")
