@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import chunks_of_positions, valid_chunks
+from xtoken_jax.losses.chunks import chunks_of_positions, counted_positions, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.softmax import centred, flat_logits, not_finite
 from xtoken_jax.projection.events import Continuations, PrefixTables, log_masses
@@ -105,10 +105,12 @@ def prefix_parts(
     beta: float = 0.5,
 ) -> tuple[jax.Array, jax.Array]:
     """The terms of `prefix_kl` where chunks begin (1), and those inside of them (2 and 3); float32 [B, C]."""
-    # The position after a chunk takes part too, so the gradient is not limited to those of chunks.
-    student = flat_logits(student_logits, tables.student_size) / temperature
-    teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size)) / temperature
     plan = PrefixPlan.of(alignment, tables, student_ids, teacher_ids)
+    counted = counted_positions(alignment)[0]
+    # The logits after a chunk's last token are read too, where a step compares the end there.
+    counted = counted | (plan.by_student.size > 0).reshape(counted.shape)
+    student = flat_logits(student_logits, tables.student_size, counted) / temperature
+    teacher = jax.lax.stop_gradient(flat_logits(teacher_logits, tables.teacher_size)) / temperature
     faulty = plan.faulty(alignment, not_finite(student), not_finite(teacher))
     student, teacher = centred(student), centred(teacher)
 
@@ -222,7 +224,10 @@ class PrefixPlan(NamedTuple):
         """
         count = self.counted.shape[1]
         faulty = chunks_of_positions(student, alignment.student_chunks, count)
-        return self.counted & (faulty | chunks_of_positions(teacher, alignment.teacher_chunks, count))
+        faulty = faulty | chunks_of_positions(teacher, alignment.teacher_chunks, count)
+        for steps, flags in ((self.by_student, student), (self.by_teacher, teacher)):
+            faulty = faulty | (steps.by_chunk(flags.astype(jnp.float32)) > 0)
+        return self.counted & faulty
 
 
 class _Tokens(NamedTuple):
