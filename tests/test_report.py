@@ -6,7 +6,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.ranking import Job
+from xtoken_jax.files import to_json
+from xtoken_jax.ranking import Job, read_jobs, write_ranking
 from xtoken_jax.report import draw_curves, draw_sweep
 
 
@@ -110,3 +111,35 @@ def test_a_sweep_is_its_runs_in_one_panel_for_each_figure(drawn, tmp_path):
     lines = drawn()["held-out x"]
     assert sorted(lines.values()) == [[place, place + 1] for place in range(12)]
     assert draw_sweep(tmp_path, jobs[-1:]) is None
+
+
+def test_figures_that_are_not_finite_are_null_and_left_out_of_pictures(drawn, tmp_path):
+    nan, row = float("nan"), {"step": 1, "ce": 2.0, "validation": {"english bits/byte": 1.5}}
+    write(tmp_path, [row])
+    result = {
+        "figures": {"teacher": {"english bits/byte": nan}, "distilled": {"english bits/byte": [1.0, nan]}}
+    }
+    text = to_json(result)
+    (tmp_path / "result.json").write_text(text)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    read = json.loads(text, parse_constant=refuse)["figures"]
+    assert read == {"teacher": {"english bits/byte": None}, "distilled": {"english bits/byte": [1.0, None]}}
+    draw_curves(tmp_path)
+    assert drawn()["held-out english bits/byte"] == {"distilled": [1.5]}
+
+
+def test_a_job_without_a_finite_figure_is_ranked_last(tmp_path):
+    for name, figure in (("a", float("nan")), ("b", 1.5), ("c", 1.4)):
+        job = Job(tmp_path / name, [f"x={name}"], "1", "finished", "p_kl", {"bits/byte": figure}, "bits/byte")
+        (tmp_path / f"{name}.job.json").write_text(to_json(job.to_dict()))
+    jobs = read_jobs(tmp_path)
+    assert [job.folder.name for job in jobs] == ["c", "b", "a"]
+    write_ranking(tmp_path, jobs)
+    assert [line.split(",")[3] for line in (tmp_path / "sweep.csv").read_text().splitlines()[1:]] == [
+        "1.4",
+        "1.5",
+        "",
+    ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xtoken_jax.cli_tokenizers import print_json
 from xtoken_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if summary is None:  # process 0 says it
         return
     if options.json:
-        print(json.dumps(figures(summary), indent=2))
+        print_json(figures(summary))
     else:
         _show(summary, options, console)
 

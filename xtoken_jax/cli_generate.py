@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
+
+from xtoken_jax.cli_tokenizers import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             {"prompt": prompt, "text": c.text, "tokens": c.tokens, "finish": c.finish}
             for prompt, c in zip(options.prompt, found, strict=True)
         ]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_json(rows)
         return
     for prompt, completion in zip(options.prompt, found, strict=True):
         print(completion.text if options.chat else prompt + completion.text, flush=True)

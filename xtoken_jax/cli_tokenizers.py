@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import to_json
 
 if TYPE_CHECKING:
     from xtoken_jax.data.sources import SourceConfig
@@ -234,4 +235,4 @@ def _align(options: argparse.Namespace, console: Console) -> None:
 
 def print_json(content: Any) -> None:
     """On stdout, indented."""
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    print(to_json(content, indent=2, ensure_ascii=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from xtoken_jax.data.markers import SAMPLE, spelled_markers
 from xtoken_jax.data.sources import read_sources
 from xtoken_jax.data.tally import Tally
 from xtoken_jax.export import check_replaceable
-from xtoken_jax.files import write_whole, writing
+from xtoken_jax.files import to_json, write_whole, writing
 from xtoken_jax.held_out import Figures, held_out_parts, read_held_out
 from xtoken_jax.hosts import from_first
 from xtoken_jax.hub import resolve_folder
@@ -226,7 +225,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
 
     def write() -> str:
         with writing(run / RESULT_FILE):
-            write_whole(run / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+            write_whole(run / RESULT_FILE, to_json(result, indent=2) + "\n")
         return str(draw_curves(run))
 
     picture = Path(from_first(write))

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import write_whole
+from xtoken_jax.files import to_json, write_whole
 
 JOB_FILE = ".job.json"  # behind the name of the job's folder
 
@@ -29,7 +29,7 @@ class Job:
         sweep: number of the command that ran it last.
         status: running, finished, stopped or failed.
         loss: its term.
-        figures: held-out, at the end.
+        figures: held-out, at the end; None where one is not finite.
         metric: which of them the sweep is after.
         error: why it failed.
     """
@@ -39,7 +39,7 @@ class Job:
     sweep: str
     status: str
     loss: str | None = None
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float | None] = field(default_factory=dict)
     metric: str | None = None
     error: str | None = None
 
@@ -80,22 +80,25 @@ def read_jobs(folder: Path) -> list[Job]:
         raise UserError(f"{folder}: not a sweep, it has no file that ends in {JOB_FILE}")
 
     def place(job: Job) -> float:
-        value = job.figures.get(job.metric or "", math.nan)
-        return math.inf if math.isnan(value) else -value if rises(job.metric or "") else value
+        value = job.figures.get(job.metric or "")
+        return (
+            math.inf if value is None or math.isnan(value) else -value if rises(job.metric or "") else value
+        )
 
     return sorted(jobs, key=place)
 
 
 def write_ranking(folder: Path, jobs: Sequence[Job]) -> None:
     """sweep.json and sweep.csv."""
-    write_whole(folder / "sweep.json", json.dumps([job.to_dict() for job in jobs], indent=2) + "\n")
+    write_whole(folder / "sweep.json", to_json([job.to_dict() for job in jobs], indent=2) + "\n")
     keys, figures = swept_keys(jobs), figure_names(jobs)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["rank", *keys, "loss", *figures, "status", "folder", "error"])
     for rank, job in enumerate(jobs, 1):
         values = [job.values.get(key, "") for key in keys]
-        values += [job.loss or "", *(str(job.figures.get(name, "")) for name in figures)]
+        found = [job.figures.get(name) for name in figures]
+        values += [job.loss or "", *("" if value is None else str(value) for value in found)]
         rows.writerow([rank, *values, job.status, job.folder.name, job.error or ""])
     write_whole(folder / "sweep.csv", text.getvalue())
 

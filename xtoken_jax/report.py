@@ -127,7 +127,11 @@ def _held_out(rows: dict[str, Rows], teachers: dict[str, dict[str, float]]) -> l
         for sub, part in rows.items():
             found = [{"step": row["step"], **row["validation"]} for row in part if "validation" in row]
             lines.append(_Line(*_RUNS[sub], _points(found, name)))
-        levels = [(row, colors[row], values[name]) for row, values in teachers.items() if name in values]
+        levels = [
+            (row, colors[row], values[name])
+            for row, values in teachers.items()
+            if values.get(name) is not None
+        ]
         panels.append(_Panel(f"held-out {name}", [line for line in lines if line.points], levels, "o"))
     return panels
 
@@ -173,7 +177,7 @@ def draw_sweep(folder: Path, jobs: Sequence[Job]) -> Path | None:
     lines: dict[str, Any] = {}
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for place, (job, found) in enumerate(rows.items()):
-            points = [(step, values[name]) for step, values in found if name in values]
+            points = [(step, values[name]) for step, values in found if values.get(name) is not None]
             color = f"C{place}" if place < _COLOURED else "lightgray"
             look: dict[str, Any] = {"color": color, "zorder": 3 - place / len(rows), "marker": "o"}
             (line,) = axes.plot(*zip(*points, strict=True), markersize=3, **look)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import math
 import secrets
 import time
 import traceback
@@ -25,7 +25,7 @@ from rich.console import Console
 
 from xtoken_jax.config import CONFIG_FOLDER, Experiment, checked_words, experiment_of, one_line
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import write_whole
+from xtoken_jax.files import to_json, write_whole
 from xtoken_jax.ranking import JOB_FILE, Job, read_jobs
 from xtoken_jax.runs import SWEEP_FOLDER, finished
 
@@ -123,7 +123,7 @@ def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) ->
         if name not in figures:
             raise UserError(f"sweep.metric={name}: no such held-out figure; there is {', '.join(figures)}")
         _write(replace(job, status="finished", loss=result["loss"], figures=figures, metric=name))
-        return figures[name]
+        return math.nan if figures[name] is None else figures[name]
     except Stopped:
         _write(replace(job, status="stopped"))
         raise
@@ -144,7 +144,7 @@ def _write(job: Job) -> None:
     """Beside the run's folder, which is the run's own."""
     path = job.folder.with_name(job.folder.name + JOB_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(job.to_dict(), indent=2) + "\n")
+    write_whole(path, to_json(job.to_dict(), indent=2) + "\n")
 
 
 def _forget_programs() -> None:

@@ -43,6 +43,4 @@ def hint(keys: Sequence[str]) -> str:
         return f"; perhaps prompt={prompt} completion={completion}"
     if text:
         return f"; perhaps field={text}"
-    if len(keys) <= 2 and "data" in keys:
-        return "; the list in a file that is one JSON object is read with records=data"
     return ""

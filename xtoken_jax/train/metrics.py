@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import write_whole
+from xtoken_jax.files import to_json, write_whole
 from xtoken_jax.hosts import is_first
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,7 +38,7 @@ class MetricsLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file():
                 self.kept = [row for row in read_metrics(path) if first and row["step"] <= first]
-                write_whole(path, "".join(json.dumps(row) + "\n" for row in self.kept))
+                write_whole(path, "".join(to_json(row) + "\n" for row in self.kept))
         except OSError as error:
             raise self._unwritten(error) from error
 
@@ -51,10 +50,9 @@ class MetricsLog:
         """
         if not self._writes:
             return
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
             with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **plain}) + "\n")
+                file.write(to_json({"step": step, **values}) + "\n")
         except OSError as error:
             raise self._unwritten(error) from error
 
