@@ -129,8 +129,6 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             sample = tally.records < len(train_text[name])
             of = f" (sample: its first {tally.records:,} records)" if sample else ""
             console.print(f"targets  source {name!r}{of}: {tally.describe()}", markup=False)
-            for note, count in tally.notes.most_common():
-                console.print(f"         {count:,} records: {note}", markup=False)
         made_of = contents(
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
             {key_of(name, "projection"): projection for name, projection in teachers.projections.items()},

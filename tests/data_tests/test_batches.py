@@ -99,7 +99,7 @@ def test_too_little_text():
     assert next(exactly).student.ids.shape == (count, 16)
     for short in ({"a": ["x"] * 2}, {"a": ["x"] * 400, **MANY}):
         # A row of one token predicts nothing.
-        with pytest.raises(UserError, match="source 'a': its text is too short"):
+        with pytest.raises(UserError, match="source 'a': no row has a token to learn"):
             batches_of(DataConfig(student_length=1, teacher_length=1, batch_size=2), short)
 
 

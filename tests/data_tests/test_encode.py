@@ -166,5 +166,5 @@ def test_what_a_template_refuses_is_named_by_its_place():
 
 
 def test_nothing_to_learn_in_a_whole_source():
-    with pytest.raises(UserError, match="source 'chats': its text is too short, no row has a token to learn"):
+    with pytest.raises(UserError, match="source 'chats': no row has a token to learn; of its"):
         read_parts(pairs(), {"chats": [Conversation(MESSAGES[:1])]}, CONFIG)

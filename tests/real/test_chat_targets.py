@@ -1,4 +1,4 @@
-"""What is learnt of a conversation: kinds of templates on real tokenizers, the written text stated by hand.
+"""Targets of conversations: kinds of templates on real tokenizers, the written text stated by hand.
 
 The second part of each kind is what the model has to write. The expected targets follow from it and from the
 bytes of the tokens, not from how the package locates a turn.

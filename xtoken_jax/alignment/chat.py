@@ -168,7 +168,7 @@ def _encode(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, byte spans [T, 2] and faithful of a rendered conversation.
 
-    It is encoded as one text, so that markup and content merge as they do in use. Only a content
+    It is encoded as one text: markup and content merge as they do in use. Only a content
     that spells a special token is encoded by itself, as text.
     """
     whole = _placed(tokenizer, text, raw, encoding)

@@ -170,12 +170,12 @@ def _match(markup: list[str], pieces: list[Piece], text: str, place: float | Non
 
 def lost(tokenizer: Tokenizer, where: Callable[[], str], message: int) -> UserError:
     return UserError(
-        f"{where()}: the chat template of {tokenizer.name} changes message {message} so that it cannot be "
-        "found in what is rendered; simplify the template or give plain text"
+        f"{where()}: the chat template of {tokenizer.name} changes message {message}, which cannot be "
+        "found in the rendered text; simplify the template or give plain text"
     )
 
 
 def _variants(text: str) -> Iterator[tuple[int, str]]:
-    """What templates make of a content, with the number of characters taken off its front."""
+    """Yield the forms of a content that templates write, and how many characters each lost at its front."""
     for kept in (text, text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"), text.lstrip("\n")):
         yield text.index(kept), kept

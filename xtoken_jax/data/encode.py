@@ -199,8 +199,8 @@ def _cut_documents(
 def _check_rows(name: str, rows: Sequence[object], tally: Tally) -> None:
     if not rows:
         raise UserError(
-            f"source {name!r}: its text is too short, no row has a token to learn; its {tally.records:,} "
-            f"records: {tally.reasons()}"
+            f"source {name!r}: no row has a token to learn; of its {tally.records:,} records, "
+            f"{tally.reasons() or 'none was read'}"
         )
 
 

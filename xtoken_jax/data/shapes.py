@@ -230,7 +230,7 @@ def _with_tools(
 
 
 def _is_something(value: Any) -> bool:
-    """Whether a value is neither null nor empty."""
+    """Return whether a value is neither null nor empty."""
     value = _plain(value)
     if isinstance(value, list | Mapping):
         return any(map(_is_something, value.values() if isinstance(value, Mapping) else value))
@@ -343,7 +343,7 @@ def _part(part: Any, name: str, where: Callable[[], str]) -> str:
 
 
 def _is_learnt(message: Mapping[str, Any], name: str, where: Callable[[], str]) -> bool:
-    """Whether a message may be a target, by the keys with which data sets say otherwise."""
+    """Return whether a message may be a target, by the keys that data sets use to exclude it."""
     for key in _WEIGHTS:
         value = message.get(key)
         if value is None or value == 1:

@@ -23,14 +23,12 @@ class Tally:
         tokens: student tokens in all rows.
         targets: student tokens that the loss is on.
         skipped: reason (`BLANK`, `NOTHING_TO_LEARN`, `CUT_OFF`) -> records that give no row.
-        notes: remark about a template -> records that it holds for.
     """
 
     records: int = 0
     tokens: int = 0
     targets: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
 
     def add(self, document: Document, row: Side, parts: Sequence[Side]) -> None:
         """Count one record.
