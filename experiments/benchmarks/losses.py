@@ -96,8 +96,8 @@ def dense_p_kl(
 ) -> jax.Array:
     """P-KL as the formula says it, by a product with all of W."""
     count = alignment.valid.shape[1]
+    columns, _ = top_columns(teacher, None, top_k)
     student, teacher = (z.reshape(-1, z.shape[-1]) for z in (student, teacher))
-    columns = top_columns(teacher, None, top_k)
     merged = Merging.of(alignment.teacher_chunks, count, "mean")
     target = merged.merge(jax.nn.log_softmax(teacher[:, columns], axis=-1))
     projected = (jax.nn.softmax(student, axis=-1) @ dense)[:, columns]
