@@ -21,7 +21,7 @@ from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.sources import SourceKind
 from xtoken_jax.errors import UserError
 from xtoken_jax.hosts import HostsConfig
-from xtoken_jax.losses import LossConfig, LossKind
+from xtoken_jax.losses import LossConfig, LossKind, Score, TeachersConfig, TeachersMode
 from xtoken_jax.mesh import MeshConfig
 from xtoken_jax.models.load import AdapterConfig, Dtype, ModelConfig, Start
 from xtoken_jax.ranking import rises
@@ -93,6 +93,11 @@ class Experiment:
         run_dir: where the run is written.
         student, teacher: the two models.
         teachers: further teachers by name, whose terms are added to that of the first.
+        teachers_mode: how the terms of several teachers make one: sum (fixed weights), adaptive (weights
+            from each batch), select (only the best teacher of each batch) or averaged_logits.
+        teachers_score: what adaptive weights compare: negative_ce, negative_entropy or max_probability.
+        teachers_sharpness: a > 0; adaptive weights are the softmax over teachers of a * score.
+        teachers_scale_by_vocabulary: multiply each term by log V_t / log of the smallest V_t.
         projection: a W file made by `xtoken project`; null builds it.
         export_dtype: of the weights in the student's Hugging Face folder.
         baseline: also train the same student for as long without a teacher, to compare with.
@@ -106,6 +111,10 @@ class Experiment:
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: dict[str, FurtherTeacherConfig] = field(default_factory=dict)
+    teachers_mode: TeachersMode = TeachersMode.sum
+    teachers_score: Score = Score.negative_ce
+    teachers_sharpness: float = 1.0
+    teachers_scale_by_vocabulary: bool = False
     projection: str | None = None
     baseline: bool = False
     export_dtype: Dtype = Dtype.float32
@@ -191,9 +200,36 @@ class Experiment:
                 f"teacher.weight={self.teacher.weight}: it is for several teachers; of one alone, "
                 "loss.kd_weight with loss.dynamic_scaling=false weighs the term"
             )
+        self._validate_combined()
         for name in self.data.teacher_lengths:
             if name not in (FIRST_TEACHER, *self.teachers):
                 raise UserError(f"data.teacher_lengths.{name}: no such teacher")
+
+    def combine(self) -> TeachersConfig:
+        """How several teachers make one term."""
+        return TeachersConfig(
+            self.teachers_mode,
+            self.teachers_score,
+            self.teachers_sharpness,
+            self.teachers_scale_by_vocabulary,
+        )
+
+    def _validate_combined(self) -> None:
+        """Check the settings for several teachers together."""
+        combine = self.combine()
+        combine.validate()
+        if not self.teachers and combine != TeachersConfig():
+            name = "mode" if combine.mode is not TeachersMode.sum else "scale_by_vocabulary"
+            value = combine.mode.value if name == "mode" else "true"
+            raise UserError(
+                f"teachers_{name}={value}: there is one teacher; add another with teachers.NAME.path=DIR"
+            )
+        for key, teacher in self._teachers().items():
+            if combine.measured is not None and teacher.weight != 1.0:
+                raise UserError(
+                    f"{key}.weight={teacher.weight:g}: teachers_mode={combine.mode.value} computes the "
+                    "weights from each batch; leave the weight out"
+                )
 
     def _teachers(self) -> dict[str, TeacherConfig]:
         """By key."""

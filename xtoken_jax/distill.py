@@ -156,7 +156,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
             step = make_step(
                 student, teachers.static, experiment.loss, optimizer,
                 student_size=tokenizer.size, micro_batches=experiment.train.accumulate,
-                packed=experiment.data.pack,
+                packed=experiment.data.pack, combine=experiment.combine(),
                 schedule=make_schedule(experiment.optimizer, experiment.train.steps),
                 projection_optimizer=of_projections, logged=experiment.train.logged,
             )  # fmt: skip

@@ -19,7 +19,7 @@ from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.teacher_cache import TeacherCache
 from xtoken_jax.errors import UserError
-from xtoken_jax.losses import LossKind, loss_tables
+from xtoken_jax.losses import LossKind, TeachersConfig, TeachersMode, loss_tables
 from xtoken_jax.losses.objective import LossTables, VocabularySizes
 from xtoken_jax.mesh import place, replicated
 from xtoken_jax.models.decoder import Params
@@ -147,11 +147,36 @@ def load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Con
             found.caches[name] = cache
         weight = f", weight {config.weight:g}" if len(configs) > 1 else ""
         console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
-        found.static[name] = Teacher(model, loss, config.weight, partners_of_teacher(pair))
+        found.static[name] = Teacher(model, loss, config.weight, pair.teacher.size, partners_of_teacher(pair))
         found.tables[name] = place(term.tables, replicated(mesh))
         if term.projection is not None:
             found.projections[name] = term.projection
+    _check_combined(experiment.combine(), found)
     return found
+
+
+def _check_combined(combine: TeachersConfig, teachers: Teachers) -> None:
+    """Raise UserError where the teachers do not have what their mode reads."""
+    mode = f"teachers_mode={combine.mode.value}"
+    for name, teacher in teachers.static.items():
+        key, cache = group_of(name), teachers.caches.get(name)
+        temperature = teacher.loss.logit_temperature
+        averaged = combine.mode is TeachersMode.averaged_logits
+        if averaged and teacher.model is None:
+            raise UserError(f"{key}.cache: {mode} needs the model itself; leave the cache out")
+        if averaged and teacher.model is not None and teacher.model.config.logit_softcap is not None:
+            raise UserError(
+                f"{key}.path: its logits have a soft cap of {teacher.model.config.logit_softcap:g}, which "
+                f"{mode} does not support; choose teachers_mode=sum"
+            )
+        at_one = temperature == 1.0 or cache is None or cache.any_temperature
+        if combine.measured is not None and not at_one:
+            raise UserError(
+                f"{key}.cache: {mode} reads the teacher at temperature 1, and this cache is read at "
+                f"{temperature:g}; set the temperature of its loss to 1, or leave the cache out"
+            )
+    if combine.mode is TeachersMode.averaged_logits:
+        combine.validate_averaged({name: teacher.loss for name, teacher in teachers.static.items()})
 
 
 def _term(name: str, config: FurtherTeacherConfig, pair: TokenizerPair) -> _Term:

@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from reference import gradient as reference_gradient
 from reference import losses as reference
 
+from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.losses import (
     TeacherScores,
     TeacherTerm,
     average_logits,
+    blockwise_teacher_scores,
     combine_teachers,
     masked_mean,
     same_vocabulary_kl,
@@ -221,3 +224,52 @@ def test_a_teacher_without_weight_may_exclude_tokens():
 def test_what_makes_no_sense_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+HIDDEN = RNG.normal(0, 1, (4, T, 5)).astype(np.float32)
+UNEMBEDDING = RNG.normal(0, 1, (V + 3, 5)).astype(np.float32)
+LABELS = RNG.integers(0, V, (4, T)).astype(np.int32)
+COUNTED = RNG.random((4, T)) < 0.7
+COUNTED[2] = False
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("block", [3, 64])
+def test_scores_from_hidden_states_are_those_of_the_logits(block, softcap):
+    logits = HIDDEN @ UNEMBEDDING.T
+    logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+    expected = reference.teacher_scores(logits.tolist(), LABELS.tolist(), COUNTED, V)
+    teacher = HIDDEN, UNEMBEDDING
+    options = {"size": V, "softcap": softcap, "block": block}
+    found = jax.jit(lambda *x: blockwise_teacher_scores(x, LABELS, COUNTED, **options))(*teacher)
+    np.testing.assert_allclose(found, expected, rtol=3e-6)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        split = jax.jit(lambda *x: blockwise_teacher_scores(x, LABELS, COUNTED, **options))(*teacher)
+    np.testing.assert_allclose(split, expected, rtol=3e-6)
+
+
+def test_scores_from_cached_distributions():
+    """Every token, in log-probabilities; and two tokens with the rest spread over the others."""
+    log_p = np.asarray(jax.nn.log_softmax(LOGITS[..., :V], axis=-1))
+    zeros = np.zeros((B, T), np.float32)
+    stored = StoredRows(None, log_p, zeros, zeros, V, 1.0)
+    expected = reference.teacher_scores(LOGITS.tolist(), IDS.tolist(), MASK, V)
+    np.testing.assert_allclose(blockwise_teacher_scores(stored, IDS, MASK, size=V), expected, rtol=3e-6)
+    ids = np.stack([IDS * 0 + 3, IDS * 0 + 7], axis=-1)
+    kept = np.take_along_axis(log_p, ids, axis=-1)
+    others = np.log((1 - np.exp(kept).sum(-1)) / (V - 2)).astype(np.float32)
+    spread = np.repeat(others[..., None], V, axis=-1)
+    np.put_along_axis(spread, ids, kept, axis=-1)
+    stored = StoredRows(ids, kept, others, zeros, V, 1.0)
+    expected = reference.teacher_scores(spread.tolist(), IDS.tolist(), MASK, V)
+    found = blockwise_teacher_scores(stored, IDS, MASK, size=V, block=4)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_scores_of_outputs_that_are_not_finite_are_nan():
+    hidden = HIDDEN.copy()
+    place = np.argwhere(COUNTED[:, 1:])[0]
+    hidden[tuple(place)] = np.nan
+    found = blockwise_teacher_scores((hidden, UNEMBEDDING), LABELS, COUNTED, size=V)
+    assert np.isnan(found).all()

@@ -193,6 +193,11 @@ class TeacherCache:
         self._firsts = [shard.first for shard in index.shards]
         self._shards: dict[int, Shard] = {}
 
+    @property
+    def any_temperature(self) -> bool:
+        """Whether it can be read for every temperature, because it stores every token."""
+        return self._form.every_token
+
     def check(self, made_of: Mapping[str, str]) -> None:
         """Refuse a cache of another teacher, tokenizer, text or of other lengths, naming what differs.
 

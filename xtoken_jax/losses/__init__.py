@@ -2,7 +2,7 @@
 
 from xtoken_jax.losses.blockwise import BlockwiseLoss, blockwise_loss
 from xtoken_jax.losses.chunks import valid_chunks
-from xtoken_jax.losses.config import LossConfig, LossKind, TeachersConfig
+from xtoken_jax.losses.config import LossConfig, LossKind, Score, TeachersConfig, TeachersMode
 from xtoken_jax.losses.hybrid_kl import HybridTerms, hybrid_kl, hybrid_terms
 from xtoken_jax.losses.likelihood import likelihood_matching
 from xtoken_jax.losses.objective import (
@@ -25,6 +25,7 @@ from xtoken_jax.losses.teachers import (
     TeacherScores,
     TeacherTerm,
     average_logits,
+    blockwise_teacher_scores,
     combine_teachers,
     teacher_scores,
 )
@@ -42,11 +43,14 @@ __all__ = [
     "HybridTerms",
     "LossConfig",
     "LossKind",
+    "Score",
     "TeacherScores",
     "TeacherTerm",
     "TeachersConfig",
+    "TeachersMode",
     "average_logits",
     "blockwise_loss",
+    "blockwise_teacher_scores",
     "combine_teachers",
     "distillation_loss",
     "dynamic_scale",

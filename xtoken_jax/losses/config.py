@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 
@@ -137,16 +137,17 @@ class LossConfig:
             raise UserError("loss.kd_weight=0 and loss.ce_weight=0 leave nothing to learn from")
 
 
-class Combine(Enum):
-    """How several teachers make one term."""
+class TeachersMode(Enum):
+    """How several teachers make one distillation term."""
 
     sum = "sum"
+    adaptive = "adaptive"
     averaged_logits = "averaged_logits"
-    select_teacher = "select_teacher"
+    select = "select"
 
 
 class Score(Enum):
-    """By what adaptive weights favour a teacher, on its own tokens."""
+    """What adaptive weights compare teachers by, on each teacher's own tokens."""
 
     negative_ce = "negative_ce"
     negative_entropy = "negative_entropy"
@@ -155,63 +156,65 @@ class Score(Enum):
 
 @dataclass
 class TeachersConfig:
-    """How several teachers go together (X-Token, section 4).
+    """How several teachers make one distillation term (X-Token, section 4).
 
     Attributes:
-        combine: sum of the teachers' terms; averaged_logits of teachers that share the student's
-            tokenizer; select_teacher for the one with the lowest cross-entropy.
-        weights: alpha of each teacher; null for equal ones. The paper finds fixed weights best.
-        score: negative_ce, negative_entropy or max_probability for adaptive weights; null for fixed.
-        sharpness: a > 0, alpha = softmax over teachers of a * score.
+        mode: sum, the teachers' terms by fixed weights, which the paper finds best; adaptive, weights from
+            each batch, softmax over teachers of sharpness * score; select, only the teacher with the lowest
+            cross-entropy on the batch; averaged_logits, one full-vocabulary term against the weighted mean
+            of the logits of teachers that share the student's tokenizer.
+        score: negative_ce, negative_entropy or max_probability, for adaptive weights.
+        sharpness: a > 0 of the softmax.
         scale_by_vocabulary: multiply each term by log V_t / log of the smallest V_t.
     """
 
-    combine: Combine = Combine.sum
-    weights: list[float] | None = None
-    score: Score | None = None
+    mode: TeachersMode = TeachersMode.sum
+    score: Score = Score.negative_ce
     sharpness: float = 1.0
     scale_by_vocabulary: bool = False
 
-    def validate(self, losses: Sequence[LossConfig]) -> None:
-        """Raise UserError for the first combination with the teachers' own losses that makes no sense."""
-        for loss in losses:
-            loss.validate()
-        if not losses or any(loss.kind is LossKind.none for loss in losses):
-            raise UserError("teachers: each needs a loss of its own, other than none")
-        if self.weights is not None:
-            self._validate_weights(self.weights, len(losses))
-        if self.score is not None and self.combine is not Combine.sum:
-            raise UserError(f"teachers.score={self.score.value}: only teachers.combine=sum reads it")
-        if self.sharpness != 1.0 and self.score is None:
-            raise UserError(f"teachers.sharpness={self.sharpness}: only a teachers.score reads it")
+    @property
+    def measured(self) -> str | None:
+        """The score that weights are computed from in every step; None for weights that are fixed."""
+        if self.mode is TeachersMode.select:
+            return Score.negative_ce.value
+        return self.score.value if self.mode is TeachersMode.adaptive else None
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting that the mode does not read or that is out of range."""
+        if self.mode is not TeachersMode.adaptive:
+            if self.score is not Score.negative_ce:
+                raise UserError(f"teachers_score={self.score.value}: only teachers_mode=adaptive reads it")
+            if self.sharpness != 1.0:
+                raise UserError(
+                    f"teachers_sharpness={self.sharpness:g}: only teachers_mode=adaptive reads it"
+                )
         if not 0 < self.sharpness < math.inf:
-            raise UserError(f"teachers.sharpness={self.sharpness}: must be above 0")
-        if self.combine is Combine.averaged_logits:
-            self._validate_averaged(losses)
+            raise UserError(f"teachers_sharpness={self.sharpness:g}: must be above 0")
+        if self.scale_by_vocabulary and self.mode is TeachersMode.averaged_logits:
+            raise UserError(
+                "teachers_scale_by_vocabulary=true: with teachers_mode=averaged_logits all teachers have "
+                "the student's vocabulary; leave it out"
+            )
 
-    def _validate_weights(self, weights: list[float], teachers: int) -> None:
-        if len(weights) != teachers:
-            raise UserError(f"teachers.weights={weights}: {teachers} teachers need as many")
-        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
-            raise UserError(f"teachers.weights={weights}: must not be negative, nor all 0")
-        if self.score is not None or self.combine is Combine.select_teacher:
-            reader = "select_teacher" if self.score is None else f"teachers.score={self.score.value}"
-            raise UserError(f"teachers.weights={weights}: {reader} makes weights of its own")
-
-    def _validate_averaged(self, losses: Sequence[LossConfig]) -> None:
-        name = "teachers.combine=averaged_logits"
-        for number, loss in enumerate(losses):
+    def validate_averaged(self, losses: Mapping[str, LossConfig]) -> None:
+        """Raise UserError where logits cannot be averaged; losses by teacher, with their settled kinds."""
+        name = "teachers_mode=averaged_logits"
+        for teacher, loss in losses.items():
             if loss.kind is not LossKind.same_vocabulary:
                 raise UserError(
-                    f"{name}: teacher {number} has loss.kind={loss.kind.value}; logits can be averaged of "
-                    "teachers that share the student's tokenizer alone, with same_vocabulary"
+                    f"{name}: {teacher} has loss.kind={loss.kind.value}; only teachers that share the "
+                    "student's tokenizer can be averaged, with loss.kind=same_vocabulary"
                 )
             if loss.top_k is not None:
-                raise UserError(f"{name}: compares the full vocabulary; set teacher {number}'s top_k to null")
-        if any(loss != losses[0] for loss in losses):
-            raise UserError(f"{name}: makes one loss of all teachers, whose settings must then be equal")
-        if self.scale_by_vocabulary:
-            raise UserError(f"{name}: the vocabularies are equal, so scale_by_vocabulary has no meaning")
+                raise UserError(
+                    f"{name}: {teacher} has loss.top_k={loss.top_k}; it compares full vocabularies, set "
+                    "top_k=null"
+                )
+        if len({repr(loss) for loss in losses.values()}) > 1:
+            raise UserError(
+                f"{name}: makes one term of all teachers; give {', '.join(losses)} the same loss settings"
+            )
 
 
 def _shown(value: object) -> str:

@@ -8,8 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from xtoken_jax.alignment.batch import StoredRows
+from xtoken_jax.losses.blockwise_teacher import HiddenStates, Stored
 from xtoken_jax.losses.reduce import masked_mean
+from xtoken_jax.mesh import BATCH
 
 SCORES = ("negative_ce", "negative_entropy", "max_probability")
 
@@ -70,9 +74,103 @@ def teacher_scores(
     chosen = jnp.take_along_axis(log_p, jnp.asarray(token_ids)[:, 1:, None], axis=-1)[..., 0]
     information = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * log_p).sum(-1)
     mask = jnp.asarray(token_mask[:, 1:], bool)
-    return TeacherScores(
-        *(masked_mean(values, mask, count) for values in (chosen, information, jnp.exp(log_p.max(-1))))
-    )
+    values = chosen, information, _highest(log_p, chosen[..., None])[..., 0]
+    return TeacherScores(*(masked_mean(each, mask, count) for each in values))
+
+
+def blockwise_teacher_scores(
+    teacher: tuple[jax.Array, jax.Array] | StoredRows,
+    token_ids: jax.Array,
+    token_mask: jax.Array,
+    *,
+    size: int,
+    softcap: float | None = None,
+    block: int = 512,
+    mesh: Mesh | AbstractMesh | None = None,
+    data_axes: tuple[str, ...] = BATCH,
+) -> TeacherScores:
+    """`teacher_scores` from hidden states or cached distributions, a block of positions at a time.
+
+    Args:
+        teacher: hidden states [B, T, D] and unembedding [>= V, D], or what a cache stores of the batch, for
+            temperature 1 (for any, where it stores every token).
+        token_ids: int32 [B, T], in the teacher's tokenizer.
+        token_mask: bool [B, T], tokens that count as labels.
+        size: V of its tokenizer.
+        softcap: of the logits from hidden states.
+        block: positions whose logits exist at a time, on each device.
+        mesh: None: that of `jax.set_mesh`, if any.
+        data_axes: mesh axes that split B.
+
+    Returns:
+        TeacherScores.
+
+    Raises:
+        ValueError: stored rows of another temperature.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    axes = tuple(axis for axis in data_axes if mesh.shape.get(axis, 1) > 1)
+    rows: jax.Array | StoredRows
+    if isinstance(teacher, StoredRows):
+        rows, whole = teacher, None
+    else:  # cut here: inside, that is an exchange between devices that wait for each other
+        rows, whole = jnp.asarray(teacher[0]), jnp.asarray(teacher[1])[:size]
+
+    def local(
+        rows: jax.Array | StoredRows, unembedding: jax.Array | None, ids: jax.Array, mask: jax.Array
+    ) -> TeacherScores:
+        source: HiddenStates | Stored
+        if isinstance(rows, StoredRows):
+            source = Stored.of(rows)
+        else:
+            assert unembedding is not None
+            source = HiddenStates(rows.reshape(-1, rows.shape[-1]), unembedding, softcap)
+        labels = jnp.roll(ids, -1, axis=1).reshape(-1)
+        counted = jnp.roll(mask, -1, axis=1).at[:, -1].set(False).reshape(-1)
+        every = len(labels)
+        (order,) = jnp.nonzero(counted, size=every, fill_value=every)
+        number = counted.sum(dtype=jnp.int32)
+        most = jax.lax.pmax(number, axes) if axes else number
+
+        def one(carry: tuple[jax.Array, TeacherScores]) -> tuple[jax.Array, TeacherScores]:
+            place, sums = carry
+            positions = order.at[place + jnp.arange(block)].get(mode="fill", fill_value=every)
+            log_p = jax.nn.log_softmax(source.logits(positions, 1.0), axis=-1)
+            real = (positions < every)[:, None]
+            label = labels.at[positions].get(mode="fill", fill_value=0)[:, None]
+            chosen = jnp.take_along_axis(log_p, label, axis=-1)
+            information = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * log_p).sum(-1, keepdims=True)
+            values = chosen, information, _highest(log_p, chosen)
+            added = (jnp.where(real, value, 0.0).sum() for value in values)
+            return place + block, TeacherScores(*map(jnp.add, sums, added))
+
+        sums = TeacherScores(*(jnp.float32(0),) * 3)
+        _, sums = jax.lax.while_loop(lambda carry: carry[0] < most, one, (jnp.int32(0), sums))
+        if axes:
+            sums, number = jax.lax.psum((sums, number), axes)
+        return TeacherScores(*(total / jnp.maximum(number, 1) for total in sums))
+
+    arguments = jax.lax.stop_gradient((rows, whole)), jnp.asarray(token_ids), jnp.asarray(token_mask, bool)
+    (rows, whole), ids, mask = arguments
+    if not axes:
+        return local(rows, whole, ids, mask)
+    split, every_row = PartitionSpec(axes), PartitionSpec()
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(split, every_row, split, split),
+        out_specs=every_row,
+        axis_names=set(axes),
+        check_vma=False,  # nothing is differentiated through it
+    )(rows, whole, ids, mask)
+
+
+def _highest(log_p: jax.Array, chosen: jax.Array) -> jax.Array:
+    """The largest probability [..., 1] of log-probabilities [..., V]; NaN where one of them, [..., 1], is.
+
+    A maximum alone may drop NaN, depending on XLA's flags.
+    """
+    return jnp.where(jnp.isnan(chosen), chosen, jnp.exp(log_p.max(-1, keepdims=True)))
 
 
 def combine_teachers(
@@ -87,7 +185,7 @@ def combine_teachers(
 
     Args:
         teachers: at least one.
-        combine: "sum", or "select_teacher" for the one of lowest cross-entropy alone.
+        combine: "sum", or "select_teacher" for only the one with the lowest cross-entropy.
         score: None for the fixed weights, which the paper finds best; "negative_ce",
             "negative_entropy" or "max_probability" for alpha = softmax over teachers of
             sharpness * score, without a gradient.
@@ -118,7 +216,9 @@ def combine_teachers(
         alphas = jnp.array([teacher.weight for teacher in teachers], jnp.float32)
     else:
         alphas = jax.nn.softmax(sharpness * _scores(teachers, score))
-    factors = _vocabulary_factors(teachers) if scale_by_vocabulary else [1.0] * len(teachers)
+    factors = [1.0] * len(teachers)
+    if scale_by_vocabulary:
+        factors = vocabulary_factors([teacher.vocabulary_size for teacher in teachers])
     kds = jnp.stack([jnp.asarray(teacher.kd, jnp.float32) for teacher in teachers])
     # A teacher without weight may be infinite, which 0 times would make NaN. A weight that is NaN stays NaN.
     shares = jnp.where(alphas == 0, 0.0, alphas * jnp.array(factors, jnp.float32) * kds)
@@ -178,10 +278,15 @@ def _scores(teachers: Sequence[TeacherTerm], name: str) -> jax.Array:
     return jax.lax.stop_gradient(jnp.stack([getattr(scores, name) for scores in found]))
 
 
-def _vocabulary_factors(teachers: Sequence[TeacherTerm]) -> list[float]:
-    """log V_m / log min V."""
-    sizes = [teacher.vocabulary_size for teacher in teachers]
+def vocabulary_factors(sizes: Sequence[int | None]) -> list[float]:
+    """log V_m / log min V of each teacher.
+
+    Raises:
+        ValueError: a size that is unknown or below 2.
+    """
     known = [size for size in sizes if size is not None and size > 1]
     if len(known) < len(sizes):
-        raise ValueError(f"vocabulary sizes {sizes}: scale_by_vocabulary needs each, of 2 tokens or more")
+        raise ValueError(
+            f"vocabulary sizes {list(sizes)}: scale_by_vocabulary needs each, of 2 tokens or more"
+        )
     return [math.log(size) / math.log(min(known)) for size in known]

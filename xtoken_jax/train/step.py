@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from xtoken_jax.data.batches import Batch
-from xtoken_jax.losses import LossConfig
+from xtoken_jax.losses import LossConfig, TeachersConfig
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import replicated
 from xtoken_jax.models.decoder import Model, Params
@@ -103,6 +103,7 @@ def make_step(
     student_size: int,
     micro_batches: int = 1,
     packed: bool = True,
+    combine: TeachersConfig | None = None,
     schedule: optax.Schedule | None = None,
     projection_optimizer: optax.GradientTransformation | None = None,
     logged: Callable[[jax.Array], jax.Array] | None = None,
@@ -118,6 +119,7 @@ def make_step(
         micro_batches: parts of a batch that go through the student one by one, for less memory; see
             `accumulate`.
         packed: whether rows hold several documents; see `Objective`.
+        combine: how several teachers make one term; None for their sum by weight.
         schedule: the optimizer's learning rate, to report; it follows the updates made.
         logged: step, from 1 -> whether its metrics are looked at; those that cost much are left out else.
         projection_optimizer: of each W in the state; its gradient has no part in the student's clipping.
@@ -127,7 +129,8 @@ def make_step(
         `split_lora` leaves beside the parameters of the state; without adapters there is none. A step whose
         loss or gradient is not finite leaves parameters and moments as they were; `finite` says so.
     """
-    gradient_by = gradient_of(Objective(student, teachers, loss, student_size, packed), micro_batches)
+    objective = Objective(student, teachers, loss, student_size, packed, combine or TeachersConfig())
+    gradient_by = gradient_of(objective, micro_batches)
 
     def step(
         state: TrainState,
