@@ -10,9 +10,9 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.files import MAX_JSON_DEPTH, parse_json, read_json
 
 FAULTS = {
-    "empty": (b"", "Expecting value"),
-    "cut": (b'{"a": [1, 2', "Expecting ',' delimiter"),
-    "two values": (b"{} {}", "Extra data"),
+    "empty": (b"", "not valid JSON: Expecting value, line 1 column 1"),
+    "cut": (b'{"a":\n[1, 2', "not valid JSON: Expecting ',' delimiter, line 2 column 6"),
+    "two values": (b"{} {}", "not valid JSON: Extra data"),
     "lists": (b"[" * 100_000, "nested more than 100 deep"),
     "closed lists": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 100 deep"),
     "objects": (b'{"a":' * 100_000, "nested more than 100 deep"),
@@ -58,9 +58,9 @@ def test_strict_json_is_read(tmp_path):
     path = tmp_path / "a.json"
     for content in (text.encode(), text.encode("utf-8-sig")):
         path.write_bytes(content)
-        assert read_json(path) == wanted
-        assert parse_json(content, "a header") == wanted
-    assert parse_json("\ufeff[1, 2.5]", "a list", kind=list) == [1, 2.5]
+        assert read_json(path, what="a") == wanted
+        assert parse_json(content, "a header", what="a") == wanted
+    assert parse_json("\ufeff[1, 2.5]", "a list", what="a", kind=list) == [1, 2.5]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")

@@ -205,7 +205,7 @@ def test_a_start_that_was_killed_leaves_a_folder_that_can_be_taken(words, tmp_pa
     (tmp_path / "run" / ".run.json.partial").write_text('{"name"')
     assert claimed(words) == []
     (tmp_path / "run" / "run.json").write_text('{"name"')
-    with pytest.raises(UserError, match=r"run.json: not readable"):
+    with pytest.raises(UserError, match=r"run.json: not the file of a run"):
         claimed(words)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import to_json
+from xtoken_jax.files import parse_json, to_json
 
 if TYPE_CHECKING:
     from xtoken_jax.data.sources import SourceConfig
@@ -215,10 +214,7 @@ def _align(options: argparse.Namespace, console: Console) -> None:
             raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from error
     pair = _load_pair(options, console)
     if options.chat:
-        try:
-            messages = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{file}: not valid JSON ({error})") from error
+        messages = parse_json(text, str(file), what="a conversation", remedy="correct it", kind=object)
         messages = messages.get("messages") if isinstance(messages, dict) else messages
         if not isinstance(messages, list):
             raise UserError(f'{file}: neither a list of messages nor {{"messages": [...]}}')

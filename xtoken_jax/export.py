@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import to_disk, writing
+from xtoken_jax.files import read_json, to_disk, writing
 from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_files import INDEX, WEIGHTS
@@ -161,12 +161,11 @@ def _foreign(out: Path, names: set[str], source: Path, run: str | None) -> str |
     if not (CONFIG in names and names & {WEIGHTS, INDEX}):
         return "it is not empty and not an earlier export"
     try:
-        marker = json.loads((out / MARKER).read_bytes())
-    except (OSError, ValueError):
+        marker = read_json(out / MARKER, what="the mark of an export")
+    except UserError:
         return "it holds a model that this run did not export"
     key, value = ("run", run) if run is not None else ("student", str(source.resolve()))
-    same = isinstance(marker, dict) and marker.get(key) == value
-    return None if same else "it holds the export of another run"
+    return None if marker.get(key) == value else "it holds the export of another run"
 
 
 def _swap_in(partial: Path, out: Path) -> None:

@@ -27,7 +27,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def read_json(
     path: str | Path,
     *,
-    what: str = "a JSON file",
+    what: str,
     remedy: str = "replace it with an intact copy",
     kind: type = dict,
     max_bytes: int = MAX_JSON_BYTES,
@@ -46,27 +46,39 @@ def read_json(
     Raises:
         UserError: the file cannot be read, is too large, or is refused by `parse_json`.
     """
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{path}: not {what} (not a regular file); {remedy}")
-            content = file.read(max_bytes + 1)
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise UserError(f"{path}: cannot be read as {what} ({reason}); {remedy}") from error
-    except ValueError as error:  # a null character in the path
-        raise UserError(f"{str(path)!r}: cannot be read as {what} ({error}); {remedy}") from error
+    content = read_bytes(path, what=what, remedy=remedy, max_bytes=max_bytes)
     return parse_json(
         content, path, what=what, remedy=remedy, kind=kind, max_bytes=max_bytes, max_depth=max_depth
     )
+
+
+def read_bytes(path: str | Path, *, what: str, remedy: str, max_bytes: int) -> bytes:
+    """Return the content of a regular file; the arguments are those of `read_json`.
+
+    Raises:
+        UserError: the file cannot be read or is too large.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                content = file.read(max_bytes + 1)
+                reason = f"larger than {max_bytes:,} bytes" if len(content) > max_bytes else None
+            else:
+                reason = "not a regular file"
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+    except ValueError as error:  # a null character in the path
+        reason = first_line(error)
+    if reason is None:
+        return content
+    raise UserError(f"{path}: not {what} ({reason}); {remedy}".replace("\0", "\\0"))
 
 
 def parse_json(
     content: bytes | str,
     where: str | Path,
     *,
-    what: str = "a JSON file",
+    what: str,
     remedy: str = "replace it with an intact copy",
     kind: type = dict,
     max_bytes: int = MAX_JSON_BYTES,
@@ -105,6 +117,8 @@ def parse_json(
         reason = "half of a surrogate pair, which is no character"
     except MemoryError:
         reason = "too large for the memory of this machine"
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON: {error.msg}, line {error.lineno} column {error.colno}"
     except ValueError as error:
         reason = first_line(error)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import to_json, write_whole
+from xtoken_jax.files import read_json, to_json, write_whole
 
 JOB_FILE = ".job.json"  # behind the name of the job's folder
 
@@ -72,7 +71,7 @@ def read_jobs(folder: Path) -> list[Job]:
     jobs = []
     for path in sorted(folder.glob(f"*{JOB_FILE}")):
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path, what="the job of a sweep")
             jobs.append(Job(**(content | {"folder": folder / content["folder"]})))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: is no job of a sweep ({error})") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import write_whole, writing
+from xtoken_jax.files import read_json, write_whole, writing
 from xtoken_jax.ranking import Job
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 
@@ -68,7 +67,7 @@ def draw_curves(run: Path) -> Path:
     if not rows.get(""):
         raise UserError(f"{run}: not a run, it has no {METRICS_FILE}")
     result = run / RESULT_FILE
-    figures = json.loads(result.read_text())["figures"] if result.is_file() else {}
+    figures = read_json(result, what="the result of a run")["figures"] if result.is_file() else {}
     teachers = {row: values for row, values in figures.items() if row.split()[0] == "teacher"}
     panels = [panel for panel in _training(rows) if panel.lines] + _held_out(rows, teachers)
     high = -(-len(panels) // _COLUMNS)

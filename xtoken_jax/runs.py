@@ -22,7 +22,7 @@ from xtoken_jax.config import Experiment
 from xtoken_jax.data.teacher_cache import read_index
 from xtoken_jax.errors import UserError
 from xtoken_jax.export import SOURCE, check_replaceable, export_hf
-from xtoken_jax.files import partial_path, write_whole
+from xtoken_jax.files import partial_path, read_json, write_whole
 from xtoken_jax.hosts import from_first, gather
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.mesh import single_device_mesh
@@ -298,13 +298,7 @@ def _flat_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}); choose another run_dir=...") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds nothing of a run; choose another run_dir=...")
-    return found
+    return read_json(path, what="the file of a run", remedy="choose another run_dir=...")
 
 
 def _read(path: Path) -> _RunFile:

@@ -65,5 +65,5 @@ def test_end_tokens_come_from_all_that_name_them(loaded, pair_folders, tmp_path)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
         assert set(end_tokens(model.config, tokenizer, folder)) == {1, 7, 9} | expected
     (folder / "generation_config.json").write_text("[")
-    with pytest.raises(UserError, match=r"generation_config\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"generation_config\.json: .*not valid JSON"):
         end_tokens(model.config, tokenizer, folder)

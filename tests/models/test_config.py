@@ -275,11 +275,11 @@ def test_a_folder_that_cannot_be_read_is_one_line(tmp_path):
     refused("no config.json")
     path = tmp_path / "model" / "config.json"
     path.write_text('{"model_type": ')
-    refused("cannot read", "config.json")
+    refused("config.json: not the settings of a model (not valid JSON")
     path.write_bytes(b"\xff\xfe")
-    refused("cannot read")
+    refused("UTF-16")
     path.write_text("[1]")
-    refused("list, not an object")
+    refused("a list where an object belongs")
     path.write_text('{"model_type": "llama"}')
     refused("config.json: ", "lacks vocab_size")
 

@@ -102,7 +102,7 @@ def test_a_sharded_checkpoint_is_the_same_model(tmp_path):
     refused(folder, "do not hold", "model.norm.weight")
     for broken in ["{", "[]", "{}", '{"weight_map": 3}']:
         index.write_text(broken)
-        refused(folder, "cannot read", "index.json")
+        refused(folder, "index.json: not the index of a checkpoint", "get the model's files again")
 
 
 def test_buffers_of_old_checkpoints_are_ignored(tmp_path):

@@ -21,7 +21,7 @@ from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.data.cache_shards import DTYPES, Entry, Form, PartRows, Shard, write_shard
 from xtoken_jax.data.lanes import Row
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import partial_path, write_whole
+from xtoken_jax.files import partial_path, read_json, write_whole
 
 INDEX_FILE = "index.json"
 _FORMAT = 1
@@ -108,7 +108,7 @@ def read_index(folder: Path) -> Index | None:
             raise UserError(f"{folder}: exists and is not a teacher cache, it has no {INDEX_FILE}")
         return None
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path, what="the index of a teacher cache", remedy="make the cache again")
         version = found.pop("format")
         if version != _FORMAT:
             raise UserError(f"{path}: of format {version}, which is not {_FORMAT}; make the cache anew")
@@ -119,7 +119,9 @@ def read_index(folder: Path) -> Index | None:
         index = Index(**found, shards=shards)
         if index.keep["dtype"] not in DTYPES:
             raise ValueError(f"dtype {index.keep['dtype']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the index of a teacher cache ({error!r})") from error
     return index
 

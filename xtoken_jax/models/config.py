@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import read_json
 from xtoken_jax.models import hf_settings
 from xtoken_jax.models.families import FAMILIES, MULTIMODAL
 from xtoken_jax.models.hf_keys import refuse_unknown
@@ -253,12 +254,7 @@ def read_config(folder: str | Path) -> DecoderConfig:
         raise UserError(f"no such model folder: {folder}")
     if not path.is_file():
         raise UserError(f"no config.json in {folder}; give a Hugging Face model folder")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(hf, dict):
-        raise UserError(f"cannot read {path}: it holds a {type(hf).__name__}, not an object")
+    hf = read_json(path, what="the settings of a model", remedy="get the model's files again")
     try:
         return DecoderConfig.from_hf(hf)
     except UserError as error:

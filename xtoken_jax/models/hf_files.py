@@ -4,7 +4,6 @@ Files are parsed and checked by the safetensors library; the values are seen thr
 because only that can give pages back to the kernel while the rest of the file is still to be read.
 """
 
-import json
 import math
 import mmap
 from collections.abc import Iterator
@@ -16,9 +15,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import parse_json, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_AGAIN = "get the model's files again"
 
 
 class Tensor(NamedTuple):
@@ -79,12 +80,13 @@ class TensorFiles:
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {path}, truncated or not safetensors: {error}") from error
         self._maps.append(mapped)
-        return dict(_tensors(mapped))
+        return dict(_tensors(mapped, path))
 
 
-def _tensors(mapped: mmap.mmap) -> Iterator[tuple[str, Tensor]]:
+def _tensors(mapped: mmap.mmap, path: Path) -> Iterator[tuple[str, Tensor]]:
     size = int.from_bytes(mapped[:8], "little")
-    for name, entry in json.loads(mapped[8 : 8 + size]).items():
+    header = parse_json(mapped[8 : 8 + size], path, what="a safetensors file", remedy=_AGAIN)
+    for name, entry in header.items():
         if name == "__metadata__":
             continue
         kind, shape = entry["dtype"], tuple(entry["shape"])
@@ -110,13 +112,11 @@ def weight_map(folder: Path) -> dict[str, str]:
             f"{pickled} in {folder}: it needs {WEIGHTS} or {INDEX};"
             " student.init=random starts from config.json alone"
         )
-    try:
-        files = {
-            str(name): str(file)
-            for name, file in dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"]).items()
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {index}: {error!r}") from error
+    files = read_json(index, what="the index of a checkpoint", remedy=_AGAIN).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+        raise UserError(
+            f"{index}: not the index of a checkpoint (weight_map must name the file of each tensor); {_AGAIN}"
+        )
     for name in sorted(set(files.values())):
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{index} names {name}, which is not in the folder")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import parse_json
 
 TOKENIZER_CONFIG, TEMPLATE, GENERATION = (
     "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
@@ -91,13 +92,9 @@ def _object(files: dict[str, bytes], name: str, source: Path) -> dict[str, Any]:
     """The JSON object in a copied file, {} where there is no such file."""
     if name not in files:
         return {}
-    try:
-        content = json.loads(files[name].decode("utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{source / name}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{source / name}: not a JSON object")
-    return content
+    return parse_json(
+        files[name], source / name, what="the settings of a model", remedy="get the model's files again"
+    )
 
 
 def _json(content: dict[str, Any]) -> bytes:

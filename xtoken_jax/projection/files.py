@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import parse_json
 from xtoken_jax.projection.build import ProjectionOptions
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.tokens.tokenizer import TokenizerPair
@@ -79,12 +80,13 @@ def load_projection(
         raise UserError(f"{path}: no such projection file; build it with `xtoken project`")
     try:
         with safe_open(path, framework="np") as file:
-            metadata = json.loads((file.metadata() or {}).get("xtoken", "{}"))
+            text = (file.metadata() or {}).get("xtoken", "{}")
             tensors = {name: file.get_tensor(name) for name in ("indices", "weights")}
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise UserError(f"{path}: not a readable projection file ({error}); build it again") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        found = metadata.get("format") if isinstance(metadata, dict) else None
+    metadata = parse_json(text, path, what="a projection file", remedy=_AGAIN)
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format")
         said = f", but of {found}" if found else ""
         raise UserError(f"{path}: not a projection file of this version ({FORMAT}){said}; {_AGAIN}")
     _check_pair(path, metadata, pair)

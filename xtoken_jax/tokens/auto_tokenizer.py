@@ -13,6 +13,8 @@ from typing import Any
 
 import tokenizers
 
+from xtoken_jax.errors import UserError
+from xtoken_jax.files import read_json
 from xtoken_jax.hub import cache_folder
 
 # Text on which a rebuilt pre-tokenizer, normalizer or merge table shows.
@@ -50,10 +52,10 @@ def compare_auto_tokenizer(
     settings = json.dumps(config, sort_keys=True).encode() + (model.read_bytes() if model.is_file() else b"")
     key = hashlib.sha256(f"{fingerprint} {version} ".encode() + settings).hexdigest()
     kept = cache_folder() / "auto_tokenizer" / f"{key}.json"
-    try:
-        return json.loads(kept.read_text(encoding="utf-8"))["difference"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with contextlib.suppress(UserError):
+        answer = read_json(kept, what="a comparison of tokenizers")
+        if isinstance(said := answer.get("difference", kept), str | None):
+            return said
     difference = _difference(folder, backend, named)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xtoken_jax.errors import UserError
+from xtoken_jax.files import read_json
 
 # The roles that a folder's own configuration names.
 CONFIGURED = ("unk", "pad", "bos", "eos")
@@ -98,13 +97,13 @@ def find_roles(
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no file; UserError for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
+    """Return the object in a JSON file of a model's folder, {} where there is no file.
+
+    Raises:
+        UserError: the file holds anything else.
+    """
+    return (
+        read_json(path, what="the settings of a model", remedy="get the model's files again")
+        if path.is_file()
+        else {}
+    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import to_json, write_whole
+from xtoken_jax.files import parse_json, to_json, write_whole
 from xtoken_jax.hosts import is_first
 
 METRICS_FILE = "metrics.jsonl"
@@ -74,7 +73,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(parse_json(line, path, what="a list of metrics"))
+        except UserError:
             break
     return rows
