@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+CASES ?= 1000000
+SEED ?= 0
+MINUTES ?= 60
 CONSTRAINTS := constraints.txt
 # What most changes touch, in seconds: imports, tokens, alignment, W, losses against the official values, data, config.
 CORE := tests/test_architecture.py tests/test_dependencies.py tests/test_config.py tests/tokens tests/alignment/test_alignment.py \
@@ -11,7 +14,7 @@ CORE := tests/test_architecture.py tests/test_dependencies.py tests/test_config.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tokenizers test test-newest test-parity check lint format bench clean
+.PHONY: help quickstart tokenizers test test-newest test-parity fuzz check lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +56,9 @@ lint: $(VENV)/installed-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/installed-test ## spoiled files to every reader, for MINUTES=60 or CASES of each; SEED=0
+	$(BIN)/python tests/fuzz/run.py --cases $(CASES) --seed $(SEED) --minutes $(MINUTES)
 
 check: lint ## lint and a core of the tests, within 90 seconds on 2 cores
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(CORE)
