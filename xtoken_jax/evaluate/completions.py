@@ -15,6 +15,7 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.generate import cut_at_stop, generate
+from xtoken_jax.models.hf_types import check_generation
 from xtoken_jax.tokens.roles import read_json_object
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
@@ -121,7 +122,10 @@ def end_tokens(config: DecoderConfig, tokenizer: Tokenizer, folder: Path) -> tup
         UserError: a generation_config.json that cannot be read.
     """
     found = {tokenizer.roles[role] for role in _END_ROLES if role in tokenizer.roles}
-    named = read_json_object(folder / "generation_config.json").get("eos_token_id")
+    path = folder / "generation_config.json"
+    generation = read_json_object(path)
+    check_generation(generation, str(path))
+    named = generation.get("eos_token_id")
     for ids in (config.eos_token_id, named):
         found |= {ids} if isinstance(ids, int) else set(ids or ())
     return tuple(sorted(found))

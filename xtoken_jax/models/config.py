@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.fields import shown
 from xtoken_jax.files import read_json
-from xtoken_jax.models import hf_settings
+from xtoken_jax.models import hf_settings, hf_types
 from xtoken_jax.models.families import FAMILIES, MULTIMODAL
 from xtoken_jax.models.hf_keys import refuse_unknown
 from xtoken_jax.models.hf_rope import read_rope, written_rope
@@ -124,7 +125,7 @@ class DecoderConfig:
         if self.layer_types is None:
             return
         if odd := [kind for kind in self.layer_types if kind not in (FULL, SLIDING)]:
-            raise UserError(f"layer_types has {hf_settings.shown(odd[0])}; supported: {FULL}, {SLIDING}")
+            raise UserError(f"layer_types has {shown(odd[0])}; supported: {FULL}, {SLIDING}")
         if len(self.layer_types) != self.num_layers:
             raise UserError(f"layer_types has {len(self.layer_types)} entries for {self.num_layers} layers")
         if SLIDING in self.layer_types and self.sliding_window is None:
@@ -149,6 +150,7 @@ class DecoderConfig:
         Raises:
             UserError: an architecture or a setting that is not implemented, or a missing key.
         """
+        hf_types.check_settings(hf)
         source = json.dumps(hf)
         architecture, multimodal = hf_settings.architecture_of(hf), None
         if architecture in MULTIMODAL:
@@ -167,6 +169,8 @@ class DecoderConfig:
             raise UserError(
                 f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={heads}"
             )
+        layers = hf["num_hidden_layers"] * (4 * hf["hidden_size"] + 3 * hf["intermediate_size"])
+        hf_types.check_parameters(hf["hidden_size"] * (hf["vocab_size"] + layers))
         window, layer_types = hf_settings.read_windows(hf, family)
         theta, scaling, partial, sliding_theta = read_rope(hf, family)
         eos = hf.get("eos_token_id")

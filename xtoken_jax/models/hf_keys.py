@@ -6,8 +6,9 @@ Every other key is refused by name, whatever its value: `is_causal: false` is a 
 from typing import Any
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.fields import shown
 from xtoken_jax.models.families import Family
-from xtoken_jax.models.hf_settings import REQUIRED, shown
+from xtoken_jax.models.hf_settings import REQUIRED
 
 # Read for every family.
 _READ = {

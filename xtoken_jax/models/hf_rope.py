@@ -5,8 +5,10 @@ import math
 from typing import Any
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.fields import shown
 from xtoken_jax.models.families import Family
-from xtoken_jax.models.hf_settings import FULL, SLIDING, check_number, check_positive, shown, value_of
+from xtoken_jax.models.hf_settings import FULL, SLIDING, check_number, check_positive, value_of
+from xtoken_jax.models.hf_types import check_rope
 from xtoken_jax.models.rope import LinearScaling, Llama3Scaling, LongRope, RopeScaling, Yarn
 
 _PRETRAINED = "original_max_position_embeddings"
@@ -53,6 +55,7 @@ def read_rope(hf: dict[str, Any], family: Family) -> tuple[float, RopeScaling | 
             )
     if odd := [key for key, value in rope.items() if key not in _KEYS and value is not None]:
         raise UserError(f"the rope setting {odd[0]}={shown(rope[odd[0]])} is not known")
+    check_rope(rope)
     theta = rope["rope_theta"] if "rope_theta" in rope else hf.get("rope_theta", 10000.0)
     if check_number("rope_theta", theta) == 0:
         raise UserError("rope_theta=0 must be above zero")
@@ -84,6 +87,7 @@ def _two_ropes(hf: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"rope type {shown(inner['rope_type'])} of {SLIDING} layers is not implemented")
     if odd := [key for key, value in inner.items() if key not in _KEYS and value is not None]:
         raise UserError(f"the rope setting {odd[0]}={shown(inner[odd[0]])} of {SLIDING} layers is not known")
+    check_rope(inner)
     return {**full, **older}, inner
 
 

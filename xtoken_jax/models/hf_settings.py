@@ -4,11 +4,12 @@ A setting that the decoder does not implement is refused by name: a checkpoint t
 computes something else is worse than one that does not load.
 """
 
-import json
 from typing import Any
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.fields import shown
 from xtoken_jax.models.families import FAMILIES, MULTIMODAL, Family
+from xtoken_jax.models.hf_types import check_settings
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # what config.json calls it -> what it is
@@ -28,7 +29,7 @@ def architecture_of(hf: dict[str, Any]) -> str:
     names = hf.get("architectures") or []
     model_type = hf.get("model_type")
     if names:
-        name = str(names[0] if isinstance(names, list) else names)
+        name = names[0] if isinstance(names, list) else names
         if name not in types:
             raise UserError(f"architecture {shown(name)} is not implemented; {supported}")
         if model_type not in (None, types[name]):
@@ -50,6 +51,7 @@ def language_model(hf: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[
     whole = MULTIMODAL[name]
     if not isinstance(inner := hf.get("text_config"), dict):
         raise UserError("config.json lacks text_config, the settings of the language model")
+    check_settings(inner, "text_config")
     text = inner.get("model_type") or next(iter(whole.texts))
     if text not in whole.texts:
         raise UserError(
@@ -140,8 +142,3 @@ def check_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         raise UserError(f"{name}={shown(value)} must be a number, zero or above")
     return value
-
-
-def shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

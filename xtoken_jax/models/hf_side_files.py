@@ -9,6 +9,7 @@ from typing import Any
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import parse_json
+from xtoken_jax.models.hf_types import check_generation
 
 TOKENIZER_CONFIG, TEMPLATE, GENERATION = (
     "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
@@ -69,6 +70,7 @@ def side_files(
     if not ends:
         return files, []
     generation = _object(files, GENERATION, source)
+    check_generation(generation, str(source / GENERATION))
     # Readers of generation_config.json do not look into config.json.
     begun = generation if generation.get(_EOS) is not None else config
     both, added = _extended(begun.get(_EOS), ends)
