@@ -10,13 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "xtoken_jax"
 
 # Everything may import these; `hub` is where a name becomes a folder, `errors` how a user is told, `files`
-# how a file is written whole or not at all.
-COMMON = {"errors", "files", "hub"}
+# how a file is written whole or not at all, and JSON is read, `fields` which types and ranges its values have.
+COMMON = {"errors", "fields", "files", "hub"}
 
 # Module or package -> what it may import besides COMMON and, for a package, itself. A name with a
 # dot is one module, which has a rule of its own. In the order data flows: nobody imports from below.
 ALLOWED = {
     "errors": set(),
+    "fields": set(),
     "files": set(),
     "hub": set(),
     "checksum": set(),

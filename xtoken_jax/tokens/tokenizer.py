@@ -18,6 +18,7 @@ import tokenizers
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.tokens.auto_tokenizer import compare_auto_tokenizer
+from xtoken_jax.tokens.backend import check_settings, make_backend, panics_are_errors, read_definition
 from xtoken_jax.tokens.encoding import prepare, text_fingerprint
 from xtoken_jax.tokens.roles import CONFIGURED, find_roles, read_json_object
 from xtoken_jax.tokens.rowless import drop_rowless
@@ -86,21 +87,16 @@ class Tokenizer:
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
             )
         special, config = (
-            read_json_object(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")
+            _settings(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")
         )
         model_config: dict[str, Any] = {}
         with contextlib.suppress(UserError):  # loading the model says what is wrong with its config.json
             model_config = read_json_object(folder / "config.json")
         template = _chat_template(folder, config) if chat_template is None else _read(chat_template)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            definition = json.loads(text)
-            dropout = _switch_dropout_off(definition)
-            rowless = drop_rowless(definition, model_config, (special, config), template)
-            changed = dropout or rowless
-            backend = tokenizers.Tokenizer.from_str(json.dumps(definition) if changed else text)
-        except Exception as error:  # the Rust side raises plain Exception
-            raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
+        text, definition = read_definition(path)
+        dropout = _switch_dropout_off(definition)
+        rowless = drop_rowless(definition, model_config, (special, config), template)
+        backend = make_backend(json.dumps(definition) if dropout or rowless else text, path)
         for token in definition.get("added_tokens") or []:
             given = backend.token_to_id(token["content"])
             if given != token["id"]:
@@ -111,16 +107,20 @@ class Tokenizer:
         roles = find_roles(definition, (special, config), backend.token_to_id)
         table = read_token_bytes(definition, where=str(path), unknown=roles.get("unk"))
         opening = backend.encode("", add_special_tokens=True).ids
+        by_itself = bool(opening) and opening[0] == roles.get("bos")
         # DeepSeek's post-processor adds nothing; its configuration says that BOS belongs there.
-        adds_bos = config.get("add_bos_token")
-        if not isinstance(adds_bos, bool):
-            adds_bos = bool(opening) and opening[0] == roles.get("bos")
+        adds_bos = by_itself if config.get("add_bos_token") is None else config["add_bos_token"]
         fingerprint = text_fingerprint(definition, backend, table.kind)
         # Text is data: a "<|eot|>" spelled out in it must not become a control token.
         parted = prepare(backend, table.special | table.byte_fallback)
         content = text.encode() + json.dumps(roles, sort_keys=True).encode()
         # Versions that did not part spellings or switch dropout off encoded other rows.
-        file_fingerprint = hashlib.sha256(content + b" parted" * parted + b" no dropout" * bool(dropout))
+        content += b" parted" * parted + b" no dropout" * bool(dropout)
+        if (
+            adds_bos != by_itself and "bos" in roles
+        ):  # else tokenizer.json decides it, which is in the content
+            content += b" add_bos_token" if adds_bos else b" no add_bos_token"
+        file_fingerprint = hashlib.sha256(content)
         warning = None
         if dropout:  # AutoTokenizer keeps it, and gives other ids each time
             warning = (
@@ -160,11 +160,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [T], without any special token."""
-        return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
+        with panics_are_errors(self.name):
+            return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [T], without any special token."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with panics_are_errors(self.name):
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     @cached_property
@@ -187,6 +189,12 @@ class Tokenizer:
 def _switch_dropout_off(definition: dict[str, Any]) -> float | None:
     """Remove BPE dropout, a training setting, from a parsed `tokenizer.json` and return its value."""
     return definition["model"].pop("dropout", None)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    content = read_json_object(path)
+    check_settings(content, path)
+    return content
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
