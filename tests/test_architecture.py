@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "xtoken_jax"
 
 # Everything may import these; `hub` is where a name becomes a folder, `errors` how a user is told, `files`
-# how a file is written whole or not at all, and JSON is read, `fields` which types and ranges its values have.
+# how a file is written whole or not at all and how JSON is read, `fields` which types and ranges values have.
 COMMON = {"errors", "fields", "files", "hub"}
 
 # Module or package -> what it may import besides COMMON and, for a package, itself. A name with a

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
-import tokenizers
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,6 +35,7 @@ from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.report import RESULT_FILE
 from xtoken_jax.resume import Difference, covers, differences
 from xtoken_jax.teachers import key_of
+from xtoken_jax.tokens.backend import make_backend, read_definition
 from xtoken_jax.tokens.tokenizer import Tokenizer
 from xtoken_jax.train.checkpoint import Checkpoints
 from xtoken_jax.train.learnt import abstract_learnt, make_projection_optimizer
@@ -367,7 +367,8 @@ def export_student(
     _, added = side_files(folder, student.config.to_hf(), begun.ends, config.chat_template)
     if not added:
         return None
-    spelled = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    spelled = make_backend(read_definition(path)[0], path)
     names = ", ".join(f"{spelled.id_to_token(end)} ({end})" for end in added)
     return f"{names} ends what the student learnt to write; added to eos_token_id of the exported folder"
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import UserError, first_line
 from xtoken_jax.files import write_whole
 
 DTYPES = {
@@ -96,36 +96,51 @@ def packed(rows: PartRows, form: Form) -> tuple[bytes, int]:
     return zlib.compress(content, _LEVEL), len(content)
 
 
-def unpacked(content: bytes, count: int, form: Form) -> PartRows:
+def unpacked(content: bytes, count: int, form: Form, width: int | None = None) -> PartRows:
     """The rows of a part of `count` tokens.
+
+    No more is decompressed than the rows of so many tokens take.
+
+    Args:
+        content: what `packed` returned.
+        count: n.
+        form: of the cache.
+        width: the most tokens that are kept of a distribution; None: V_t.
 
     Raises:
         ValueError, zlib.error: the bytes are not such rows.
     """
-    data = zlib.decompress(content)
-    place = 0
+    stream = zlib.decompressobj()
+    rest = content
 
     def take(dtype: np.dtype, number: int) -> np.ndarray:
-        nonlocal place
+        nonlocal rest
         size = number * dtype.itemsize
-        planes = np.frombuffer(data, np.uint8, size, place).reshape(dtype.itemsize, number)
-        place += size
+        data = b""
+        while len(data) < size and (piece := stream.decompress(rest, size - len(data))):
+            data, rest = data + piece, stream.unconsumed_tail
+        planes = np.frombuffer(data, np.uint8, size).reshape(dtype.itemsize, number)
         return np.ascontiguousarray(planes.T).view(dtype).reshape(number)
 
     counts = ids = None
     entries = count * form.size
     if not form.every_token:
         counts = take(form.id_dtype, count)
+        if counts.max(initial=0) > (form.size if width is None else width):
+            raise ValueError(f"{counts.max():,} tokens of a distribution, more than the index says")
         entries = int(counts.sum(dtype=np.int64))
         steps = take(form.id_dtype, entries).astype(np.int64)
         sums, first = np.cumsum(steps), _first(counts)
-        ids = (sums - np.repeat(sums[first] - steps[first], counts[counts > 0])).astype(form.id_dtype)
+        every = sums - np.repeat(sums[first] - steps[first], counts[counts > 0])
+        if every.max(initial=0) >= form.size:
+            raise ValueError(f"token {every.max():,} of a vocabulary of {form.size:,}")
+        ids = every.astype(form.id_dtype)
     dtype = DTYPES[form.dtype]
     log_probabilities = take(dtype, entries)
     tails = take(dtype, len(form.temperatures) * count).reshape(len(form.temperatures), count)
     normalizers = take(np.dtype(np.float32), count)
-    if place != len(data):
-        raise ValueError(f"{len(data)} bytes instead of {place}")
+    if stream.decompress(rest, 1) or not stream.eof:
+        raise ValueError("more bytes than its rows take")
     return PartRows(counts, ids, log_probabilities, tails, normalizers)
 
 
@@ -169,6 +184,28 @@ def _checksum(tables: Iterable[np.ndarray]) -> int:
     return found
 
 
+# Tables of a shard -> dtype; all have an entry a part, but for one more of offsets.
+_TABLES = {
+    "keys": np.int64, "tokens": np.int32, "ids_crc32": np.uint32, "content_crc32": np.uint32,
+    "offsets": np.int64,
+}  # fmt: skip
+
+
+def _misshapen(tables: Sequence[np.ndarray], content: list[int]) -> str | None:
+    """What makes these no tables of a shard with so much content; None if nothing does."""
+    count = len(tables[0]) if tables[0].ndim else 0
+    shapes = (count, 3), (count,), (count,), (count,), (count + 1,)
+    for (name, dtype), table, shape in zip(_TABLES.items(), tables, shapes, strict=True):
+        if (table.dtype, table.shape) != (dtype, shape):
+            return (
+                f"{name} is {table.dtype} of shape {list(table.shape)}, not {dtype.__name__} of {list(shape)}"
+            )
+    offsets = tables[-1]
+    if len(content) != 1 or offsets[0] != 0 or offsets[-1] != content[0] or (np.diff(offsets) < 0).any():
+        return "its offsets do not fit its content"
+    return None
+
+
 class Shard:
     """A shard to read from; parts are read when they are asked for.
 
@@ -176,27 +213,29 @@ class Shard:
         path: of the file.
         size: bytes that it has.
         checksum: of its tables.
+        width: the most tokens that are kept of a distribution; None: V_t.
 
     Raises:
         UserError: no such file, or a damaged one.
     """
 
-    def __init__(self, path: Path, size: int, checksum: int):
+    def __init__(self, path: Path, size: int, checksum: int, width: int | None = None):
         from safetensors import SafetensorError, safe_open
 
-        self.path = path
+        self.path, self._width = path, width
         try:
             if path.stat().st_size != size:
                 raise damaged(path, f"{path.stat().st_size} bytes instead of {size}")
             self._file = safe_open(path, framework="np")
-            names = "keys", "tokens", "ids_crc32", "content_crc32", "offsets"
-            tables = [self._file.get_tensor(name) for name in names]
+            tables = [self._file.get_tensor(name) for name in _TABLES]
+            if wrong := _misshapen(tables, self._file.get_slice("content").get_shape()):
+                raise damaged(path, wrong)
             if _checksum(tables) != checksum:
                 raise damaged(path, "the checksum of its tables is another")
             keys, self._tokens, self._ids, self._contents, self._offsets = tables
             self._places = {tuple(key): place for place, key in enumerate(keys.tolist())}
-        except (OSError, SafetensorError) as error:
-            raise damaged(path, str(error)) from error
+        except (OSError, SafetensorError, AttributeError, TypeError) as error:  # numpy lacks some dtypes
+            raise damaged(path, first_line(error)) from error
 
     def read(self, key: tuple[int, int, int], ids: np.ndarray, form: Form, name: str) -> PartRows:
         """The rows of a part.
@@ -221,7 +260,10 @@ class Shard:
         content = self._file.get_slice("content")[begin:end].tobytes()
         if zlib.crc32(content) != self._contents[place]:
             raise damaged(self.path, f"the checksum of {name} is another")
-        return unpacked(content, len(ids), form)
+        try:
+            return unpacked(content, len(ids), form, self._width)
+        except (ValueError, zlib.error) as error:
+            raise damaged(self.path, f"{name} cannot be unpacked: {first_line(error)}") from error
 
 
 def damaged(path: Path, how: str) -> UserError:

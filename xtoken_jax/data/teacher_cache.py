@@ -19,9 +19,11 @@ import numpy as np
 
 from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.data.cache_shards import DTYPES, Entry, Form, PartRows, Shard, write_shard
+from xtoken_jax.data.index_fields import check_index
 from xtoken_jax.data.lanes import Row
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import partial_path, read_json, write_whole
+from xtoken_jax.fields import shown
+from xtoken_jax.files import partial_path, read_json, to_json, write_whole
 
 INDEX_FILE = "index.json"
 _FORMAT = 1
@@ -93,7 +95,7 @@ class Index:
 
     def write(self, folder: Path) -> None:
         """To disk, whole or not at all."""
-        write_whole(folder / INDEX_FILE, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
+        write_whole(folder / INDEX_FILE, to_json({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
 
 
 def read_index(folder: Path) -> Index | None:
@@ -107,23 +109,16 @@ def read_index(folder: Path) -> Index | None:
         if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {partial_path(path)}):
             raise UserError(f"{folder}: exists and is not a teacher cache, it has no {INDEX_FILE}")
         return None
-    try:
-        found = read_json(path, what="the index of a teacher cache", remedy="make the cache again")
-        version = found.pop("format")
-        if version != _FORMAT:
-            raise UserError(f"{path}: of format {version}, which is not {_FORMAT}; make the cache anew")
-        shards = [
-            ShardInfo(**{**shard, "first": tuple(shard["first"]), "next": tuple(shard["next"])})
-            for shard in found.pop("shards")
-        ]
-        index = Index(**found, shards=shards)
-        if index.keep["dtype"] not in DTYPES:
-            raise ValueError(f"dtype {index.keep['dtype']}")
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not the index of a teacher cache ({error!r})") from error
-    return index
+    content = read_json(path, what="the index of a teacher cache", remedy="make the cache again")
+    if (version := content.get("format", _FORMAT)) != _FORMAT:
+        raise UserError(f"{path}: of format {shown(version)}, which is not {_FORMAT}; make the cache anew")
+    check_index(content, path)
+    shards = [
+        ShardInfo(**{**shard, "first": tuple(shard["first"]), "next": tuple(shard["next"])})
+        for shard in content.pop("shards")
+    ]
+    del content["format"]
+    return Index(**content, shards=shards)
 
 
 def add_shard(folder: Path, index: Index, number: int, entries: Sequence[Entry], **known: Any) -> ShardInfo:
@@ -230,7 +225,9 @@ class TeacherCache:
             raise UserError(f"{self._key}={self.folder}: has nothing of {name}; the cache is of other text")
         if where not in self._shards:
             shard = self.index.shards[where]
-            self._shards[where] = Shard(self.folder / shard.file, shard.bytes, shard.tables_crc32)
+            self._shards[where] = Shard(
+                self.folder / shard.file, shard.bytes, shard.tables_crc32, self.index.width
+            )
         return self._shards[where].read((number, document, part), ids, self._form, name)
 
     def parts(self, row: Row, teacher: str) -> list[PartRows]:

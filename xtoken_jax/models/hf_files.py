@@ -91,11 +91,11 @@ def _tensors(mapped: mmap.mmap, path: Path) -> Iterator[tuple[str, Tensor]]:
             continue
         kind, shape = entry["dtype"], tuple(entry["shape"])
         values = np.empty(0)
-        if kind in DTYPES:
+        if kind in DTYPES and (count := math.prod(shape)):
+            start = 8 + size + entry["data_offsets"][0]
+            values = np.frombuffer(mapped, DTYPES[kind], count, start).reshape(shape)
+        elif kind in DTYPES:
             values = np.empty(shape, DTYPES[kind])
-            if values.size:
-                start = 8 + size + entry["data_offsets"][0]
-                values = np.frombuffer(mapped, DTYPES[kind], math.prod(shape), start).reshape(shape)
         yield name, Tensor(kind, shape, values)
 
 
