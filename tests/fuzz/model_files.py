@@ -5,10 +5,10 @@ import random
 import shutil
 from pathlib import Path
 
-from fuzz.frame import Parser
-from fuzz.mutations import spoil_json, spoil_presence, spoil_safetensors
 from safetensors.numpy import load_file, save_file
 
+from fuzz.frame import Parser
+from fuzz.mutations import spoil_json, spoil_presence, spoil_safetensors
 from xtoken_jax.evaluate.completions import end_tokens
 from xtoken_jax.models.config import read_config
 from xtoken_jax.models.hf_side_files import side_files

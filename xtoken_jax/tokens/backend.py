@@ -23,6 +23,7 @@ from xtoken_jax.fields import (
     listing,
     number,
     optional,
+    shown,
     whole,
 )
 from xtoken_jax.files import MAX_JSON_BYTES, parse_json, read_bytes
@@ -43,14 +44,6 @@ _MERGE = Check(
         isinstance(v, str) or (isinstance(v, list) and len(v) == 2 and all(isinstance(p, str) for p in v))
     ),
 )
-_VOCABULARY = Check(
-    f"an object of ids, each {_ID.wanted}, or a list of pairs of a piece and its score",
-    lambda v: (
-        all(map(_ID.holds, v.values()))
-        if isinstance(v, dict)
-        else listing(_PIECE_AND_SCORE, _MAX_TOKENS).holds(v)
-    ),
-)
 _DEFINITION = {
     "model": OBJECT,
     "added_tokens": optional(listing(OBJECT, _MAX_TOKENS)),
@@ -61,7 +54,7 @@ _DEFINITION = {
 }
 _MODEL = {
     "type": optional(TEXT),
-    "vocab": _VOCABULARY,
+    "vocab": either(OBJECT, listing(_PIECE_AND_SCORE, _MAX_TOKENS)),
     "merges": optional(listing(_MERGE, 2 * _MAX_TOKENS)),
     "unk_token": optional(TEXT),
     "unk_id": optional(_ID),
@@ -126,18 +119,19 @@ def read_definition(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_ids(path: Path, vocabulary: Any, added: list[dict[str, Any]]) -> None:
-    """Refuse two pieces with one id."""
+    """Refuse ids that are none or out of proportion, and two pieces with one id."""
     for pieces in (
         vocabulary if isinstance(vocabulary, dict) else {},
         {t["content"]: t["id"] for t in added},
     ):
-        if len(set(pieces.values())) == len(pieces):
-            continue
         owners: dict[int, str] = {}
         for piece, token_id in pieces.items():
+            if not _ID.holds(token_id):
+                wanted = f"which must be {_ID.wanted}"
+                raise UserError(f"{path}: {shown(piece)} has the id {shown(token_id)}, {wanted}; {REMEDY}")
             if (other := owners.setdefault(token_id, piece)) != piece:
                 raise UserError(
-                    f"{path}: {other!r:.60} and {piece!r:.60} have the same id {token_id}; {REMEDY}"
+                    f"{path}: {shown(other)} and {shown(piece)} have the same id {token_id}; {REMEDY}"
                 )
 
 
