@@ -9,9 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "xtoken_jax"
 
-# Everything may import these; `hub` is where a name becomes a folder, `errors` how a user is told, `files`
-# how a file is written whole or not at all and how JSON is read, `fields` which types and ranges values have.
-COMMON = {"errors", "fields", "files", "hub"}
+# Everything may import these: `hub` turns a name into a folder, `foreign` names folders of other formats,
+# `errors` holds the error that a user sees, `files` writes files whole and reads JSON, `fields` checks the types
+# and ranges of values.
+COMMON = {"errors", "fields", "files", "foreign", "hub"}
 
 # Module or package -> what it may import besides COMMON and, for a package, itself. A name with a
 # dot is one module, which has a rule of its own. In the order data flows: nobody imports from below.
@@ -19,6 +20,7 @@ ALLOWED = {
     "errors": set(),
     "fields": set(),
     "files": set(),
+    "foreign": set(),
     "hub": set(),
     "checksum": set(),
     "resume": set(),

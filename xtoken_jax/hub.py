@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.foreign import foreign_format
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?")
 # Only what is read here; repositories also hold the same weights in other formats, pickles among them.
 _TEXTS = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.jinja",
+    "adapter_config.json", "model_index.json", "modules.json",  # which tell that it is another kind of model
 ]  # fmt: skip
 _WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model*-of-*.safetensors"]
 
@@ -46,7 +48,8 @@ def resolve_folder(path_or_id: str | Path, *, weights: bool = True) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"not a folder: {text}")
+        known = foreign_format(path)
+        raise UserError(f"not a folder: {text}" if known is None else f"not a folder: {text} is {known}")
     found = _HUB_ID.fullmatch(text)
     if isinstance(path_or_id, Path) or not found:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"

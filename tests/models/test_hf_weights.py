@@ -159,7 +159,7 @@ def test_a_folder_without_weights_points_to_a_random_start(tmp_path):
     (folder / "model.safetensors").unlink()
     refused(folder, "no weights in", str(folder), "student.init=random")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    refused(folder, "only pickled weights", "model.safetensors")
+    refused(folder, "only pickled weights", "save_pretrained", "student.init=random")
     refused(tmp_path / "nowhere", "no such model folder")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from xtoken_jax.errors import UserError
 from xtoken_jax.fields import shown
 from xtoken_jax.files import read_json
+from xtoken_jax.foreign import foreign_format
 from xtoken_jax.models import hf_settings, hf_types
 from xtoken_jax.models.families import FAMILIES, MULTIMODAL
 from xtoken_jax.models.hf_keys import refuse_unknown
@@ -256,6 +257,8 @@ def read_config(folder: str | Path) -> DecoderConfig:
     path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"no such model folder: {folder}")
+    if (known := foreign_format(folder, weights=not path.is_file())) is not None:
+        raise UserError(f"{folder}: {known}")
     if not path.is_file():
         raise UserError(f"no config.json in {folder}; give a Hugging Face model folder")
     hf = read_json(path, what="the settings of a model", remedy="get the model's files again")

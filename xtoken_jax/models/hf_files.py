@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import parse_json, read_json
+from xtoken_jax.foreign import foreign_format
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -107,9 +108,10 @@ def weight_map(folder: Path) -> dict[str, str]:
     """
     index = folder / INDEX
     if not index.is_file():
-        pickled = "only pickled weights" if any(folder.glob("pytorch_model*.bin")) else "no weights"
+        if (known := foreign_format(folder)) is not None:
+            raise UserError(f"{folder}: {known}; student.init=random starts from config.json alone")
         raise UserError(
-            f"{pickled} in {folder}: it needs {WEIGHTS} or {INDEX};"
+            f"no weights in {folder}: it needs {WEIGHTS} or {INDEX};"
             " student.init=random starts from config.json alone"
         )
     files = read_json(index, what="the index of a checkpoint", remedy=_AGAIN).get("weight_map")

@@ -29,6 +29,10 @@ from xtoken_jax.models.loading_bar import LoadingBar
 BLOCK_BYTES = 4 * 2**20  # of a parameter, over all devices, that are on their way at a time
 _WORTH_A_THREAD = 2**20
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old checkpoints stored
+# of quantized weights, next to or in place of the weights themselves
+_QUANTIZED_SUFFIXES = (
+    ".scales", ".qweight", ".qzeros", ".absmax", ".weight_scale", ".weight_scale_inv", ".weight_packed",
+)  # fmt: skip
 
 _Index = tuple[slice, ...]
 
@@ -237,6 +241,11 @@ def _writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, np.int32
 
 def _checked_tensors(folder: Path, model: Model, files: TensorFiles) -> dict[str, Tensor]:
     """The tensors that the model needs, all there, with the right shapes; one error for all that is wrong."""
+    if quantized := [name for name in files.tensors if name.endswith(_QUANTIZED_SUFFIXES)]:
+        raise UserError(
+            f"{folder}: the weights are quantized ({first(quantized, 1)}; by MLX, GPTQ, AWQ, bitsandbytes or"
+            " in FP8), which is not implemented; use the checkpoint that this one was made from"
+        )
     of_model = layouts(model)
     expected = tensor_shapes(of_model)
     stored = {own_name(model, n): t for n, t in files.tensors.items() if not n.endswith(_IGNORED_SUFFIXES)}

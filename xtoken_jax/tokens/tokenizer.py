@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.foreign import foreign_format
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.tokens.auto_tokenizer import compare_auto_tokenizer
 from xtoken_jax.tokens.backend import check_settings, make_backend, panics_are_errors, read_definition
@@ -82,6 +83,8 @@ class Tokenizer:
         folder = resolve_folder(path_or_id, weights=False)
         path = folder / "tokenizer.json"
         if not path.is_file():
+            if (known := foreign_format(folder)) is not None:
+                raise UserError(f"{folder}: no tokenizer.json; it is {known}")
             raise UserError(
                 f"{folder}: no tokenizer.json; save the tokenizer in its fast form "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
