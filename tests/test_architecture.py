@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "xtoken_jax"
 
 # Everything may import these: `hub` turns a name into a folder, `foreign` names folders of other formats,
-# `errors` holds the error that a user sees, `files` writes files whole and reads JSON, `fields` checks the types
+# `errors` holds the error that a user sees, `files` writes files whole and reads JSON, `fields` checks types
 # and ranges of values.
 COMMON = {"errors", "fields", "files", "foreign", "hub"}
 

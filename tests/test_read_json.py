@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import UserError, first_line
 from xtoken_jax.files import MAX_JSON_DEPTH, parse_json, read_json
 
 FAULTS = {
@@ -77,3 +77,11 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         with pytest.raises(UserError, match=reason) as error:
             read_json(path, what="an index")
         assert "\n" not in str(error.value)
+
+
+def test_a_message_is_one_line_whatever_it_names():
+    message = str(UserError("a\nb\r\n\u2028c: not read; " + "x" * 5000 + "; get it again"))
+    assert message.startswith(r"a\nb\r\n\u2028c: not read; xxx")
+    assert message.endswith("xxx; get it again")
+    assert len(message) <= 1500
+    assert len(first_line(ValueError("\n" + "y" * 5000))) == 200

@@ -1,14 +1,25 @@
 """The one exception that means "the input is wrong", shown to a user as a single line."""
 
+import re
+
+_LONGEST = 1500  # characters of a message
+_LINE_BREAK = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a path, a key, a file, a pair that does not fit.
 
     The message is one line that says what was wrong, with which value, and what to do.
-    The `xtoken` command prints it without a traceback and exits with code 2.
+    The `xtoken` command prints it without a traceback and exits with code 2. Line breaks in a value, such as
+    the name of a tensor, are shown as escapes, and the middle of a very long message is left out.
     """
+
+    def __str__(self) -> str:
+        text = _LINE_BREAK.sub(lambda found: repr(found[0])[1:-1], super().__str__())
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} ... {text[-495:]}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library's error says that is not blank, or else its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of what a library's error says that is not blank, or else its type, in 200 characters."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= 200 else line[:197] + "..."

@@ -48,7 +48,7 @@ def _formats(folder: Path) -> Iterator[str]:
             base = f" of {shown(named)}" if isinstance(named, str) and named else ""
         yield (
             f"a PEFT adapter{base}, not a whole model; merge it first: AutoPeftModelForCausalLM"
-            ".from_pretrained(folder).merge_and_unload().save_pretrained(merged), and save the tokenizer there"
+            ".from_pretrained(folder).merge_and_unload().save_pretrained(merged), with the tokenizer"
         )
     if (folder / "model_index.json").is_file():
         yield "a diffusers pipeline, which makes pictures; name a language model's folder"

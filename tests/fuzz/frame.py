@@ -24,7 +24,7 @@ from xtoken_jax.errors import UserError
 
 SECONDS = 20
 MEMORY = 2 << 30  # bytes on top of what the parent has
-LONGEST_MESSAGE = 600  # characters, paths included
+LONGEST_MESSAGE = 1500  # characters, paths included
 GOOD = ("ok", "refused")
 BAD = ("traceback", "hang", "memory", "crash", "message", "noise")
 
@@ -80,24 +80,34 @@ class Tally:
             self.bad[number] = outcome
 
 
-def fuzz(parsers: list[Parser], *, cases: int, seed: int, minutes: float | None = None) -> dict[str, Tally]:
-    """Run cases of all parsers in turn.
+def fuzz(
+    parsers: list[Parser],
+    *,
+    cases: int,
+    seed: int,
+    minutes: float | None = None,
+    tell: Callable[[str, int, Outcome], None] = lambda name, number, outcome: None,
+) -> dict[str, Tally]:
+    """Run cases of all parsers in turn; Ctrl-C ends them early.
 
     Args:
         parsers: what to fuzz.
         cases: of each parser.
         seed: of the random numbers.
         minutes: an end, before all cases are done.
+        tell: is called with the parser's name, the number and the outcome of each bad case.
     """
     tallies = {parser.name: Tally() for parser in parsers}
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    with intact_folders(parsers) as folders:
+    with contextlib.suppress(KeyboardInterrupt), intact_folders(parsers) as folders:
         for number in range(cases):
             for parser in parsers:
                 if end is not None and time.monotonic() > end:
                     return tallies
                 outcome = run_case(parser, folders[parser.name], seed, number)
                 tallies[parser.name].add(number, outcome)
+                if outcome.verdict in BAD:
+                    tell(parser.name, number, outcome)
     return tallies
 
 

@@ -19,7 +19,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz.frame import BAD, GOOD, Parser, Tally, fuzz, intact_folders, run_case, spoiled_copy
+from fuzz.frame import BAD, GOOD, Outcome, Parser, Tally, fuzz, intact_folders, run_case, spoiled_copy
 
 # Each has a list PARSERS.
 MODULES = ("model_files", "tokenizer_files", "cache_files")
@@ -42,6 +42,11 @@ def table(tallies: dict[str, Tally]) -> str:
     return "\n".join(lines)
 
 
+def _tell(name: str, number: int, outcome: Outcome) -> None:
+    detail = outcome.detail.strip()[-1500:].replace("\n", "\n    ")
+    print(f"{name} {number}: {outcome.verdict} after {outcome.seconds:.1f} s\n    {detail}", flush=True)
+
+
 def main() -> int:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -62,15 +67,13 @@ def main() -> int:
                     spoiled_copy(parser, folders[parser.name], words.keep, words.seed, words.case)
                 print(parser.name, run_case(parser, folders[parser.name], words.seed, words.case))
         return 0
-    tallies = fuzz(parsers, cases=words.cases, seed=words.seed, minutes=words.minutes)
+    tell = (lambda *_: None) if words.json else _tell
+    tallies = fuzz(parsers, cases=words.cases, seed=words.seed, minutes=words.minutes, tell=tell)
     bad = {name: {n: [o.verdict, o.detail] for n, o in tally.bad.items()} for name, tally in tallies.items()}
     if words.json:
         counts = {name: dict(tally.counts) for name, tally in tallies.items()}
         print(json.dumps({"counts": counts, "bad": bad}))
     else:
-        for name, cases in bad.items():
-            for number, (verdict, detail) in cases.items():
-                print(f"{name} {number}: {verdict}\n    {detail.strip()[-1500:]}".replace("\n", "\n    "))
         print(table(tallies))
     return 1 if any(bad.values()) else 0
 

@@ -6,6 +6,7 @@ because only that can give pages back to the kernel while the rest of the file i
 
 import math
 import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import parse_json, read_json
+from xtoken_jax.files import parse_json, read_json, shortened
 from xtoken_jax.foreign import foreign_format
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -120,12 +121,12 @@ def weight_map(folder: Path) -> dict[str, str]:
             f"{index}: not the index of a checkpoint (weight_map must name the file of each tensor); {_AGAIN}"
         )
     for name in sorted(set(files.values())):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{index} names {name}, which is not in the folder")
+        if Path(name).name != name or not os.path.isfile(folder / name):
+            raise UserError(f"{index} names {shortened(name)}, which is not in the folder; {_AGAIN}")
     return files
 
 
 def first(names: list[str], count: int = 3) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    return ", ".join(name if len(name) <= 200 else name[:197] + "..." for name in names[:count]) + more
