@@ -302,3 +302,17 @@ def test_a_signal_outside_of_training_is_a_word_and_no_traceback(capsys, monkeyp
         f"xtoken: stopped by {name}: the same command goes on from the last checkpoint\n"
     )
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line(monkeypatch, capsys):
+    class PanicException(BaseException):
+        """As pyo3 raises it."""
+
+    def fail(*_):
+        raise PanicException("index out of bounds\nat line 3")
+
+    monkeypatch.setattr("xtoken_jax.cli._report", fail)
+    assert main(["report", "runs/x"]) == 2
+    assert capsys.readouterr().err == (
+        "xtoken: a tokenizer fails on this text (index out of bounds); use another\n"
+    )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xtoken_jax import __version__, cli_cache, cli_copies, cli_generate, cli_tokenizers
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import UserError, first_line, is_panic
 
 _DISTILL_HELP = """\
 arguments are key=value pairs:
@@ -69,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"xtoken: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return getattr(interrupt, "code", 130)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        print(f"xtoken: a tokenizer fails on this text ({first_line(error)}); use another", file=sys.stderr)
+        return 2
     return 0
 
 

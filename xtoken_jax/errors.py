@@ -19,7 +19,12 @@ class UserError(ValueError):
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} ... {text[-495:]}"
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether this is a panic of a Rust library, which is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of what a library's error says that is not blank, or else its type, in 200 characters."""
+    """The first line of what a library's error says that is not blank, or else its type; 200 characters."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 200 else line[:197] + "..."

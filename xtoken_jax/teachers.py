@@ -102,6 +102,19 @@ def introduce(console: Console, side: str, tokenizer: Tokenizer, name: str = "")
         console.print(f"warning  {tokenizer.warning}", markup=False, style="yellow")
 
 
+def different_ends(pair: TokenizerPair) -> str | None:
+    """Return a warning where two tokenizers of one vocabulary end a text with different tokens."""
+    student, teacher = pair.student.roles.get("eos"), pair.teacher.roles.get("eos")
+    if student is None or teacher is None or student == teacher:
+        return None
+    names = [pair.student.backend.id_to_token(end) for end in (student, teacher)]
+    return (
+        f"the student ends a text with {names[0]} (id {student}), the teacher with {names[1]} (id {teacher}):"
+        f" after a text the teacher's probability is on {teacher}, which the student learns; set the"
+        f" student's eos_token in tokenizer_config.json to {names[1]}, or the teacher's to {names[0]}"
+    )
+
+
 def group_of(name: str) -> str:
     """Where a teacher stands in the config."""
     return FIRST_TEACHER if name == FIRST_TEACHER else f"teachers.{name}"
@@ -147,6 +160,8 @@ def load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Con
             found.caches[name] = cache
         weight = f", weight {config.weight:g}" if len(configs) > 1 else ""
         console.print(f"loss     {term.kind.value}{weight}: {term.reason}")
+        if term.kind is LossKind.same_vocabulary and (warning := different_ends(pair)) is not None:
+            console.print(f"warning  {warning}", markup=False, style="yellow")
         found.static[name] = Teacher(model, loss, config.weight, pair.teacher.size, partners_of_teacher(pair))
         found.tables[name] = place(term.tables, replicated(mesh))
         if term.projection is not None:

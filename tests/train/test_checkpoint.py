@@ -1,8 +1,10 @@
 """Checkpoints: what is damaged is found out and passed over; what cannot be written is said."""
 
 import dataclasses
+import json
 import shutil
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -252,3 +254,24 @@ def test_a_w_that_is_not_in_a_checkpoint_starts_and_one_that_is_stays(tmp_path):
             assert not isinstance(refusal.value, UnusableCheckpointError)
             assert "\n" not in str(refusal.value)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content.pop("state"), 'lacks "state"'),
+        (lambda content: content.update(beside=[3]), r"beside=\[3\] must be an object"),
+        (lambda content: content.update(frozen="x"), 'frozen="x" must be'),
+        (lambda content: content.update(more=1), 'unknown key "more"'),
+    ],
+)
+def test_other_fields_with_the_right_checksum_are_damage_too(folder, change, words):
+    [path] = [path for path in files_of(folder / "2" / "data") if b"checksum" in path.read_bytes()]
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    change(content)
+    path.write_text(
+        json.dumps({**content, "checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())})
+    )
+    with Checkpoints(folder) as checkpoints, pytest.raises(UnusableCheckpointError, match=words):
+        checkpoints.restore(2, ABSTRACT)

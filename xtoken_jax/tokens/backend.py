@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from xtoken_jax.errors import UserError, first_line
+from xtoken_jax.errors import UserError, first_line, is_panic
 from xtoken_jax.fields import (
     FLAG,
     OBJECT,
@@ -182,7 +182,7 @@ def panics_are_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
         raise UserError(
             f"{path}: the tokenizers library fails on it ({first_line(error)}); {REMEDY}"

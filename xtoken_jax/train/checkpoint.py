@@ -18,11 +18,18 @@ import orbax.checkpoint as ocp
 
 from xtoken_jax.checksum import checksum
 from xtoken_jax.errors import UserError
+from xtoken_jax.fields import OBJECT, check_fields, optional, whole
 from xtoken_jax.hosts import from_first, gather, is_first
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.train.quiet import without_orbax_reports
 from xtoken_jax.train.step import TrainState
 
+# What `save` writes next to the state.
+_BESIDE = {
+    "beside": OBJECT,
+    "frozen": optional(whole(0, 2**64)),
+    "state": whole(0, 2**64),
+}
 _LONGEST = 100  # characters of what orbax says that are passed on
 
 
@@ -130,6 +137,7 @@ class Checkpoints:
             )
             content = dict(ocp.JsonCheckpointHandler().restore(path / "data", args=ocp.args.JsonRestore()))
             whole = content.pop("checksum", None) == _crc(content)
+            check_fields(content, _BESIDE, "its data", complete=True)
             fault = None if whole else "its checksum does not fit"
         except Exception as error:  # orbax and TensorStore raise bare Exception too
             cause, fault = error, f"or is not of this student ({_said(error)})"
