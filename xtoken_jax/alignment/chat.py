@@ -57,10 +57,14 @@ def align_chats(
                                    {"role": "assistant", "content": "201"}]])
     """
     pair = TokenizerPair(
-        replace(pair.student, chat_template=student_template or pair.student.chat_template),
-        replace(pair.teacher, chat_template=teacher_template or pair.teacher.chat_template),
+        _with_template(pair.student, student_template, "student_template"),
+        _with_template(pair.teacher, teacher_template, "teacher_template"),
     )
     return [row for (row,) in align_chats_together([pair], conversations, targets=targets)]
+
+
+def _with_template(tokenizer: Tokenizer, template: str | None, argument: str) -> Tokenizer:
+    return replace(tokenizer, chat_template=template, template_file=argument) if template else tokenizer
 
 
 def align_chats_together(
