@@ -10,8 +10,9 @@ from itertools import pairwise
 import numpy as np
 import tokenizers
 
-from xtoken_jax.alignment.chat_pieces import Piece, Region, pieces_of, regions_of
+from xtoken_jax.alignment.chat_pieces import Piece, Region, in_bytes, pieces_of, regions_of
 from xtoken_jax.alignment.chat_targets import refuse_what_is_left_out, targets_of
+from xtoken_jax.alignment.chat_turns import Markers, Rendered
 from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets, to_bytes
 from xtoken_jax.alignment.render import Conversation, render
 from xtoken_jax.alignment.spans import Spans, align_located
@@ -123,34 +124,25 @@ def _locate(
     texts = [render(tokenizer, template, c, functools.partial(where, b)) for b, c in enumerate(conversations)]
     raws = to_bytes(texts)
     encodings = tokenizer.markup_backend.encode_batch(texts, add_special_tokens=False) if texts else []
+    markers = Markers.of(tokenizer)
     for b, (conversation, text, raw, encoding) in enumerate(
         zip(conversations, texts, raws, encodings, strict=True)
     ):
-        found = regions_of(tokenizer, template, conversation, pieces[b], text, functools.partial(where, b))
-        present = {pieces[b][region.piece].text for region in found}
-        refuse_what_is_left_out(tokenizer, template, text, conversation, present, functools.partial(where, b))
+        place = functools.partial(where, b)
         offset = byte_offsets(text)
-        regions = [replace(r, start=int(offset[r.start]), end=int(offset[r.end])) for r in found]
+        regions = [
+            in_bytes(region, offset)
+            for region in regions_of(tokenizer, template, conversation, pieces[b], text, place)
+        ]
         row = _encode(tokenizer, text, raw, encoding, regions)
+        chat = Rendered(tokenizer, template, conversation, pieces[b], raw, regions, row[0], row[1], place)
+        refuse_what_is_left_out(chat)
         ids.append(row[0])
         faithful.append(row[2])
-        place, size = _inpieces_of(row[1], regions, pieces[b])
-        spans.append(place + text_starts[-1])
+        placed, size = _in_pieces(row[1], regions, pieces[b])
+        spans.append(placed + text_starts[-1])
         text_starts.append(text_starts[-1] + size)
-        learnt.append(
-            np.ones(len(row[0]), bool)
-            if targets == "all"
-            else targets_of(
-                tokenizer,
-                template,
-                text,
-                row[:2],
-                regions,
-                pieces[b],
-                conversation,
-                functools.partial(where, b),
-            )
-        )
+        learnt.append(np.ones(len(row[0]), bool) if targets == "all" else targets_of(chat, markers)[0])
     counts = np.array([len(row) for row in ids], np.int64)
     starts, ends = np.concatenate(spans or [np.zeros((0, 2), np.int64)]).T
     never = np.zeros(len(ids), bool)
@@ -214,12 +206,14 @@ def _placed(
     return np.array(encoding.ids, np.int32), np.stack([starts, ends], axis=1), faithful
 
 
-def _inpieces_of(spans: np.ndarray, regions: list[Region], pieces: list[Piece]) -> tuple[np.ndarray, int]:
+def _in_pieces(spans: np.ndarray, regions: list[Region], pieces: list[Piece]) -> tuple[np.ndarray, int]:
     """Spans within the pieces laid end to end, [0, 0] outside of them, and the pieces' total size."""
     # One unit apart, so that no two pieces share a boundary.
     bases = np.cumsum([0, *(len(piece.text.encode()) + 1 for piece in pieces)]).tolist()
     placed = np.zeros_like(spans)
     for region in regions:
+        if region.changed:
+            continue
         here = _inside(spans, region.start, region.end)
         skipped = len(pieces[region.piece].text[: region.skipped].encode())
         placed[here] = spans[here] - region.start + bases[region.piece] + skipped

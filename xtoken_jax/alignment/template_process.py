@@ -1,4 +1,4 @@
-"""The process that renders chat templates: started when it is needed, and again after one that a template ended."""
+"""The process that renders chat templates, started when it is needed and again after a template ended it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from xtoken_jax.alignment import template_worker
-
+_WORKER = Path(__file__).with_name("template_worker.py")
+SECONDS = 4.0  # of processor time for one rendering
 # A template has no use for the user's environment, tokens and keys included.
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "SYSTEMROOT")
 
@@ -62,7 +62,7 @@ def _start() -> subprocess.Popen[bytes]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     return subprocess.Popen(
         # -P: the modules next to the script do not hide those of the standard library.
-        [sys.executable, "-P", str(Path(template_worker.__file__))],
+        [sys.executable, "-P", str(_WORKER), str(SECONDS)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -73,22 +73,22 @@ def _start() -> subprocess.Popen[bytes]:
 
 def _reason(code: int) -> str:
     if code == -signal.SIGPROF:
-        return f"takes more than {template_worker.SECONDS} s to render"
+        return f"takes more than {SECONDS:g} s to render"
     name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
     return f"ends the process that renders it ({name})"
 
 
-_RENDERER = _Renderer()
+RENDERER = _Renderer()
 
 
 def _forget() -> None:
     """A forked process starts its own."""
-    global _RENDERER
-    _RENDERER = _Renderer()
+    global RENDERER
+    RENDERER = _Renderer()
 
 
 os.register_at_fork(after_in_child=_forget)
-atexit.register(lambda: _RENDERER.stop())
+atexit.register(lambda: RENDERER.stop())
 
 
 def render_in_process(template: str, values: dict[str, Any], day: str) -> tuple[str, list[tuple[int, int]]]:
@@ -105,7 +105,7 @@ def render_in_process(template: str, values: dict[str, Any], day: str) -> tuple[
     Raises:
         TemplateError: the template refuses the values, is no template, or exceeds a limit.
     """
-    answer = _RENDERER.ask({"template": template, "values": values, "day": day})
+    answer = RENDERER.ask({"template": template, "values": values, "day": day})
     if "limit" in answer:
         raise TemplateError(answer["limit"])
     if "error" in answer:

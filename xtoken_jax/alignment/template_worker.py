@@ -25,7 +25,6 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-SECONDS = 4  # of processor time for one rendering
 MEGABYTES = 350  # of address space, plus room for the request
 CHARACTERS = 1_000_000  # of rendered text, plus ten times the request
 _ERROR_LENGTH = 300
@@ -130,21 +129,21 @@ def _answer(line: bytes) -> dict[str, Any]:
         raise
     except Exception as error:  # a template raises what it likes
         if isinstance(error, RecursionError):
-            return {"error": "it calls itself without an end"}
+            return {"error": "it is nested too deeply, or calls itself without end"}
         if type(error) is AssertionError:
             return {"error": "it is no valid template"}
         text = " ".join(str(error)[: 4 * _ERROR_LENGTH].split())
         return {"error": text[:_ERROR_LENGTH] or type(error).__name__}
 
 
-def main() -> None:
-    """Answer requests until standard input ends."""
+def main(seconds: float) -> None:
+    """Answer requests until standard input ends, each within so many seconds of processor time."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # kills the process, whatever it is doing
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     for line in sys.stdin.buffer:
         memory = MEGABYTES * 10**6 + 40 * len(line)
         resource.setrlimit(resource.RLIMIT_AS, (memory if hard < 0 else min(memory, hard), hard))
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         answer: dict[str, Any] = {"limit": f"takes more than {memory // 10**6} MB of memory"}
         try:
             written = json.dumps(_answer(line))
@@ -156,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))
