@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import tokenizers
 
+from xtoken_jax.alignment.chat_borders import Border, bases_of, borders_of, in_pieces, join_borders
 from xtoken_jax.alignment.chat_pieces import Piece, Region, in_bytes, pieces_of, regions_of
 from xtoken_jax.alignment.chat_targets import refuse_what_is_left_out, targets_of
 from xtoken_jax.alignment.chat_turns import Markers, Rendered
@@ -90,20 +91,37 @@ def align_chats_together(
         raise ValueError(f"targets={targets!r}: must be 'assistant' or 'all'")
     conversations = [list(conversation) for conversation in conversations]
     pieces = [pieces_of(conversation, b, where) for b, conversation in enumerate(conversations)]
-    student, learnt = _locate(pairs[0].student, conversations, pieces, targets, where)
+    student = _locate(pairs[0].student, conversations, pieces, targets, where)
     by_pair = []
     for pair in pairs:
-        teacher, taught = _locate(pair.teacher, conversations, pieces, targets, where)
+        teacher = _locate(pair.teacher, conversations, pieces, targets, where)
+        located = join_borders(student.located, teacher.located, student.borders, teacher.borders)
         rows = []
-        for b, spans in enumerate(align_located(pair, student, teacher)):
-            own, other = (
-                part[side.offsets[b] : side.offsets[b + 1]]
-                for side, part in ((student, learnt), (teacher, taught))
+        for b, spans in enumerate(align_located(pair, *located)):
+            sides = (
+                replace(tokens, targets=side.targets[b], endless=side.endless[b])
+                for side, tokens in ((student, spans.student), (teacher, spans.teacher))
             )
-            sides = replace(spans.student, targets=own), replace(spans.teacher, targets=other)
-            rows.append(replace(spans, student=sides[0], teacher=sides[1]))
+            rows.append(replace(spans, **dict(zip(("student", "teacher"), sides, strict=True))))
         by_pair.append(rows)
     return list(zip(*by_pair, strict=True))
+
+
+@dataclass(frozen=True)
+class _Chats:
+    """Rendered conversations of one side: their tokens, placed in the joined pieces.
+
+    Attributes:
+        located: the tokens.
+        borders: conversation and piece -> the tokens that join the piece with the template.
+        targets: bool [T] for each conversation.
+        endless: turns that end without a control token, for each conversation.
+    """
+
+    located: Located
+    borders: dict[tuple[int, int], Border]
+    targets: list[np.ndarray]
+    endless: list[int]
 
 
 def _locate(
@@ -112,15 +130,17 @@ def _locate(
     pieces: Sequence[list[Piece]],
     targets: str,
     where: Callable[[int], str],
-) -> tuple[Located, np.ndarray]:
-    """The tokens of the rendered conversations, placed in the joined pieces, and bool [N], the targets."""
+) -> _Chats:
+    """Render, encode and place conversations with one tokenizer."""
     template = tokenizer.chat_template
     if template is None:
         raise UserError(
             f"{tokenizer.name}: no chat template for conversations; put a chat_template.jinja into its "
             "folder, or name such a file with student.chat_template or teacher.chat_template"
         )
-    ids, spans, faithful, learnt, text_starts = [], [], [], [], [0]
+    ids, spans, faithful, learnt, endless, text_starts = [], [], [], [], [], [0]
+    borders: dict[tuple[int, int], Border] = {}
+    first = 0
     texts = [render(tokenizer, template, c, functools.partial(where, b)) for b, c in enumerate(conversations)]
     raws = to_bytes(texts)
     encodings = tokenizer.markup_backend.encode_batch(texts, add_special_tokens=False) if texts else []
@@ -131,7 +151,7 @@ def _locate(
         place = functools.partial(where, b)
         offset = byte_offsets(text)
         regions = [
-            in_bytes(region, offset)
+            in_bytes(region, offset, pieces[b])
             for region in regions_of(tokenizer, template, conversation, pieces[b], text, place)
         ]
         row = _encode(tokenizer, text, raw, encoding, regions)
@@ -139,10 +159,16 @@ def _locate(
         refuse_what_is_left_out(chat)
         ids.append(row[0])
         faithful.append(row[2])
-        placed, size = _in_pieces(row[1], regions, pieces[b])
+        bases = bases_of(pieces[b])
+        placed = in_pieces(row[1], regions, bases)
+        for piece, border in borders_of(raw, row[1], row[2], regions, bases).items():
+            borders[b, piece] = border.moved(first, text_starts[-1])
         spans.append(placed + text_starts[-1])
-        text_starts.append(text_starts[-1] + size)
-        learnt.append(np.ones(len(row[0]), bool) if targets == "all" else targets_of(chat, markers)[0])
+        text_starts.append(text_starts[-1] + bases[-1])
+        first += len(row[0])
+        found = (np.ones(len(row[0]), bool), 0) if targets == "all" else targets_of(chat, markers)
+        learnt.append(found[0])
+        endless.append(found[1])
     counts = np.array([len(row) for row in ids], np.int64)
     starts, ends = np.concatenate(spans or [np.zeros((0, 2), np.int64)]).T
     never = np.zeros(len(ids), bool)
@@ -156,7 +182,7 @@ def _locate(
         never,
         np.array(text_starts, np.int64),
     )
-    return located, np.concatenate(learnt or [never])
+    return _Chats(located, borders, learnt, endless)
 
 
 def _encode(
@@ -204,22 +230,3 @@ def _placed(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     starts, ends, faithful = by_characters(tokenizer, text, raw, encoding)
     return np.array(encoding.ids, np.int32), np.stack([starts, ends], axis=1), faithful
-
-
-def _in_pieces(spans: np.ndarray, regions: list[Region], pieces: list[Piece]) -> tuple[np.ndarray, int]:
-    """Spans within the pieces laid end to end, [0, 0] outside of them, and the pieces' total size."""
-    # One unit apart, so that no two pieces share a boundary.
-    bases = np.cumsum([0, *(len(piece.text.encode()) + 1 for piece in pieces)]).tolist()
-    placed = np.zeros_like(spans)
-    for region in regions:
-        if region.changed:
-            continue
-        here = _inside(spans, region.start, region.end)
-        skipped = len(pieces[region.piece].text[: region.skipped].encode())
-        placed[here] = spans[here] - region.start + bases[region.piece] + skipped
-    return placed, bases[-1]
-
-
-def _inside(spans: np.ndarray, start: int, end: int) -> np.ndarray:
-    """bool [T]: the tokens whose text lies between two places."""
-    return (spans[:, 0] >= start) & (spans[:, 1] <= end) & (spans[:, 1] > spans[:, 0])

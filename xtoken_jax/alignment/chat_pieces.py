@@ -10,6 +10,8 @@ from enum import Enum
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
+
 from xtoken_jax.alignment.render import Conversation, reasoning_key, render
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import Tokenizer
@@ -45,8 +47,8 @@ class Region:
 
     Attributes:
         piece: its number.
-        start, end: characters at first, then bytes.
-        skipped: characters that the template took off the front of the piece.
+        start, end: in characters at first, then in bytes.
+        skipped: what the template took off the front of the piece, in the same unit.
         changed: whether the template wrote the piece in another form, as JSON.
     """
 
@@ -288,9 +290,10 @@ def lost(tokenizer: Tokenizer, where: Callable[[], str], message: int) -> UserEr
     )
 
 
-def in_bytes(region: Region, offset: Sequence[int]) -> Region:
-    """A region in bytes; `offset` says where each character begins."""
-    return replace(region, start=int(offset[region.start]), end=int(offset[region.end]))
+def in_bytes(region: Region, offset: np.ndarray, pieces: Sequence[Piece]) -> Region:
+    """A region in bytes; `offset` says where each character of the rendered text begins."""
+    skipped = len(pieces[region.piece].text[: region.skipped].encode())
+    return replace(region, start=int(offset[region.start]), end=int(offset[region.end]), skipped=skipped)
 
 
 def _variants(text: str) -> Iterator[tuple[int, str]]:

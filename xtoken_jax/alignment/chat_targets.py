@@ -15,8 +15,8 @@ def targets_of(chat: Rendered, markers: Markers) -> tuple[np.ndarray, int]:
     """Return the tokens with a byte of what the assistant writes, the end of each turn included.
 
     Returns:
-        bool [T], and the number of turns whose last target is no added token: a model does not learn to stop
-        there.
+        bool [T], and the number of turns whose last target is no control token: a model does not learn to
+        stop there.
 
     Raises:
         UserError: a turn that cannot be found.
@@ -28,7 +28,7 @@ def targets_of(chat: Rendered, markers: Markers) -> tuple[np.ndarray, int]:
         here = _overlapping(chat.spans, start, end)
         learnt |= here
         last = chat.ids[here][-1:].tolist()
-        endless += bool(last) and last[0] not in markers.added
+        endless += bool(last) and last[0] not in markers.control
     return learnt, endless
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from xtoken_jax.alignment.chat_pieces import Kind, Piece, Region, lost, markup_of, parts_of
 from xtoken_jax.alignment.render import Conversation, render
 from xtoken_jax.errors import UserError
-from xtoken_jax.tokens.roles import TURN_ENDS
+from xtoken_jax.tokens.roles import TURN_ENDS, TURN_MARKERS
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 _ENDS = (*TURN_ENDS, "<|call|>", "<|eom_id|>", "<|return|>", "<|END_OF_TURN_TOKEN|>", "<|eom|>", "<turn|>")
@@ -25,27 +25,28 @@ _ATTEMPTS = 3  # prefixes of a conversation that are tried for the generation pr
 
 @dataclass(frozen=True)
 class Markers:
-    """Ids of a tokenizer's added tokens, by what they mean after the content of a turn.
+    """Ids of a tokenizer's control tokens, by what they mean after the content of a turn.
 
     Attributes:
-        added: all of them, except those inside a turn.
+        control: special tokens and the known markers of turns, except those inside a turn. Other added
+            tokens, such as Gemma's line ends and tags of HTML, are text.
         ends: those that end a turn or a text.
         inside: markers of thinking and calls.
     """
 
-    added: frozenset[int]
+    control: frozenset[int]
     ends: frozenset[int]
     inside: frozenset[int]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Markers:
         """The markers of one tokenizer."""
-        decoder = tokenizer.backend.get_added_tokens_decoder()
-        spelled = {token for token, added in decoder.items() if added.content in _ENDS}
+        id_of = tokenizer.backend.token_to_id
+        spelled, turns = ({id_of(text) for text in texts} - {None} for texts in (_ENDS, TURN_MARKERS))
         roles = tokenizer.roles
         inside = frozenset(roles[role] for role in _INSIDE_ROLES if role in roles)
         ends = frozenset(spelled | {roles[role] for role in _END_ROLES if role in roles}) - inside
-        return cls((frozenset(decoder) | ends) - inside, ends, inside)
+        return cls((tokenizer.token_bytes.special | turns | ends) - inside, ends, inside)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _marked_end(chat: Rendered, turn: _Turn, markers: Markers) -> int | None:
     calls = bool(chat.conversation[turn.message].get("tool_calls"))
     after = turn.regions[-1].end
     for token, start, end in _tokens(chat, after, turn.following):
-        if token in markers.ends or (token in markers.added and not calls):
+        if token in markers.ends or (token in markers.control and not calls):
             return end
         if token not in markers.inside and not calls and chat.raw[max(after, start) : end].strip():
             return None
@@ -213,7 +214,7 @@ def _marked_end(chat: Rendered, turn: _Turn, markers: Markers) -> int | None:
 def _next_marker(chat: Rendered, markers: Markers, after: int, limit: int) -> int | None:
     """Where the marker of the next turn ends, if nothing but blanks stands before it."""
     for token, start, end in _tokens(chat, after, limit):
-        if token in markers.added:
+        if token in markers.control:
             return end
         if chat.raw[max(after, start) : end].strip():
             return None
