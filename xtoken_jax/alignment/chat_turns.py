@@ -160,7 +160,6 @@ def _generation_prompts(chat: Rendered) -> list[bytes]:
         if prompt.startswith(plain) and prompt != plain:
             whole = prompt[len(plain) :]
             return [part.encode() for part in dict.fromkeys([whole, whole.split("<think>")[0]]) if part]
-        return []
     return []
 
 
