@@ -43,7 +43,10 @@ def test_little_text_is_counted_alike():
     assert read == cut
 
 
-MARKED = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
+MARKED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
 
 
 def test_targets_without_a_teacher_and_turns_without_an_end_are_counted():
@@ -58,16 +61,17 @@ def test_targets_without_a_teacher_and_turns_without_an_end_are_counted():
         )
     )
     tally: dict[str, Tally] = {}
-    (part,) = read_parts({"a": pair}, {"chats": [chat]}, CONFIG, tallies=tally)["chats"]
+    long = replace(CONFIG, student_length=64, teacher_length=64)
+    (part,) = read_parts({"a": pair}, {"chats": [chat]}, long, tallies=tally)["chats"]
     side = student_of(part)
     assert side.ids[-1] == pair.student.roles["eos"]
     # EOS is in no chunk: it stands in the template, which each side writes for itself.
     assert tally["chats"].unguided == 1
     assert tally["chats"].endless == 1
     assert tally["chats"].describe(taught=True) == (
-        f"{side.targets.sum()} of {len(side)} tokens are targets, 1 of them without a teacher: the two sides write "
-        "other bytes there; 1 turns of the assistant end without an end marker of the student's chat template, "
-        "where the student does not learn to stop"
+        f"{side.targets.sum()} of {len(side)} tokens are targets, 1 of them without a teacher: the two sides "
+        "write other bytes there; assistant's turns without an end marker in the student's chat template, "
+        "after which the student does not learn to stop: 1"
     )
     assert "teacher" not in tally["chats"].describe()
 
@@ -80,9 +84,7 @@ def test_a_target_is_without_a_teacher_where_none_covers_it():
     first, second = spans([0, 1, 2, -1], [True, True, False]), spans([-1, 0, 1, 2], [True, True, True])
     assert count_unguided([first]) == 2  # an inexact chunk and none
     assert count_unguided([first, second]) == 0
-    assert (
-        count_unguided([spans([0, 0, 1, 1], [True, True])]) == 1
-    )  # the first token takes the second with it
+    assert count_unguided([spans([0, 0, 1, 1], [True, True])]) == 1
     assert count_unguided([spans([0, 1, 1, 2], [True] * 3, targets=(True, False, True, True))]) == 1
 
 

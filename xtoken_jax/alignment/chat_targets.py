@@ -26,17 +26,18 @@ def targets_of(chat: Rendered, markers: Markers) -> tuple[np.ndarray, int]:
     endless = 0
     for start, end in ranges:
         here = _overlapping(chat.spans, start, end)
-        learnt |= here
+        learnt[here] = True
         last = chat.ids[here][-1:].tolist()
         endless += bool(last) and last[0] not in markers.control
     return learnt, endless
 
 
 def _overlapping(spans: np.ndarray, start: int, end: int) -> np.ndarray:
-    """bool [T]: the tokens with a byte in a range; without text, they stand at their span's end."""
-    spelled = spans[:, 1] > spans[:, 0]
-    inside = (spans[:, 1] > start) & (spans[:, 0] < end) & spelled
-    return inside | ((spans[:, 1] > start) & (spans[:, 1] <= end) & ~spelled)
+    """Numbers of the tokens with a byte in a range; without text, they stand at their span's end."""
+    first = int(np.searchsorted(spans[:, 1], start, side="right"))
+    last = int(np.searchsorted(spans[:, 0], end, side="right"))
+    starts, ends = spans[first:last].T
+    return first + np.flatnonzero((starts < end) | (ends == starts))
 
 
 def _generated(chat: Rendered) -> list[tuple[int, int]]:
