@@ -106,6 +106,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         del params
         teachers = load_teachers(experiment, pairs, mesh, console)
         kinds = {name: teacher.loss.kind for name, teacher in teachers.static.items()}
+        taught = bool(pairs)
         # Without a teacher the student's own boundaries are those that rows are cut at.
         pairs = pairs or {"student": TokenizerPair(tokenizer, tokenizer)}
         with console.status("reading the text"):
@@ -128,7 +129,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         for name, tally in tallies.items():
             sample = tally.records < len(train_text[name])
             of = f" (sample: its first {tally.records:,} records)" if sample else ""
-            console.print(f"targets  source {name!r}{of}: {tally.describe()}", markup=False)
+            console.print(f"targets  source {name!r}{of}: {tally.describe(taught=taught)}", markup=False)
         made_of = contents(
             _models(experiment, tokenizer, pairs, student, frozen or start, teachers),
             {key_of(name, "projection"): projection for name, projection in teachers.projections.items()},

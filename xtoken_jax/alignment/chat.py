@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import tokenizers
 
-from xtoken_jax.alignment.chat_pieces import Piece, Region, pieces_of, regions_of
+from xtoken_jax.alignment.chat_borders import Border, bases_of, borders_of, in_pieces, join_borders
+from xtoken_jax.alignment.chat_pieces import Piece, Region, in_bytes, pieces_of, regions_of
 from xtoken_jax.alignment.chat_targets import refuse_what_is_left_out, targets_of
+from xtoken_jax.alignment.chat_turns import Markers, Rendered
 from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets, to_bytes
 from xtoken_jax.alignment.render import Conversation, render
 from xtoken_jax.alignment.spans import Spans, align_located
@@ -57,10 +59,14 @@ def align_chats(
                                    {"role": "assistant", "content": "201"}]])
     """
     pair = TokenizerPair(
-        replace(pair.student, chat_template=student_template or pair.student.chat_template),
-        replace(pair.teacher, chat_template=teacher_template or pair.teacher.chat_template),
+        _with_template(pair.student, student_template, "student_template"),
+        _with_template(pair.teacher, teacher_template, "teacher_template"),
     )
     return [row for (row,) in align_chats_together([pair], conversations, targets=targets)]
+
+
+def _with_template(tokenizer: Tokenizer, template: str | None, argument: str) -> Tokenizer:
+    return replace(tokenizer, chat_template=template, template_file=argument) if template else tokenizer
 
 
 def align_chats_together(
@@ -85,20 +91,37 @@ def align_chats_together(
         raise ValueError(f"targets={targets!r}: must be 'assistant' or 'all'")
     conversations = [list(conversation) for conversation in conversations]
     pieces = [pieces_of(conversation, b, where) for b, conversation in enumerate(conversations)]
-    student, learnt = _locate(pairs[0].student, conversations, pieces, targets, where)
+    student = _locate(pairs[0].student, conversations, pieces, targets, where)
     by_pair = []
     for pair in pairs:
-        teacher, taught = _locate(pair.teacher, conversations, pieces, targets, where)
+        teacher = _locate(pair.teacher, conversations, pieces, targets, where)
+        located = join_borders(student.located, teacher.located, student.borders, teacher.borders)
         rows = []
-        for b, spans in enumerate(align_located(pair, student, teacher)):
-            own, other = (
-                part[side.offsets[b] : side.offsets[b + 1]]
-                for side, part in ((student, learnt), (teacher, taught))
+        for b, spans in enumerate(align_located(pair, *located)):
+            sides = (
+                replace(tokens, targets=side.targets[b], endless=side.endless[b])
+                for side, tokens in ((student, spans.student), (teacher, spans.teacher))
             )
-            sides = replace(spans.student, targets=own), replace(spans.teacher, targets=other)
-            rows.append(replace(spans, student=sides[0], teacher=sides[1]))
+            rows.append(replace(spans, **dict(zip(("student", "teacher"), sides, strict=True))))
         by_pair.append(rows)
     return list(zip(*by_pair, strict=True))
+
+
+@dataclass(frozen=True)
+class _Chats:
+    """Rendered conversations of one side: their tokens, placed in the joined pieces.
+
+    Attributes:
+        located: the tokens.
+        borders: conversation and piece -> the tokens that join the piece with the template.
+        targets: bool [T] for each conversation.
+        endless: turns that end without a control token, for each conversation.
+    """
+
+    located: Located
+    borders: dict[tuple[int, int], Border]
+    targets: list[np.ndarray]
+    endless: list[int]
 
 
 def _locate(
@@ -107,46 +130,45 @@ def _locate(
     pieces: Sequence[list[Piece]],
     targets: str,
     where: Callable[[int], str],
-) -> tuple[Located, np.ndarray]:
-    """The tokens of the rendered conversations, placed in the joined pieces, and bool [N], the targets."""
+) -> _Chats:
+    """Render, encode and place conversations with one tokenizer."""
     template = tokenizer.chat_template
     if template is None:
         raise UserError(
             f"{tokenizer.name}: no chat template for conversations; put a chat_template.jinja into its "
             "folder, or name such a file with student.chat_template or teacher.chat_template"
         )
-    ids, spans, faithful, learnt, text_starts = [], [], [], [], [0]
+    ids, spans, faithful, learnt, endless, text_starts = [], [], [], [], [], [0]
+    borders: dict[tuple[int, int], Border] = {}
+    first = 0
     texts = [render(tokenizer, template, c, functools.partial(where, b)) for b, c in enumerate(conversations)]
     raws = to_bytes(texts)
     encodings = tokenizer.markup_backend.encode_batch(texts, add_special_tokens=False) if texts else []
+    markers = Markers.of(tokenizer)
     for b, (conversation, text, raw, encoding) in enumerate(
         zip(conversations, texts, raws, encodings, strict=True)
     ):
-        found = regions_of(tokenizer, template, conversation, pieces[b], text, functools.partial(where, b))
-        present = {pieces[b][region.piece].text for region in found}
-        refuse_what_is_left_out(tokenizer, template, text, conversation, present, functools.partial(where, b))
+        place = functools.partial(where, b)
         offset = byte_offsets(text)
-        regions = [replace(r, start=int(offset[r.start]), end=int(offset[r.end])) for r in found]
+        regions = [
+            in_bytes(region, offset, pieces[b])
+            for region in regions_of(tokenizer, template, conversation, pieces[b], text, place)
+        ]
         row = _encode(tokenizer, text, raw, encoding, regions)
+        chat = Rendered(tokenizer, template, conversation, pieces[b], raw, regions, row[0], row[1], place)
+        refuse_what_is_left_out(chat)
         ids.append(row[0])
         faithful.append(row[2])
-        place, size = _inpieces_of(row[1], regions, pieces[b])
-        spans.append(place + text_starts[-1])
-        text_starts.append(text_starts[-1] + size)
-        learnt.append(
-            np.ones(len(row[0]), bool)
-            if targets == "all"
-            else targets_of(
-                tokenizer,
-                template,
-                text,
-                row[:2],
-                regions,
-                pieces[b],
-                conversation,
-                functools.partial(where, b),
-            )
-        )
+        bases = bases_of(pieces[b])
+        placed = in_pieces(row[1], regions, bases)
+        for piece, border in borders_of(raw, row[1], row[2], regions, bases).items():
+            borders[b, piece] = border.moved(first, text_starts[-1])
+        spans.append(placed + text_starts[-1])
+        text_starts.append(text_starts[-1] + bases[-1])
+        first += len(row[0])
+        found = (np.ones(len(row[0]), bool), 0) if targets == "all" else targets_of(chat, markers)
+        learnt.append(found[0])
+        endless.append(found[1])
     counts = np.array([len(row) for row in ids], np.int64)
     starts, ends = np.concatenate(spans or [np.zeros((0, 2), np.int64)]).T
     never = np.zeros(len(ids), bool)
@@ -160,7 +182,7 @@ def _locate(
         never,
         np.array(text_starts, np.int64),
     )
-    return located, np.concatenate(learnt or [never])
+    return _Chats(located, borders, learnt, endless)
 
 
 def _encode(
@@ -208,20 +230,3 @@ def _placed(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     starts, ends, faithful = by_characters(tokenizer, text, raw, encoding)
     return np.array(encoding.ids, np.int32), np.stack([starts, ends], axis=1), faithful
-
-
-def _inpieces_of(spans: np.ndarray, regions: list[Region], pieces: list[Piece]) -> tuple[np.ndarray, int]:
-    """Spans within the pieces laid end to end, [0, 0] outside of them, and the pieces' total size."""
-    # One unit apart, so that no two pieces share a boundary.
-    bases = np.cumsum([0, *(len(piece.text.encode()) + 1 for piece in pieces)]).tolist()
-    placed = np.zeros_like(spans)
-    for region in regions:
-        here = _inside(spans, region.start, region.end)
-        skipped = len(pieces[region.piece].text[: region.skipped].encode())
-        placed[here] = spans[here] - region.start + bases[region.piece] + skipped
-    return placed, bases[-1]
-
-
-def _inside(spans: np.ndarray, start: int, end: int) -> np.ndarray:
-    """bool [T]: the tokens whose text lies between two places."""
-    return (spans[:, 0] >= start) & (spans[:, 1] <= end) & (spans[:, 1] > spans[:, 0])

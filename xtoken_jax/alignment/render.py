@@ -1,36 +1,24 @@
-"""Chat templates: render a conversation as transformers does."""
+"""Chat templates: render a conversation as transformers does, within limits."""
 
 from __future__ import annotations
 
-import contextvars
-import datetime
-import functools
+import contextlib
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from xtoken_jax.alignment.template_process import TemplateError, render_in_process
 from xtoken_jax.errors import UserError
-from xtoken_jax.tokens.auto_tokenizer import quiet_import
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 Conversation = Sequence[dict[str, Any]]
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_DAY: contextvars.ContextVar[datetime.date] = contextvars.ContextVar("day")
-
-
-@functools.cache
-def _module() -> Any:
-    with quiet_import():
-        from transformers.utils import chat_template_utils
-
-    return chat_template_utils
-
-
-def _today(layout: str) -> str:
-    """The day of the tokenizer that is being rendered, at midnight."""
-    return datetime.datetime.combine(_DAY.get(), datetime.time()).strftime(layout)
+# How a template asks whether a message has a content, and in which form a call's arguments are.
+_TESTS_NONE = re.compile(r"(?<![A-Za-z_])content['\"]?\]?\s+is\s+(not\s+)?none")
+_TESTS_ARGUMENTS = re.compile(r"arguments['\"]?\]?\s+is\s+(not\s+)?(string|mapping)")
 
 
 def render(
@@ -55,7 +43,7 @@ def render(
     Raises:
         UserError: the template refuses the conversation.
     """
-    return _render(tokenizer, template, conversation, where, add_generation_prompt=answer)[0]
+    return _render(tokenizer, template, conversation, where, answer=answer)[0]
 
 
 def render_generated(
@@ -69,7 +57,7 @@ def render_generated(
     Raises:
         UserError: the template refuses the conversation.
     """
-    return _render(tokenizer, template, conversation, where, return_assistant_tokens_mask=True)
+    return _render(tokenizer, template, conversation, where)
 
 
 def has_generation(template: str) -> bool:
@@ -82,7 +70,8 @@ def _render(
     template: str,
     conversation: Conversation,
     where: Callable[[], str],
-    **options: bool,
+    *,
+    answer: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     names: dict[str, Any] = {
         f"{role}_token": tokenizer.backend.id_to_token(tokenizer.roles[role])
@@ -90,25 +79,21 @@ def _render(
         if role in tokenizer.roles
     }
     tools = conversation[0].get("tools") if conversation else None
-    messages = [_as_templates_read({k: v for k, v in m.items() if k != "tools"}) for m in conversation]
-    token = _DAY.set(tokenizer.day)
+    messages = [
+        _as_templates_read({k: v for k, v in m.items() if k != "tools"}, template) for m in conversation
+    ]
+    values = {
+        "messages": messages,
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": answer,
+        **names,
+    }
     try:
-        # The compiled template is cached by transformers; its environment belongs to this template alone.
-        _module()._compile_jinja_template(template).environment.globals["strftime_now"] = _today
-        rendered = _module().render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=template,
-            **options,
-            **names,
-        )
-    # a template raises what it likes
-    except Exception as error:
-        raise UserError(f"{where()}: the chat template of {tokenizer.name} refuses it: {error}") from error
-    finally:
-        _DAY.reset(token)
-    (text,), ranges = rendered
-    return text, [(start, end) for start, end in ranges[0]] if ranges else []
+        return render_in_process(template, values, tokenizer.day.isoformat())
+    except TemplateError as error:
+        file = f" ({tokenizer.template_file})" if tokenizer.template_file else ""
+        raise UserError(f"{where()}: the chat template of {tokenizer.name}{file} {error}") from error
 
 
 def reasoning_key(message: dict[str, Any]) -> str | None:
@@ -116,14 +101,36 @@ def reasoning_key(message: dict[str, Any]) -> str | None:
     return next((key for key in REASONING if isinstance(message.get(key), str) and message[key]), None)
 
 
-def _as_templates_read(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message whose reasoning has the two names that templates read, and whose content is a text.
+def _as_templates_read(message: dict[str, Any], template: str) -> dict[str, Any]:
+    """Return a message in the form that a template reads.
 
-    A call of a tool has the content null in OpenAI's format; several templates search in the content.
+    A call of a tool has no content: null for the templates that test for it, else a blank text, as several
+    templates search in the content. The arguments of a call are JSON text in OpenAI's format and an object in
+    transformers'. They stay as they are for a template that tests which they are; one that writes JSON itself
+    gets an object, any other gets text.
     """
-    if message.get("content", "") is None:
-        message = {**message, "content": ""}
+    calls = message.get("tool_calls")
+    if not message.get("content", True) and (calls or message["content"] is None):
+        message = {**message, "content": None if calls and _TESTS_NONE.search(template) else ""}
+    if calls and not _TESTS_ARGUMENTS.search(template):
+        message = {**message, "tool_calls": [_with_arguments(call, "tojson" in template) for call in calls]}
     key = reasoning_key(message)
     if key is None:
         return message
     return {**message, "reasoning_content": message[key], "thinking": message[key]}
+
+
+def _with_arguments(call: Any, as_object: bool) -> Any:
+    """A call with its arguments as an object or as JSON text; unchanged where they are no JSON object."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], as_object)}
+    arguments = call.get("arguments")
+    if as_object and isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            parsed = json.loads(arguments)
+            return {**call, "arguments": parsed} if isinstance(parsed, dict) else call
+    elif not as_object and isinstance(arguments, Mapping):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return call

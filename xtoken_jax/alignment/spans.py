@@ -24,12 +24,14 @@ class Side:
         chunks: int32 [T], the chunk of each token, rising from 0, or -1 for a token in none.
         targets: bool [T], the tokens that are to be learnt: not those of a prompt.
         segments: int32 [T], which document of the row a token belongs to, rising from 0.
+        endless: the number of an assistant's turns that end without a control token; 0 for parts of a row.
     """
 
     ids: np.ndarray
     chunks: np.ndarray
     targets: np.ndarray
     segments: np.ndarray
+    endless: int = 0
 
     @classmethod
     def of(cls, ids: np.ndarray, chunks: np.ndarray) -> Side:

@@ -15,7 +15,7 @@ from xtoken_jax.alignment.rows import cut_together, with_document_marks
 from xtoken_jax.alignment.spans import Side, Spans, align_texts_together
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.shapes import Conversation, Document, Exchange, Marked, says_nothing, text_of
-from xtoken_jax.data.tally import Tally
+from xtoken_jax.data.tally import Tally, count_unguided
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
@@ -192,7 +192,8 @@ def _cut_documents(
     """Each document as a whole and in parts, counted."""
     for document, row in zip(documents, encode(pairs, documents), strict=True):
         parts = cut_parts(row, config)
-        tally.add(document, student_of(row), [student_of(part) for part in parts])
+        unguided = sum(count_unguided(part.values()) for part in parts)
+        tally.add(document, student_of(row), [student_of(part) for part in parts], unguided)
         yield row, parts
 
 

@@ -46,6 +46,7 @@ class Tokenizer:
         warning: one line where dropout was switched off, or `AutoTokenizer` gives other ids than
             tokenizer.json does.
         day: the date that a chat template writes where it asks for today's (`strftime_now`).
+        template_file: where `chat_template` was read, for errors.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Tokenizer:
     chat_template: str | None = None
     warning: str | None = None
     day: datetime.date = field(default_factory=datetime.date.today)
+    template_file: str | None = None
 
     @classmethod
     def load(
@@ -143,6 +145,7 @@ class Tokenizer:
             backend=backend,
             chat_template=template,
             warning=warning,
+            template_file=str(_template_file(folder) if chat_template is None else chat_template),
         )
 
     def describe(self) -> str:
@@ -202,13 +205,18 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The folder's default chat template, from its own file or from `tokenizer_config.json`."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
+    path = _template_file(folder)
+    if path.suffix == ".jinja":
         return _read(path)
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     return template.removeprefix("\ufeff") if isinstance(template, str) else None
+
+
+def _template_file(folder: Path) -> Path:
+    path = folder / "chat_template.jinja"
+    return path if path.is_file() else folder / "tokenizer_config.json"
 
 
 def _read(path: str | Path) -> str:
