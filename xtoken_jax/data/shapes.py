@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
-from xtoken_jax.data.layouts import UNREAD_OF_CONVERSATIONS, UNREAD_OF_PROMPTS, listed
+from xtoken_jax.data.layouts import UNREAD_OF_CONVERSATIONS, UNREAD_OF_PROMPTS, listed, shown
 from xtoken_jax.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -24,6 +25,7 @@ _ROLES = dict.fromkeys(ROLES) | {
 }
 # Keys by which data sets mark an assistant's message that is context only.
 _WEIGHTS = ("weight", "train", "training", "loss")
+_DEEPEST = 100  # levels of lists and objects in a message
 
 
 class Targets(Enum):
@@ -119,6 +121,15 @@ class Shape:
     spaced: bool = False
     chat: bool = False
     optional: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """What of a record is read, and learnt; empty for all of a text under "text" or without a key."""
+        if self == Shape(text=self.text) and self.text in (None, "text"):
+            return ""
+        keys = ("text", "prompt", "completion", "messages", "input", "system")
+        parts = [f"{key}={getattr(self, key)}" for key in keys if getattr(self, key) is not None]
+        parts += [word for word in ("spaced", "chat") if getattr(self, word)]
+        return f", {' '.join(parts)} targets={self.targets}"
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -231,10 +242,14 @@ def _with_tools(
 
 def _is_something(value: Any) -> bool:
     """Return whether a value is neither null nor empty."""
-    value = _plain(value)
-    if isinstance(value, list | Mapping):
-        return any(map(_is_something, value.values() if isinstance(value, Mapping) else value))
-    return value is not None and value != "" and value != b""
+    values = [value]
+    while values:
+        value = _plain(values.pop())
+        if isinstance(value, list | Mapping):
+            values += value.values() if isinstance(value, Mapping) else value
+        elif value is not None and value != "" and value != b"":
+            return True
+    return False
 
 
 def _tools(value: Any, where: Callable[[], str]) -> list[Any]:
@@ -243,10 +258,17 @@ def _tools(value: Any, where: Callable[[], str]) -> list[Any]:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise UserError(f"{where()}: 'tools' is not JSON ({error})") from error
-    value = _without_nulls(value)
+            raise UserError(
+                f"{where()}: 'tools' is not JSON ({error}); correct the record or leave it out"
+            ) from error
+        except RecursionError:
+            _too_deep("tools", where)
+    value = _rendered(value, "tools", where)
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise UserError(f"{where()}: 'tools' holds {type(value).__name__}, not a list of objects")
+        raise UserError(
+            f"{where()}: 'tools' holds {type(value).__name__}, not a list of objects; make it a list of "
+            "functions"
+        )
     return value
 
 
@@ -278,6 +300,11 @@ def _messages(value: Any, key: str, where: Callable[[], str]) -> tuple[dict[str,
             raise UserError(
                 f"{where()}: {key!r} holds one object, not a list of messages; put it into a list"
             )
+        if len(lengths := {len(column) for column in columns.values()}) > 1:
+            raise UserError(
+                f"{where()}: {key!r} holds lists of {min(lengths)} to {max(lengths)} values, which give no "
+                "list of messages; correct the record or leave it out"
+            )
         value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     value = _plain(value)
     if not isinstance(value, list):
@@ -308,7 +335,8 @@ def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any
     role = spelled if spelled in _ROLES else spelled.lower()
     if role not in _ROLES:
         raise UserError(
-            f"{where()}: {name} is of the unknown role {spelled!r}; rename it to one of {', '.join(_ROLES)}"
+            f"{where()}: {name} is of the unknown role {shown(spelled)}; rename it to one of "
+            f"{', '.join(_ROLES)}"
         )
     role = _ROLES[role] or role
     content = _plain(message.get(keys[1]))
@@ -327,7 +355,11 @@ def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any
             "tool_calls"
         )
     # Columns give every message all keys, absent ones as None.
-    more = {k: _without_nulls(v) for k, v in message.items() if k not in (*keys, *_WEIGHTS) and v is not None}
+    more = {
+        _text(k, name, where): _rendered(v, f"{name}[{shown(k)}]", where)
+        for k, v in message.items()
+        if k not in (*keys, *_WEIGHTS) and v is not None
+    }
     weight = {} if _is_learnt(message, name, where) else {"weight": 0}
     return {"role": role, "content": content, **more, **weight}
 
@@ -337,7 +369,7 @@ def _part(part: Any, name: str, where: Callable[[], str]) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind != "text":
         raise UserError(
-            f"{where()}: {name} is of type {kind!r}, and only 'text' is read; leave such records out"
+            f"{where()}: {name} is of type {shown(kind)}, and only 'text' is read; leave such records out"
         )
     return _text(part.get("text"), f"{name}.text", where)
 
@@ -350,18 +382,43 @@ def _is_learnt(message: Mapping[str, Any], name: str, where: Callable[[], str]) 
             continue
         if not isinstance(value, int | float) or value != 0:
             raise UserError(
-                f"{where()}: {name}.{key} is {value!r}; only 0 and 1 are read, make it one of them"
+                f"{where()}: {name}.{key} is {shown(value)}; only 0 and 1 are read, make it one of them"
             )
         return False
     return True
 
 
-def _without_nulls(value: Any) -> Any:
-    """Plain lists and objects without the keys that hold null, which columns give to every object."""
+def _rendered(value: Any, name: str, where: Callable[[], str], depth: int = _DEEPEST) -> Any:
+    """What a template may render: plain lists and objects without keys that hold null.
+
+    Columns give every object all keys, absent ones as null.
+
+    Raises:
+        UserError: it is nested too deeply, or holds what no JSON and no text can: a number that is not
+            finite, half of a surrogate pair.
+    """
     value = _plain(value)
+    if isinstance(value, Mapping | list) and not depth:
+        _too_deep(name, where)
     if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {
+            _text(k, name, where): _rendered(v, name, where, depth - 1)
+            for k, v in value.items()
+            if v is not None
+        }
+    if isinstance(value, list):
+        return [_rendered(v, name, where, depth - 1) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(
+            f"{where()}: {name} holds {value}, which is not JSON; correct the record or leave it out"
+        )
+    return _text(value, name, where) if isinstance(value, str) else value
+
+
+def _too_deep(name: str, where: Callable[[], str]) -> NoReturn:
+    raise UserError(
+        f"{where()}: {name} is nested more than {_DEEPEST} deep; flatten it or leave the record out"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -46,7 +46,8 @@ class TfdsExamples:
         except (KeyError, ValueError, AssertionError) as error:
             there = ", ".join(sorted(builder.info.splits))
             raise UserError(
-                f"{path}: no split {split!r}; there is {there}, and parts as train[:10%]"
+                f"{path}: no split {split!r}; there is {there}, and parts as train[:10%]: name one with "
+                "split="
             ) from error
         found = [i for i in instructions if i.take]
         self._files = [DataFile(Path(i.filename)) for i in found]
@@ -61,7 +62,7 @@ class TfdsExamples:
         """Those of its features."""
         return sorted(self._features) if hasattr(self._features, "keys") else ["text"]
 
-    def read(self, number: int, keys: Sequence[str]) -> dict[str, Any]:
+    def read(self, number: int, keys: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
         """An example, as numpy arrays and bytes."""
         place = int(np.searchsorted(self._ends, number, side="right"))
         raw = read_record(self._source, number, self._files[place])
@@ -69,9 +70,10 @@ class TfdsExamples:
             example = self._features.deserialize_example_np(raw)
         except Exception as error:
             raise UserError(
-                f"{self.where(number)}: cannot be read as an example ({first_line(error)})"
+                f"{self.where(number)}: cannot be read as an example ({first_line(error)}); prepare the "
+                "dataset again"
             ) from error
-        return {key: example[key] for key in keys if key in example}
+        return {key: example[key] for key in (*keys, *optional) if key in example}
 
     def where(self, number: int) -> str:
         """Dataset, split and example, from 0."""
@@ -100,5 +102,6 @@ def _builder(path: str, data_dir: str | None) -> Any:
     except Exception as error:  # the generation of a dataset may raise anything
         place = "" if data_dir is None else f" in {data_dir}"
         raise UserError(
-            f"{path}: no dataset of TFDS that is prepared{place} or can be prepared ({first_line(error)})"
+            f"{path}: no dataset of TFDS that is prepared{place} or can be prepared ({first_line(error)}); "
+            "correct the name, or name the folder of a prepared version"
         ) from error
