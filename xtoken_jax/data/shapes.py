@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 from xtoken_jax.data.layouts import UNREAD_OF_CONVERSATIONS, UNREAD_OF_PROMPTS, listed, shown
+from xtoken_jax.data.values import is_something, plain, refuse_depth, rendered, text_of_value
 from xtoken_jax.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -25,7 +25,6 @@ _ROLES = dict.fromkeys(ROLES) | {
 }
 # Keys by which data sets mark an assistant's message that is context only.
 _WEIGHTS = ("weight", "train", "training", "loss")
-_DEEPEST = 100  # levels of lists and objects in a message
 
 
 class Targets(Enum):
@@ -162,9 +161,9 @@ def document_of(shape: Shape, record: Mapping[str, Any] | str, where: Callable[[
                 "record out"
             )
     if shape.text is not None:
-        return _text(record[shape.text], shape.text, where)
+        return text_of_value(record[shape.text], shape.text, where)
     for key in UNREAD_OF_CONVERSATIONS if shape.messages else UNREAD_OF_PROMPTS:
-        if _is_something(record.get(key)):
+        if is_something(record.get(key)):
             raise UserError(f"{where()}: has {key!r}, which is not read; leave such records out")
     system = _optional(record, shape.system, where)
     if shape.messages is not None:
@@ -186,7 +185,7 @@ def _exchange(
 ) -> Exchange | Conversation:
     """A prompt and its completion: texts, the turns of a conversation, or lists of messages."""
     prompt_key, completion_key = shape.prompt or "", shape.completion or ""
-    lists = [isinstance(_plain(record[key]), list | Mapping) for key in (prompt_key, completion_key)]
+    lists = [isinstance(plain(record[key]), list | Mapping) for key in (prompt_key, completion_key)]
     if all(lists):
         prompt, completion = (_messages(record[key], key, where) for key in (prompt_key, completion_key))
         if shape.targets != "all":
@@ -199,7 +198,9 @@ def _exchange(
             f"{where()}: {one!r} holds a list and {other!r} does not; make both texts, or both lists of "
             "messages"
         )
-    prompt_text, completion_text = (_text(record[key], key, where) for key in (prompt_key, completion_key))
+    prompt_text, completion_text = (
+        text_of_value(record[key], key, where) for key in (prompt_key, completion_key)
+    )
     parts = [part for part in (prompt_text, _optional(record, shape.input, where)) if part.strip()]
     if shape.chat:
         turns = (
@@ -217,7 +218,7 @@ def _exchange(
 def _optional(record: Mapping[str, Any], key: str | None, where: Callable[[], str]) -> str:
     """A text that a record may lack; "" where it does."""
     value = None if key is None else record.get(key)
-    return "" if value is None else _text(value, str(key), where)
+    return "" if value is None else text_of_value(value, str(key), where)
 
 
 def _with_system(
@@ -240,18 +241,6 @@ def _with_tools(
     return ({**messages[0], "tools": _tools(record["tools"], where)}, *messages[1:])
 
 
-def _is_something(value: Any) -> bool:
-    """Return whether a value is neither null nor empty."""
-    values = [value]
-    while values:
-        value = _plain(values.pop())
-        if isinstance(value, list | Mapping):
-            values += value.values() if isinstance(value, Mapping) else value
-        elif value is not None and value != "" and value != b"":
-            return True
-    return False
-
-
 def _tools(value: Any, where: Callable[[], str]) -> list[Any]:
     """The functions that a record's assistant may call; some data sets hold them as JSON text."""
     if isinstance(value, str):
@@ -262,8 +251,8 @@ def _tools(value: Any, where: Callable[[], str]) -> list[Any]:
                 f"{where()}: 'tools' is not JSON ({error}); correct the record or leave it out"
             ) from error
         except RecursionError:
-            _too_deep("tools", where)
-    value = _rendered(value, "tools", where)
+            refuse_depth("tools", where)
+    value = rendered(value, "tools", where)
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise UserError(
             f"{where()}: 'tools' holds {type(value).__name__}, not a list of objects; make it a list of "
@@ -272,30 +261,9 @@ def _tools(value: Any, where: Callable[[], str]) -> list[Any]:
     return value
 
 
-def _text(value: Any, key: str, where: Callable[[], str]) -> str:
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where()}: {key!r} is not UTF-8 ({error}); convert the data to UTF-8"
-            ) from error
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where()}: {key!r} holds {type(value).__name__}, not text; correct the record or leave it out"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
-        raise UserError(
-            f"{where()}: {key!r} is not text ({error}); correct the record or leave it out"
-        ) from error
-    return value
-
-
 def _messages(value: Any, key: str, where: Callable[[], str]) -> tuple[dict[str, Any], ...]:
     if isinstance(value, Mapping):  # a list of objects, which TFDS keeps as an object of lists
-        columns = {name: _plain(column) for name, column in value.items()}
+        columns = {name: plain(column) for name, column in value.items()}
         if not all(isinstance(column, list) for column in columns.values()):
             raise UserError(
                 f"{where()}: {key!r} holds one object, not a list of messages; put it into a list"
@@ -306,7 +274,7 @@ def _messages(value: Any, key: str, where: Callable[[], str]) -> tuple[dict[str,
                 "list of messages; correct the record or leave it out"
             )
         value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, list):
         raise UserError(
             f"{where()}: {key!r} holds {type(value).__name__}, not a list of messages; name the "
@@ -331,7 +299,7 @@ def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any
             f"{where()}: {name} has no 'role', only {listed([*message])}; a message has role and content, or "
             "from and value"
         )
-    spelled = _text(message[keys[0]], f"{name}.{keys[0]}", where)
+    spelled = text_of_value(message[keys[0]], f"{name}.{keys[0]}", where)
     role = spelled if spelled in _ROLES else spelled.lower()
     if role not in _ROLES:
         raise UserError(
@@ -339,11 +307,11 @@ def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any
             f"{', '.join(_ROLES)}"
         )
     role = _ROLES[role] or role
-    content = _plain(message.get(keys[1]))
+    content = plain(message.get(keys[1]))
     if isinstance(content, list):
         content = "".join(_part(part, f"{name}.{keys[1]}[{n}]", where) for n, part in enumerate(content))
     if content is not None:
-        content = _text(content, f"{name}.{keys[1]}", where)
+        content = text_of_value(content, f"{name}.{keys[1]}", where)
     elif keys[1] in message and not message.get("tool_calls"):
         raise UserError(
             f"{where()}: the content of {name} is null, and it calls no tools; give it a text, or leave the "
@@ -356,7 +324,7 @@ def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any
         )
     # Columns give every message all keys, absent ones as None.
     more = {
-        _text(k, name, where): _rendered(v, f"{name}[{shown(k)}]", where)
+        text_of_value(k, name, where): rendered(v, f"{name}[{shown(k)}]", where)
         for k, v in message.items()
         if k not in (*keys, *_WEIGHTS) and v is not None
     }
@@ -371,7 +339,7 @@ def _part(part: Any, name: str, where: Callable[[], str]) -> str:
         raise UserError(
             f"{where()}: {name} is of type {shown(kind)}, and only 'text' is read; leave such records out"
         )
-    return _text(part.get("text"), f"{name}.text", where)
+    return text_of_value(part.get("text"), f"{name}.text", where)
 
 
 def _is_learnt(message: Mapping[str, Any], name: str, where: Callable[[], str]) -> bool:
@@ -386,43 +354,3 @@ def _is_learnt(message: Mapping[str, Any], name: str, where: Callable[[], str]) 
             )
         return False
     return True
-
-
-def _rendered(value: Any, name: str, where: Callable[[], str], depth: int = _DEEPEST) -> Any:
-    """What a template may render: plain lists and objects without keys that hold null.
-
-    Columns give every object all keys, absent ones as null.
-
-    Raises:
-        UserError: it is nested too deeply, or holds what no JSON and no text can: a number that is not
-            finite, half of a surrogate pair.
-    """
-    value = _plain(value)
-    if isinstance(value, Mapping | list) and not depth:
-        _too_deep(name, where)
-    if isinstance(value, Mapping):
-        return {
-            _text(k, name, where): _rendered(v, name, where, depth - 1)
-            for k, v in value.items()
-            if v is not None
-        }
-    if isinstance(value, list):
-        return [_rendered(v, name, where, depth - 1) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(
-            f"{where()}: {name} holds {value}, which is not JSON; correct the record or leave it out"
-        )
-    return _text(value, name, where) if isinstance(value, str) else value
-
-
-def _too_deep(name: str, where: Callable[[], str]) -> NoReturn:
-    raise UserError(
-        f"{where()}: {name} is nested more than {_DEEPEST} deep; flatten it or leave the record out"
-    )
-
-
-def _plain(value: Any) -> Any:
-    """A list where it is a numpy array or a tuple."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return list(value) if isinstance(value, tuple) else value
