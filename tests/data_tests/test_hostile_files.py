@@ -15,8 +15,8 @@ import zstandard
 
 from xtoken_jax.data import limits
 from xtoken_jax.data.limits import Limits
-from xtoken_jax.data.shapes import Conversation
-from xtoken_jax.data.sources import SourceConfig, read_documents
+from xtoken_jax.data.shapes import Conversation, Targets
+from xtoken_jax.data.sources import Markers, SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 
 PACKS = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}
@@ -213,11 +213,8 @@ def test_parquet_strings_that_are_not_utf8(tmp_path, name):
         "list": "FILE, row 0: 'x' holds list, not text",
         "struct": "FILE, row 0: 'x' holds dict, not text",
     }
-    assert refusal(path, **{option: "x"}).startswith(
-        expected.get(
-            name, "FILE, row 1: 'x' is not UTF-8 (invalid start byte at byte 0); write the file again"
-        )
-    )
+    located = "FILE, row 1: 'x' is not UTF-8 (invalid start byte at byte 0); write the file again"
+    assert refusal(path, **{option: "x"}).startswith(expected.get(name, located))
 
 
 def test_optional_columns_are_those_of_each_file(tmp_path):
@@ -245,15 +242,11 @@ def test_the_digest_is_also_that_of_how_records_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "p", "completion": "c", "text": "t", "body": "b", "system": "s"}\n')
     options = [
-        {"field": "text"}, {"field": "body"}, {"prompt": "prompt"}, {"prompt": "prompt", "targets": "all"},
+        {"field": "text"}, {"field": "body"}, {"prompt": "prompt"}, {"prompt": "prompt", "targets": Targets.all},
         {"prompt": "prompt", "chat": True}, {"prompt": "prompt", "system": "body"},
-        {"prompt": "prompt", "input": "body"}, {"prompt": "text"}, {"field": "text", "markers": "tokens"},
+        {"prompt": "prompt", "input": "body"}, {"prompt": "text"}, {"field": "text", "markers": Markers.tokens},
     ]  # fmt: skip
-    kinds = {"targets": SourceConfig.__dataclass_fields__["targets"].default.__class__}
-    kinds["markers"] = SourceConfig.__dataclass_fields__["markers"].default.__class__
-    digests = [
-        read(path, **{k: kinds[k](v) if k in kinds else v for k, v in o.items()}).digest for o in options
-    ]
+    digests = [read(path, **option).digest for option in options]
     assert len(set(digests)) == len(options)
     assert digests[0].endswith(read(path, field="text").digest[-16:])
     lists = tmp_path / "b.json"
