@@ -242,9 +242,10 @@ def test_the_digest_is_also_that_of_how_records_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "p", "completion": "c", "text": "t", "body": "b", "system": "s"}\n')
     options = [
-        {"field": "text"}, {"field": "body"}, {"prompt": "prompt"}, {"prompt": "prompt", "targets": Targets.all},
+        {"field": "text"}, {"field": "body"}, {"field": "text", "markers": Markers.tokens},
+        {"prompt": "prompt"}, {"prompt": "text"}, {"prompt": "prompt", "targets": Targets.all},
         {"prompt": "prompt", "chat": True}, {"prompt": "prompt", "system": "body"},
-        {"prompt": "prompt", "input": "body"}, {"prompt": "text"}, {"field": "text", "markers": Markers.tokens},
+        {"prompt": "prompt", "input": "body"},
     ]  # fmt: skip
     digests = [read(path, **option).digest for option in options]
     assert len(set(digests)) == len(options)
