@@ -119,8 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data",
         metavar="DATA",
-        help="file, folder or pattern of jsonl, txt, parquet, ...; default: held-out topics of help()",
+        help="file, folder or pattern of jsonl, csv, txt, parquet, ...; default: held-out topics of help()",
     )
+    cli_tokenizers.takes_source(sub, "--data")
     sub.add_argument("--length", type=int, default=1024, help="tokens a row (default: 1024)")
     sub.add_argument("--batch-size", type=int, default=8, help="rows at once (default: 8)")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -222,10 +223,12 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
     tokenizer = Tokenizer.load(options.model)
+    if options.source and options.data is None:
+        raise UserError("--source: sets how --data is read, and there is none; name it, or leave this out")
     if options.data is None:
         source = SourceConfig(kind=SourceKind.python_docs, split="validation")
     else:
-        source = cli_tokenizers.source_of(options.data)
+        source = cli_tokenizers.source_of(options.data, options.source)
     data = DataConfig(
         validation={"text": source},
         student_length=options.length,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import UserError, first_line
 from xtoken_jax.files import parse_json, to_json
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--text-file", metavar="DATA", help="measure how much of this text (any data of distill) falls out"
     )
+    takes_source(sub, "--text-file")
     sub.add_argument(
         "--picture",
         type=Path,
@@ -116,9 +117,13 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.display.audit_table import show_audit
     from xtoken_jax.projection.cache import cached_projection
 
+    if options.source and options.text_file is None:
+        raise UserError(
+            "--source: sets how --text-file is read, and there is none; name it, or leave this out"
+        )
     critical, documents = (
-        None if path is None else read_documents(source_of(path))
-        for path in (options.critical_file, options.text_file)
+        None if path is None else read_documents(source_of(path, settings))
+        for path, settings in ((options.critical_file, ()), (options.text_file, options.source))
     )
     critical_text, text = (
         None if part is None else [text_of(document) for document in part] for part in (critical, documents)
@@ -144,13 +149,46 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
         console.print(f"coverage  {options.picture}\nrows      {rows}")
 
 
-def source_of(path: str) -> SourceConfig:
-    """Data that a command names by its path alone: a file with an ending of no kind is a text."""
+def takes_source(sub: argparse.ArgumentParser, option: str) -> None:
+    """Add the argument with the settings of the data that another option names."""
+    sub.add_argument(
+        "--source",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"how {option} is read, as in data.train.NAME of distill: field=body, kind=lines, records=data",
+    )
+
+
+def source_of(path: str, settings: Sequence[str] = ()) -> SourceConfig:
+    """Data that a command names: a file with an ending of no kind is a text.
+
+    Args:
+        path: of the data.
+        settings: others of the source, as KEY=VALUE.
+
+    Raises:
+        UserError: no setting of a source, or a value that makes no sense.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     from xtoken_jax.data.sources import SourceConfig, SourceKind, kind_of
 
     file = Path(path).expanduser()
     text = file.is_file() and kind_of(file) is None
-    return SourceConfig(kind=SourceKind.text if text else SourceKind.auto, path=path)
+    kind = SourceKind.text if text else SourceKind.auto
+    try:
+        config = OmegaConf.structured(SourceConfig(kind=kind, path=path))
+        merged = OmegaConf.to_object(OmegaConf.merge(config, OmegaConf.from_dotlist([*settings])))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(
+            f"--source {' '.join(settings)}: {first_line(error)}; give settings of a source as KEY=VALUE, "
+            "such as field=body"
+        ) from error
+    source = cast(SourceConfig, merged)
+    source.validate("--source")
+    return source
 
 
 def _project(options: argparse.Namespace, console: Console) -> None:

@@ -1,13 +1,17 @@
 """What is kept of data files in the cache folder, and what of it goes."""
 
+import fcntl
 import gzip
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from xtoken_jax.cli import main
-from xtoken_jax.data import jsonl
+from xtoken_jax.data import record_files
 from xtoken_jax.data.copies import clear, copies, keep
 from xtoken_jax.data.data_file import DataFile
 from xtoken_jax.data.sources import SourceConfig, read_documents
@@ -18,7 +22,7 @@ LINES = b'{"text": "one"}\n{"text": "two"}\n'
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(jsonl, "_KEPT", 0)  # the offsets of the lines, too
+    monkeypatch.setattr(record_files, "_KEPT", 0)  # the offsets of the lines, too
     return tmp_path / "cache" / "data"
 
 
@@ -68,12 +72,54 @@ def test_nothing_else_is_touched(cache, tmp_path):
         path.write_text("precious")
     (cache / f"{copy.name}.folder").mkdir()
     assert [found.path for found in copies() if found.state.name == "unknown"] == [copy]
-    clear()
-    assert all(path.exists() for path in [copy, *others, cache / f"{copy.name}.folder"])
-    os.utime(others[-1], (0, 0))  # long ago: of a run that was killed
-    assert [found.path for found in clear()] == [others[-1]]
+    with others[-1].open() as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        os.utime(others[-1], (0, 0))  # slow, and not killed
+        clear()
+        assert all(path.exists() for path in [copy, *others, cache / f"{copy.name}.folder"])
+    assert [found.path for found in clear()] == [others[-1]]  # its lock ended with the process
     assert others[0].exists()
     assert others[1].exists()
+
+
+def test_what_a_killed_process_left_goes_when_the_next_copy_is_made(cache, tmp_path):
+    """As the kernel does it: the lock of a process ends with it, whatever ends it."""
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from xtoken_jax.data.copies import keep; from xtoken_jax.data.data_file import DataFile\n"
+        "def write(out):\n"
+        "    out.write(b'half'); out.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "keep(DataFile(Path(sys.argv[1])), '.jsonl', write)"
+    )
+    (tmp_path / "a.txt").write_text("a")
+    file = DataFile(tmp_path / "a.txt")
+    killed = subprocess.run([sys.executable, "-c", program, str(file.path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = cache.iterdir()
+    assert left.read_bytes() == b"half"
+    assert [(copy.path, copy.state.name) for copy in copies()] == [(left, "unfinished")]
+    path = keep(file, ".jsonl", lambda out: out.write(b"whole"))
+    assert not left.exists()
+    assert path.read_bytes() == b"whole"
+
+
+def test_a_copy_that_is_being_written_is_no_leftover(cache, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    first, second = (DataFile(tmp_path / f"{name}.txt") for name in "ab")
+
+    def write(out):
+        keep(second, ".jsonl", lambda other: other.write(b"b"))
+        assert not any(copy.useless for copy in copies())
+        out.write(b"a")
+
+    assert keep(first, ".jsonl", write).read_bytes() == b"a"
+
+
+def test_long_names_have_copies(cache, tmp_path):
+    name = "文" * 70 + ".jsonl.gz"
+    assert len(read(tmp_path / name, LINES)) == 2
+    assert len(copies()) == 2
 
 
 def test_a_copy_gets_its_note_when_it_is_used_again(cache, tmp_path):

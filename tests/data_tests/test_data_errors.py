@@ -57,7 +57,7 @@ WRITERS = {
     [
         ("empty.jsonl", b"", "DIR/empty.jsonl: holds no text"),
         ("empty.txt.gz", b"", "DIR/empty.txt.gz: cannot be read, it ends before its .gz stream does"),
-        ("latin.txt", "é".encode("latin-1"), "DIR/latin.txt: cannot be read as UTF-8 text ("),
+        ("latin.txt", "é".encode("latin-1"), "DIR/latin.txt: not UTF-8 ("),
         ("plain.jsonl.gz", b"not compressed", "DIR/plain.jsonl.gz: cannot be read, it is damaged ("),
         ("plain.jsonl.zst", b"not compressed", "DIR/plain.jsonl.zst: cannot be read, it is damaged ("),
         (
@@ -122,7 +122,10 @@ def test_damage_inside_of_files(tmp_path):
 def test_columns_and_records_that_are_missing(tmp_path):
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"body": TEXTS}), tmp_path / "b.parquet")
-    assert refusal(lambda: read(tmp_path), tmp_path) == "DIR/b.parquet: no column 'text'; it has body"
+    assert refusal(lambda: read(tmp_path), tmp_path) == (
+        "DIR/b.parquet: no column 'text'; it has 'body'; name a column that all files have, or leave the "
+        "file out"
+    )
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "b.parquet")
     assert refusal(lambda: list(read(tmp_path)), tmp_path) == (
         "DIR/b.parquet, row 1: 'text' holds NoneType, not text; correct the record or leave it out"
@@ -132,7 +135,8 @@ def test_columns_and_records_that_are_missing(tmp_path):
         writer.write(record)
     writer.close()
     assert refusal(lambda: list(read(tmp_path / "a.array_record")), tmp_path) == (
-        "DIR/a.array_record, record 1: not a JSON object, as the first record is"
+        "DIR/a.array_record, record 1: not a JSON object (Expecting value: line 1 column 1 (char 0)); "
+        "correct it or leave it out"
     )
     writer = ArrayRecordWriter(str(tmp_path / "b.array_record"), "group_size:1")
     writer.write(b"\x0a\xff\x01")

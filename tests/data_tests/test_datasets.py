@@ -156,3 +156,69 @@ def test_a_mapped_file_that_is_cut_off_is_noticed_before_it_is_read(saved, tmp_p
     file.rename(tmp_path / "kept")
     with pytest.raises(UserError, match="gone since it was opened"):
         found[0]
+
+
+def _imports(folder, monkeypatch, change):
+    """A copy of a dataset with other features, next to a module that remembers that it was imported."""
+    import json
+    import shutil
+
+    monkeypatch.syspath_prepend(folder)
+    (folder / "planted_features.py").write_text(
+        "import builtins; builtins.planted = True\nclass Mine: pass\n"
+    )
+    copy = folder / "mine" / "1.0.0"
+    shutil.copytree(change[0], copy)
+    features = json.loads((copy / "features.json").read_text())
+    change[1](features)
+    (copy / "features.json").write_text(json.dumps(features))
+    return copy
+
+
+PLANTED = "planted_features.Mine"
+PLANTS = {
+    "the whole": lambda f: f.update(pythonClassName=PLANTED),
+    "a feature": lambda f: f["featuresDict"]["features"]["text"].update(pythonClassName=PLANTED),
+    "proto's spelling": lambda f: f["featuresDict"]["features"].update(
+        text={"python_class_name": PLANTED, "text": {}}
+    ),
+    "the old spelling": lambda f: f.update(type=PLANTED, content={}),
+    "a text within": lambda f: f["featuresDict"]["features"].update(
+        text={
+            "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+            "jsonFeature": {"json": '{"feature": {"type": "planted_features.Mine", "content": {}}}'},
+        }
+    ),
+    "the package, not its features": lambda f: f.update(pythonClassName="tensorflow_datasets.scripts.x.Y"),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_only_the_classes_of_tfds_are_loaded(notes, tmp_path, monkeypatch, plant):
+    import builtins
+
+    copy = _imports(tmp_path, monkeypatch, (notes[1], PLANTS[plant]))
+    for path, options in ((copy, {}), ("mine", {"kind": SourceKind.tfds, "data_dir": str(tmp_path)})):
+        with pytest.raises(UserError, match="and only those of tensorflow_datasets are loaded"):
+            read(path, field="text", **options)
+    assert not hasattr(builtins, "planted")
+    assert "planted_features" not in sys.modules
+
+
+def test_a_feature_may_be_named_as_the_keys_of_a_class(notes, tmp_path, monkeypatch):
+    def rename(features):
+        inner = features["featuresDict"]["features"]
+        inner["type"] = inner.pop("text")
+
+    copy = _imports(tmp_path, monkeypatch, (notes[1], rename))
+    with pytest.raises(UserError, match="no 'text' in its first record, which has 'messages', 'type'"):
+        read(copy, field="text")
+
+
+def test_features_that_are_no_json(notes, tmp_path, monkeypatch):
+    copy = _imports(tmp_path, monkeypatch, (notes[1], lambda features: None))
+    for content in (b"[" * 100_000, b"{", b"\xff\xfe", b"3", b'{"a": ' + b"9" * 5000 + b"}"):
+        (copy / "features.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"features\.json: not ") as error:
+            read(copy, field="text")
+        assert "\n" not in str(error.value)

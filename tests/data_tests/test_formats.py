@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from xtoken_jax.data import data_file, documents, jsonl, parquet
+from xtoken_jax.data import data_file, documents, jsonl, parquet, record_files
 from xtoken_jax.data.sources import SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 
@@ -135,7 +135,7 @@ def test_blank_lines_line_ends_and_byte_order_marks(tmp_path):
 
 
 def test_lines_across_the_pieces_in_which_a_file_is_searched(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "_PIECE", 7)
+    monkeypatch.setattr(record_files, "PIECE", 7)
     write_jsonl(tmp_path, TEXTS)
     (tmp_path / "c.jsonl").write_bytes(b"\n\n   \n" + lines(["last"]) + b"        \n" * 3)
     found = read(tmp_path)
@@ -144,14 +144,14 @@ def test_lines_across_the_pieces_in_which_a_file_is_searched(tmp_path, monkeypat
 
 
 def test_the_lines_of_large_files_are_found_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "_KEPT", 1)
+    monkeypatch.setattr(record_files, "_KEPT", 1)
     write_gzip(tmp_path, TEXTS)
     assert list(read(tmp_path)) == TEXTS
 
     def forbidden(*arguments):
         raise AssertionError("searched again")
 
-    monkeypatch.setattr(jsonl, "_line_starts", forbidden)
+    monkeypatch.setattr(jsonl, "line_offsets", forbidden)
     assert list(read(tmp_path)) == TEXTS
 
 
@@ -166,7 +166,7 @@ def test_a_parquet_file_with_large_groups_is_read_through_a_copy(tmp_path, monke
     assert [found[n] for n in (3, 40, 0, 41)] == [TEXTS[n] for n in (3, 40, 0, 41)]
     chats = read(path, messages="messages")
     assert [chats[n].messages[0]["content"] for n in (40, 2)] == [TEXTS[n] for n in (40, 2)]
-    group = found._records._columns["other/name",]._files[0]
+    group = found._records._columns[("other/name",), ()]._files[0]
     assert group[0].path != path
     assert max(group[2][1:] - group[2][:-1]) == 4
 

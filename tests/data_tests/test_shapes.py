@@ -100,7 +100,10 @@ EXCHANGE = {"prompt": "a", "completion": "b"}
 # Records, options of the source -> the line. FILE is the file's path.
 MISTAKES = {
     "no-json": ([GOOD, '{"text": "cut'], {}, "FILE:2: not a JSON object (Unterminated string"),
-    "array": (['[{"text": "a"},', ' {"text": "b"}]'], {}, "a JSON array has to become one object a line"),
+    "array": (['[{"text": "a"}', ' {"text": "b"}]'], {}, "FILE, record 0: not a JSON object (Extra data"),
+    "pretty": (["{", '"text": "a"', "}"], {}, "an object goes on one line, or all objects in one list"),
+    "twice": ([GOOD, '{"text": "a", "text": "b"}'], {}, "FILE:2: not a JSON object (the key 'text' has two"),
+    "digits": ([GOOD, '{"text": "a", "n": 1' + "0" * 5000 + "}"], {}, "(Exceeds the limit (4300 digits)"),
     "list": ([GOOD, "", ["text"]], {}, "FILE:3: not a JSON object but list"),
     "number": ([GOOD, "3"], {}, "FILE:2: not a JSON object but int"),
     "missing-key": ([GOOD, {"txet": "a"}], {}, "FILE:2: no 'text' in this record, which has 'txet'"),

@@ -57,22 +57,28 @@ def test_paths_that_name_no_data(tmp_path):
         return str(error.value).replace(str(tmp_path), "DIR")
 
     assert refused("org/name") == (
-        "org/name: no such file or folder of data; a dataset of the hub or of TFDS needs kind=hub or "
-        "kind=tfds"
+        "org/name: no such file or folder of data; correct the path; a dataset of the hub or of TFDS needs "
+        "kind=hub or kind=tfds"
     )
-    assert refused(tmp_path / "x", SourceKind.jsonl) == "DIR/x: no such file or folder of jsonl data"
-    assert refused(tmp_path / "*.x") == "DIR/*.x: no file matches this pattern"
-    assert refused(tmp_path, SourceKind.text) == "DIR: holds no file that ends in .txt, .txt.gz, .txt.zst"
+    assert refused(tmp_path / "x", SourceKind.jsonl) == (
+        "DIR/x: no such file or folder of jsonl data; correct the path"
+    )
+    assert refused(tmp_path / "*.x") == (
+        "DIR/*.x: no file matches this pattern; ** stands for folders of any depth"
+    )
+    assert refused(tmp_path, SourceKind.text) == (
+        "DIR: holds no file that ends in .txt; name files of another ending by a pattern, with kind="
+    )
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
     assert refused(tmp_path / "a.jsonl", split="test") == (
         "DIR/a.jsonl: files have no splits, and split=test; leave it out"
     )
     (tmp_path / "LICENSE.txt").write_text("free")
     assert refused(tmp_path) == "DIR: holds files of several kinds, text and jsonl; name one with kind="
-    (tmp_path / "a.csv").write_text("a,b")
-    assert refused(tmp_path / "a.csv") == (
-        "DIR/a.csv: its ending does not say what it holds; name kind=, one of jsonl, text, parquet, "
-        "array_record"
+    (tmp_path / "a.dat").write_text("a,b")
+    assert refused(tmp_path / "a.dat") == (
+        "DIR/a.dat: its ending does not say what it holds; name kind=, one of jsonl, text, lines, csv, "
+        "parquet, array_record"
     )
 
 
@@ -91,7 +97,7 @@ def test_paths_that_name_no_data(tmp_path):
         ({"kind": SourceKind.hub, "path": "a/b", "split": " "}, r"data\.x\.split: name a split"),
         ({"path": "a.jsonl", "subset": "en"}, r"data\.x\.subset: only for kind=hub, here it is auto"),
         ({"path": "a.jsonl", "data_dir": "d"}, r"data\.x\.data_dir: only for kind=tfds"),
-        ({"path": "a", "field": "a", "prompt": "b"}, "name field, prompt and completion, or messages, one"),
+        ({"path": "a", "field": "a", "prompt": "b"}, "keep field, or prompt and completion, or messages"),
     ],
 )
 def test_settings_without_sense(options, message):

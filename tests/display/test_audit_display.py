@@ -141,7 +141,8 @@ def test_the_command(folders, tmp_path, capsys):
     ("option", "content", "message"),
     [
         ("--text-file", None, "no such file"),
-        ("--text-file", b"\xff\xfe", "cannot be read as UTF-8"),
+        ("--text-file", b"\xff\xfe", "its encoding is UTF-16, and only UTF-8 is read"),
+        ("--text-file", b"\xe9t\xe9", "not UTF-8"),
         ("--text-file", b" \n", "holds no text"),
         ("--critical-file", b"", "holds no text"),
     ],
@@ -162,3 +163,39 @@ def test_a_critical_token_that_is_none_is_one_line(folders, capsys):
     err = capsys.readouterr().err
     assert "critical token '12345'" in err
     assert "it reads '123' + '45'" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "source"),
+    [
+        ("a.csv", 'id,body\n1,"100 and\n20"\n', ["field=body"]),
+        ("a.json", '{"data": [{"body": "100 and\\n20"}]}', ["records=data", "field=body"]),
+        ("a.txt", "100 and\n20\n", ["kind=text"]),
+    ],
+)
+def test_text_of_every_format(folders, tmp_path, capsys, name, content, source):
+    (tmp_path / "plain.txt").write_text("100 and\n20" + "\n" * (name == "a.txt"))
+    (tmp_path / name).write_text(content)
+    assert main(["audit", *folders, "--json", "--text-file", str(tmp_path / "plain.txt")]) == 0
+    expected = capsys.readouterr().out
+    assert main(["audit", *folders, "--json", "--text-file", str(tmp_path / name), "--source", *source]) == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--source", "field=body"], "--source: sets how --text-file is read, and there is none"),
+        (["--text-file", "FILE", "--source", "fild=body"], "--source fild=body: "),
+        (["--text-file", "FILE", "--source", "limit=few"], "--source limit=few: "),
+        (["--text-file", "FILE", "--source", "delimiter=ab"], "--source.delimiter='ab': must be one ASCII"),
+        (["--text-file", "FILE"], "which has 'body'; name the one to read with field="),
+    ],
+)
+def test_settings_of_the_text_that_make_no_sense(folders, tmp_path, capsys, words, message):
+    (tmp_path / "a.csv").write_text("body\nx\n")
+    words = [str(tmp_path / "a.csv") if word == "FILE" else word for word in words]
+    assert main(["audit", *folders, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

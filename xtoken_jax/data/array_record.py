@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from xtoken_jax.data.data_file import DataFile, fingerprint
+from xtoken_jax.data.json_record import json_record
 from xtoken_jax.errors import UserError, first_line
 
 
@@ -28,10 +29,9 @@ class ArrayRecords:
         parts = [Part(str(file.path), 0, _count(file)) for file in self._files]
         self._ends = np.cumsum([part.take for part in parts])
         self._source = open_parts(parts)
-        self._keys: list[str] | None = None
-        if len(self):
-            first = self._parsed(0)
-            self._keys = [*first] if first is not None else None
+        first = self._text(0) if len(self) else ""
+        objects = _is_object(first)
+        self._keys = [*json_record(first, lambda: self.where(0))] if objects else None
 
     def __len__(self) -> int:
         return len(self._source)
@@ -40,21 +40,10 @@ class ArrayRecords:
         """Those of the first object; None where the records are texts."""
         return self._keys
 
-    def read(self, number: int, keys: Sequence[str]) -> dict[str, Any] | str:
+    def read(self, number: int, keys: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any] | str:
         """A record."""
-        if self._keys is None:
-            return self._text(number)
-        record = self._parsed(number)
-        if record is None:
-            raise UserError(f"{self.where(number)}: not a JSON object, as the first record is")
-        return record
-
-    def _parsed(self, number: int) -> dict[str, Any] | None:
-        try:
-            record = json.loads(self._text(number))
-        except (ValueError, RecursionError):
-            return None
-        return record if isinstance(record, dict) else None
+        text = self._text(number)
+        return text if self._keys is None else json_record(text, lambda: self.where(number))
 
     def _text(self, number: int) -> str:
         file = self._files[int(np.searchsorted(self._ends, number, side="right"))]
@@ -64,7 +53,7 @@ class ArrayRecords:
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.where(number)}: neither JSON nor text in UTF-8; records of TensorFlow Datasets are "
-                "read by their folder, which has a dataset_info.json"
+                "read by their folder, which has a dataset_info.json: name that folder"
             ) from error
 
     def where(self, number: int) -> str:
@@ -76,6 +65,13 @@ class ArrayRecords:
     def fingerprint(self, keys: Sequence[str]) -> str:
         """Of the files as they lie on disk."""
         return fingerprint(self._files)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,10 @@ def _reading(file: DataFile) -> Iterator[None]:
         yield
     except Exception as error:
         file.check()
-        raise UserError(f"{file.path}: cannot be read as ArrayRecord ({first_line(error)})") from error
+        raise UserError(
+            f"{file.path}: cannot be read as ArrayRecord ({first_line(error)}); get it again or write it "
+            "again"
+        ) from error
     file.check()
 
 

@@ -39,13 +39,15 @@ class DataConfig:
         lengths |= {f"teacher_lengths.{name}": length for name, length in self.teacher_lengths.items()}
         for name, length in lengths.items():
             if length < 2:
-                raise UserError(f"data.{name}={length}: must be at least 2")
+                raise UserError(f"data.{name}={length}: must be at least 2; the default is 1024")
         if self.batch_size < 1:
-            raise UserError(f"data.batch_size={self.batch_size}: must be at least 1")
+            raise UserError(f"data.batch_size={self.batch_size}: must be at least 1; the default is 8")
         for part in ("train", "validation"):
             sources = getattr(self, part)
             if not sources:
-                raise UserError(f"data.{part}: name at least one source of text")
+                raise UserError(
+                    f"data.{part}: name at least one source of text, such as data.{part}.text.path=FILE.jsonl"
+                )
             for name, source in sources.items():
                 source.validate(f"data.{part}.{name}")
         self._validate_weights()
@@ -55,7 +57,7 @@ class DataConfig:
             if source.weight is not None:
                 raise UserError(
                     f"data.validation.{name}.weight={source.weight}: weights are for data.train; each "
-                    "validation source is measured alone"
+                    "validation source is measured alone; leave it out"
                 )
         given = {name: source.weight for name, source in self.train.items() if source.weight is not None}
         for name, weight in given.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,9 +19,11 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.hub import cache_folder
 
 NOTE = ".source"  # behind a copy's name: a file with the path of what it was made of
-_COPY = re.compile(r".*-([0-9a-f]{16})(\.jsonl|\.lines\.npy|-[0-9a-f]{8}\.parquet)", re.DOTALL)
-_PART = re.compile(rf"\.{_COPY.pattern}\.\w{{8}}", re.DOTALL)
-_ABANDONED = 3600  # seconds after which what is still not whole was left by a process that was killed
+_COPY = re.compile(
+    r".*-([0-9a-f]{16})(\.jsonl|\.lines\.npy|-[0-9a-f]{8}\.offsets\.npy|-[0-9a-f]{8}\.parquet)", re.DOTALL
+)
+_PART = re.compile(rf"\.{_COPY.pattern}(?:\.source)?\.\w{{8}}", re.DOTALL)
+_STEM = 40  # characters of the source's name that the copy's name begins with; names end at 255 bytes
 
 
 class State(Enum):
@@ -60,7 +63,8 @@ class Copy:
 def keep(file: DataFile, name: str, write: Callable[[BinaryIO], object]) -> Path:
     """Where something is kept that can be made of this state of a file, in the user's cache folder.
 
-    It is made where it is not there, whole or not at all; several processes may ask at the same time.
+    It is made where it is not there, whole or not at all; several processes may ask at the same time. Before
+    that, what processes that were killed left unfinished is removed.
 
     Args:
         file: the source.
@@ -70,8 +74,12 @@ def keep(file: DataFile, name: str, write: Callable[[BinaryIO], object]) -> Path
     Raises:
         UserError: there is no room, or no permission; what `write` raises.
     """
-    path = _folder() / f"{file.path.name.split('.')[0]}-{file.key}{name}"
+    stem = file.path.name.split(".")[0][:_STEM]
+    path = _folder() / f"{stem}-{file.key}{name}"
     if not path.is_file():
+        for part in filter(_is_part, path.parent.glob(".*")):
+            with contextlib.suppress(OSError):
+                _remove_leftover(part)
         _write(path, write)
     note = path.with_name(path.name + NOTE)
     if not note.is_file():  # without it the copy is never cleared away, and that is all
@@ -83,21 +91,65 @@ def keep(file: DataFile, name: str, write: Callable[[BinaryIO], object]) -> Path
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with open(number, "wb") as out:
+        number, name = _locked_file(path)
+        with open(number, "wb") as out:
+            try:
                 write(out)
                 out.flush()
                 os.fsync(out.fileno())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+                os.replace(name, path)  # under the lock: no other process takes the file for a leftover
+            except BaseException:
+                os.unlink(name)
+                raise
     except OSError as error:
         raise UserError(
             f"{path.parent}: no copy for random access can be kept there ({error.strerror}); "
             "XTOKEN_CACHE=FOLDER names another place"
         ) from error
+
+
+def _locked_file(path: Path) -> tuple[int, str]:
+    """A new file for the content of `path`, locked until it is closed, however the process ends."""
+    while True:
+        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
+            fcntl.flock(number, fcntl.LOCK_EX)
+        if os.fstat(number).st_nlink:
+            return number, name
+        os.close(number)  # another process took the file for a leftover before it was locked
+
+
+@contextlib.contextmanager
+def _leftover(path: Path) -> Iterator[bool]:
+    """Whether the process that wrote an unfinished copy has ended and so lost its lock on the file.
+
+    The lock is held inside the `with`, so that nobody starts to write a file that is about to be removed.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        abandoned = True
+    except OSError:
+        abandoned = False
+    try:
+        yield abandoned
+    finally:
+        os.close(number)
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a file has the name of an unfinished copy."""
+    return _PART.fullmatch(path.name) is not None
+
+
+def _remove_leftover(path: Path) -> None:
+    with _leftover(path) as abandoned:
+        if abandoned:
+            path.unlink(missing_ok=True)
 
 
 def copies() -> list[Copy]:
@@ -117,6 +169,9 @@ def clear() -> list[Copy]:
     while useless := [copy for copy in copies() if copy.useless]:  # a source may be a copy that has just gone
         for copy in useless:
             try:
+                if copy.state is State.unfinished:
+                    _remove_leftover(copy.path)
+                    continue
                 copy.path.unlink(missing_ok=True)
                 copy.path.with_name(copy.path.name + NOTE).unlink(missing_ok=True)
             except OSError as error:
@@ -136,8 +191,9 @@ def _read(path: Path) -> Copy | None:
     except OSError:
         return None
     age = max(0.0, time.time() - about.st_mtime)
-    if _PART.fullmatch(path.name):
-        return Copy(path, about.st_size, age, None, State.unfinished) if age > _ABANDONED else None
+    if _is_part(path):
+        with _leftover(path) as abandoned:
+            return Copy(path, about.st_size, age, None, State.unfinished) if abandoned else None
     whole = _COPY.fullmatch(path.name)
     if not whole:
         return None

@@ -39,7 +39,9 @@ class DataFile:
         try:
             found = os.stat(self.path)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"{self.path}: cannot be read ({error.strerror}); correct the path or its permissions"
+            ) from error
         return found.st_size, found.st_mtime_ns, found.st_ino
 
     def check(self) -> None:
@@ -68,7 +70,10 @@ class DataFile:
                 start += len(part)
         except OSError as error:
             self.check()
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"{self.path}: cannot be read ({error.strerror}); mend the disk or the permissions, or copy "
+                "it elsewhere"
+            ) from error
         self.check()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 

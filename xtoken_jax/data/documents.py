@@ -17,16 +17,17 @@ _READ_AHEAD_CHARACTERS = 1 << 26
 class Records(Protocol):
     """The records of one source, in a fixed order; threads may read at the same time.
 
-    `keys` are the keys that the reader wants, for formats that store each key by itself.
+    `keys` are the keys that the reader wants, for formats that store each key by itself, and `optional` are
+    those that it wants of the records that have them.
     """
 
     def __len__(self) -> int:
         """How many there are."""
 
     def keys(self) -> list[str] | None:
-        """Those of the first record; None where records are texts without keys."""
+        """Those of the first record, or of all files' columns; None where records are texts without keys."""
 
-    def read(self, number: int, keys: Sequence[str]) -> dict[str, Any] | str:
+    def read(self, number: int, keys: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any] | str:
         """One of them; UserError where it cannot be read any more."""
 
     def where(self, number: int) -> str:
@@ -74,8 +75,13 @@ class Documents(Sequence[Document]):
         if isinstance(number, slice):
             return [self[n] for n in range(self._count)[number]]
         number = range(self._count)[number]
-        record = self._records.read(number, self.shape.keys)
-        document = document_of(self.shape, record, lambda: self.where(number))
+        record = self._records.read(number, self.shape.required, self.shape.optional)
+        try:
+            document = document_of(self.shape, record, lambda: self.where(number))
+        except RecursionError as error:
+            raise UserError(
+                f"{self.where(number)}: a record nested too deeply; flatten it or leave it out"
+            ) from error
         return Marked(document) if self._marked and isinstance(document, str) else document
 
     def where(self, number: int) -> str:
@@ -84,7 +90,7 @@ class Documents(Sequence[Document]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """The number of documents, and the SHA-256 of their content, shortened.
+        """The number of documents, the SHA-256 of their content, shortened, and how records are read.
 
         Files of up to 1 GiB together are hashed whole, as they lie on disk, the part behind a limit too.
         Of more, it is their sizes and 2 to 256 blocks of 64 KiB of each, first and last included, at most
@@ -92,7 +98,8 @@ class Documents(Sequence[Document]):
         count, so that a copy on another machine is the same data; another compression is not.
         """
         marked = ", markers read as tokens" if self._marked else ""
-        return f"{self._count} documents, sha256 {self._records.fingerprint(self.shape.keys)[:16]}{marked}"
+        content = self._records.fingerprint(self.shape.keys)[:16]
+        return f"{self._count} documents, sha256 {content}{self.shape.describe()}{marked}"
 
     def look_ahead(self) -> None:
         """Read the first 10,000 documents, or 64 MiB of them, and on to the first that says anything.
@@ -110,7 +117,9 @@ class Documents(Sequence[Document]):
                 return
         if not spoke:
             what = "text" if self.shape.targets == "all" else f"{self.shape.targets} to learn"
-            raise UserError(f"{self._name}: holds no {what}")
+            raise UserError(
+                f"{self._name}: holds no {what}; name other data or keys, or leave the source out"
+            )
 
 
 def _size(document: Document) -> int:

@@ -45,9 +45,9 @@ class HubRows:
         """Its columns."""
         return list(self._rows.column_names)
 
-    def read(self, number: int, keys: Sequence[str]) -> dict[str, Any]:
+    def read(self, number: int, keys: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
         """Some columns of a row."""
-        chosen = tuple(keys)
+        chosen = (*keys, *optional)
         if chosen not in self._selected:  # two threads may both make it; it is the same
             self._selected[chosen] = self._rows.select_columns(list(chosen)).with_format(None)
         if self._files:
@@ -55,7 +55,10 @@ class HubRows:
         try:
             return self._selected[chosen][number]
         except Exception as error:  # whatever Arrow and the decoding of features raise
-            raise UserError(f"{self.where(number)}: cannot be read ({first_line(error)})") from error
+            raise UserError(
+                f"{self.where(number)}: cannot be read ({first_line(error)}); correct the row, or load the "
+                "dataset again"
+            ) from error
 
     def where(self, number: int) -> str:
         """Dataset, split and row, from 0."""
@@ -92,4 +95,7 @@ def _load(path: str, subset: str | None, split: str) -> Any:
         return datasets.load_dataset(name, subset, split=split, revision=revision or None)
     except Exception as error:  # its own errors, the hub's, Arrow's: all mean the same to a user
         chosen = f" ({subset})" if subset else ""
-        raise UserError(f"{path}{chosen}: no dataset that can be loaded: {first_line(error)}") from error
+        raise UserError(
+            f"{path}{chosen}: no dataset that can be loaded: {first_line(error)}; correct path, subset, "
+            "split or revision, or set HF_TOKEN where it is private"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 # Instruction data: keys of the instruction, its optional context, and the answer.
 ALPACA = ("instruction", "input", "output")
@@ -21,12 +22,19 @@ _COMPLETIONS = (
 )  # fmt: skip
 _TEXTS = ("content", "contents", "body", "document", "article", "story", "code", "raw_content", "raw_text")
 _SHOWN = 12  # keys that an error lists
+_LONGEST = 60  # characters of a key or value in an error
 
 
 def listed(keys: Sequence[str]) -> str:
     """The keys of a record for an error message, at most 12 of them."""
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return (", ".join(map(repr, keys[:_SHOWN])) or "no key") + more
+    return (", ".join(map(shown, keys[:_SHOWN])) or "no key") + more
+
+
+def shown(value: Any) -> str:
+    """A value of a record for an error message, in quotes and in one line, its end left out if it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def hint(keys: Sequence[str]) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from xtoken_jax.data.layouts import UNREAD_OF_CONVERSATIONS, UNREAD_OF_PROMPTS, listed
+from xtoken_jax.data.layouts import UNREAD_OF_CONVERSATIONS, UNREAD_OF_PROMPTS, listed, shown
+from xtoken_jax.data.values import is_something, plain, refuse_depth, rendered, text_of_value
 from xtoken_jax.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -120,6 +121,15 @@ class Shape:
     chat: bool = False
     optional: tuple[str, ...] = ()
 
+    def describe(self) -> str:
+        """What of a record is read, and learnt; empty for all of a text under "text" or without a key."""
+        if self == Shape(text=self.text) and self.text in (None, "text"):
+            return ""
+        keys = ("text", "prompt", "completion", "messages", "input", "system")
+        parts = [f"{key}={getattr(self, key)}" for key in keys if getattr(self, key) is not None]
+        parts += [word for word in ("spaced", "chat") if getattr(self, word)]
+        return f", {' '.join(parts)} targets={self.targets}"
+
     @property
     def required(self) -> tuple[str, ...]:
         """The keys that every record has."""
@@ -151,9 +161,9 @@ def document_of(shape: Shape, record: Mapping[str, Any] | str, where: Callable[[
                 "record out"
             )
     if shape.text is not None:
-        return _text(record[shape.text], shape.text, where)
+        return text_of_value(record[shape.text], shape.text, where)
     for key in UNREAD_OF_CONVERSATIONS if shape.messages else UNREAD_OF_PROMPTS:
-        if _is_something(record.get(key)):
+        if is_something(record.get(key)):
             raise UserError(f"{where()}: has {key!r}, which is not read; leave such records out")
     system = _optional(record, shape.system, where)
     if shape.messages is not None:
@@ -175,7 +185,7 @@ def _exchange(
 ) -> Exchange | Conversation:
     """A prompt and its completion: texts, the turns of a conversation, or lists of messages."""
     prompt_key, completion_key = shape.prompt or "", shape.completion or ""
-    lists = [isinstance(_plain(record[key]), list | Mapping) for key in (prompt_key, completion_key)]
+    lists = [isinstance(plain(record[key]), list | Mapping) for key in (prompt_key, completion_key)]
     if all(lists):
         prompt, completion = (_messages(record[key], key, where) for key in (prompt_key, completion_key))
         if shape.targets != "all":
@@ -188,7 +198,9 @@ def _exchange(
             f"{where()}: {one!r} holds a list and {other!r} does not; make both texts, or both lists of "
             "messages"
         )
-    prompt_text, completion_text = (_text(record[key], key, where) for key in (prompt_key, completion_key))
+    prompt_text, completion_text = (
+        text_of_value(record[key], key, where) for key in (prompt_key, completion_key)
+    )
     parts = [part for part in (prompt_text, _optional(record, shape.input, where)) if part.strip()]
     if shape.chat:
         turns = (
@@ -206,7 +218,7 @@ def _exchange(
 def _optional(record: Mapping[str, Any], key: str | None, where: Callable[[], str]) -> str:
     """A text that a record may lack; "" where it does."""
     value = None if key is None else record.get(key)
-    return "" if value is None else _text(value, str(key), where)
+    return "" if value is None else text_of_value(value, str(key), where)
 
 
 def _with_system(
@@ -229,57 +241,40 @@ def _with_tools(
     return ({**messages[0], "tools": _tools(record["tools"], where)}, *messages[1:])
 
 
-def _is_something(value: Any) -> bool:
-    """Return whether a value is neither null nor empty."""
-    value = _plain(value)
-    if isinstance(value, list | Mapping):
-        return any(map(_is_something, value.values() if isinstance(value, Mapping) else value))
-    return value is not None and value != "" and value != b""
-
-
 def _tools(value: Any, where: Callable[[], str]) -> list[Any]:
     """The functions that a record's assistant may call; some data sets hold them as JSON text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise UserError(f"{where()}: 'tools' is not JSON ({error})") from error
-    value = _without_nulls(value)
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise UserError(f"{where()}: 'tools' holds {type(value).__name__}, not a list of objects")
-    return value
-
-
-def _text(value: Any, key: str, where: Callable[[], str]) -> str:
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
             raise UserError(
-                f"{where()}: {key!r} is not UTF-8 ({error}); convert the data to UTF-8"
+                f"{where()}: 'tools' is not JSON ({error}); correct the record or leave it out"
             ) from error
-    if not isinstance(value, str):
+        except RecursionError:
+            refuse_depth("tools", where)
+    value = rendered(value, "tools", where)
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise UserError(
-            f"{where()}: {key!r} holds {type(value).__name__}, not text; correct the record or leave it out"
+            f"{where()}: 'tools' holds {type(value).__name__}, not a list of objects; make it a list of "
+            "functions"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
-        raise UserError(
-            f"{where()}: {key!r} is not text ({error}); correct the record or leave it out"
-        ) from error
     return value
 
 
 def _messages(value: Any, key: str, where: Callable[[], str]) -> tuple[dict[str, Any], ...]:
     if isinstance(value, Mapping):  # a list of objects, which TFDS keeps as an object of lists
-        columns = {name: _plain(column) for name, column in value.items()}
+        columns = {name: plain(column) for name, column in value.items()}
         if not all(isinstance(column, list) for column in columns.values()):
             raise UserError(
                 f"{where()}: {key!r} holds one object, not a list of messages; put it into a list"
             )
+        if len(lengths := {len(column) for column in columns.values()}) > 1:
+            raise UserError(
+                f"{where()}: {key!r} holds lists of {min(lengths)} to {max(lengths)} values, which give no "
+                "list of messages; correct the record or leave it out"
+            )
         value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, list):
         raise UserError(
             f"{where()}: {key!r} holds {type(value).__name__}, not a list of messages; name the "
@@ -304,18 +299,19 @@ def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any
             f"{where()}: {name} has no 'role', only {listed([*message])}; a message has role and content, or "
             "from and value"
         )
-    spelled = _text(message[keys[0]], f"{name}.{keys[0]}", where)
+    spelled = text_of_value(message[keys[0]], f"{name}.{keys[0]}", where)
     role = spelled if spelled in _ROLES else spelled.lower()
     if role not in _ROLES:
         raise UserError(
-            f"{where()}: {name} is of the unknown role {spelled!r}; rename it to one of {', '.join(_ROLES)}"
+            f"{where()}: {name} is of the unknown role {shown(spelled)}; rename it to one of "
+            f"{', '.join(_ROLES)}"
         )
     role = _ROLES[role] or role
-    content = _plain(message.get(keys[1]))
+    content = plain(message.get(keys[1]))
     if isinstance(content, list):
         content = "".join(_part(part, f"{name}.{keys[1]}[{n}]", where) for n, part in enumerate(content))
     if content is not None:
-        content = _text(content, f"{name}.{keys[1]}", where)
+        content = text_of_value(content, f"{name}.{keys[1]}", where)
     elif keys[1] in message and not message.get("tool_calls"):
         raise UserError(
             f"{where()}: the content of {name} is null, and it calls no tools; give it a text, or leave the "
@@ -327,7 +323,11 @@ def _message(message: Any, name: str, where: Callable[[], str]) -> dict[str, Any
             "tool_calls"
         )
     # Columns give every message all keys, absent ones as None.
-    more = {k: _without_nulls(v) for k, v in message.items() if k not in (*keys, *_WEIGHTS) and v is not None}
+    more = {
+        text_of_value(k, name, where): rendered(v, f"{name}[{shown(k)}]", where)
+        for k, v in message.items()
+        if k not in (*keys, *_WEIGHTS) and v is not None
+    }
     weight = {} if _is_learnt(message, name, where) else {"weight": 0}
     return {"role": role, "content": content, **more, **weight}
 
@@ -337,9 +337,9 @@ def _part(part: Any, name: str, where: Callable[[], str]) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind != "text":
         raise UserError(
-            f"{where()}: {name} is of type {kind!r}, and only 'text' is read; leave such records out"
+            f"{where()}: {name} is of type {shown(kind)}, and only 'text' is read; leave such records out"
         )
-    return _text(part.get("text"), f"{name}.text", where)
+    return text_of_value(part.get("text"), f"{name}.text", where)
 
 
 def _is_learnt(message: Mapping[str, Any], name: str, where: Callable[[], str]) -> bool:
@@ -350,22 +350,7 @@ def _is_learnt(message: Mapping[str, Any], name: str, where: Callable[[], str]) 
             continue
         if not isinstance(value, int | float) or value != 0:
             raise UserError(
-                f"{where()}: {name}.{key} is {value!r}; only 0 and 1 are read, make it one of them"
+                f"{where()}: {name}.{key} is {shown(value)}; only 0 and 1 are read, make it one of them"
             )
         return False
     return True
-
-
-def _without_nulls(value: Any) -> Any:
-    """Plain lists and objects without the keys that hold null, which columns give to every object."""
-    value = _plain(value)
-    if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    """A list where it is a numpy array or a tuple."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return list(value) if isinstance(value, tuple) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,13 +12,15 @@ from pathlib import Path
 from xtoken_jax.data import arithmetic, python_docs
 from xtoken_jax.data.array_record import ArrayRecords
 from xtoken_jax.data.compressed import ENDINGS
+from xtoken_jax.data.csv_files import CsvRows
 from xtoken_jax.data.documents import Documents, Records
 from xtoken_jax.data.find_shape import find_shape
 from xtoken_jax.data.hugging_face import HubRows, is_saved
-from xtoken_jax.data.jsonl import JsonLines
+from xtoken_jax.data.jsonl import JsonObjects
+from xtoken_jax.data.limits import MAX_RATIO, MAX_RECORD, Limits
 from xtoken_jax.data.parquet import ParquetFiles
 from xtoken_jax.data.shapes import Shape, Targets
-from xtoken_jax.data.text_files import TextFiles
+from xtoken_jax.data.text_files import TextFiles, TextLines
 from xtoken_jax.data.tfds import TfdsExamples, is_prepared
 from xtoken_jax.errors import UserError
 
@@ -36,6 +38,8 @@ class SourceKind(Enum):
     auto = "auto"
     jsonl = "jsonl"
     text = "text"
+    lines = "lines"
+    csv = "csv"
     parquet = "parquet"
     array_record = "array_record"
     tfds = "tfds"
@@ -48,14 +52,10 @@ class SourceKind(Enum):
 _FILE_ENDINGS = {
     SourceKind.jsonl: [f"{name}{packed}" for name in (".jsonl", ".ndjson", ".json") for packed in ENDINGS],
     SourceKind.text: [f".txt{packed}" for packed in ENDINGS],
+    SourceKind.lines: [f".txt{packed}" for packed in ENDINGS],
+    SourceKind.csv: [f"{name}{packed}" for name in (".csv", ".tsv") for packed in ENDINGS],
     SourceKind.parquet: [".parquet"],
     SourceKind.array_record: [".array_record", ".arrayrecord"],
-}
-_FILE_RECORDS: dict[SourceKind, Callable[[Sequence[Path]], Records]] = {
-    SourceKind.jsonl: JsonLines,
-    SourceKind.text: TextFiles,
-    SourceKind.parquet: ParquetFiles,
-    SourceKind.array_record: ArrayRecords,
 }
 _GENERATED = (SourceKind.python_docs, SourceKind.python_docstrings, SourceKind.arithmetic)
 
@@ -65,11 +65,12 @@ class SourceConfig:
     """One source of documents.
 
     Attributes:
-        kind: jsonl (one JSON object a line), text (a file is a document), parquet, array_record (records of
-            JSON objects or of text), tfds (TensorFlow Datasets, without TensorFlow), hub (Hugging Face
-            datasets), python_docs (bundled: the topics of Python 3.11's `help()`), python_docstrings (its
-            standard library's), arithmetic (generated remainders); auto tells files by their endings, and the
-            folders of tfds and hub by what is in them. jsonl and text may be compressed: .gz, .zst.
+        kind: jsonl (one JSON object a line, or a list of objects), csv, text (a file is a document), lines (a
+            line of a text file is one), parquet, array_record (records of JSON objects or of text), tfds
+            (TensorFlow Datasets, without TensorFlow), hub (Hugging Face datasets), python_docs (bundled: the
+            topics of Python 3.11's `help()`), python_docstrings (its standard library's), arithmetic
+            (generated remainders); auto tells files by their endings, and the folders of tfds and hub by what
+            is in them. jsonl, csv, text and lines may be compressed: .gz, .zst, .bz2, .xz.
         path: a file, a folder, or a pattern such as data/**/*.jsonl.zst, read in the order of their names;
             for tfds a name such as wikipedia/20230601.en or a prepared folder; for hub org/name or
             org/name@revision, or a folder that `save_to_disk` wrote.
@@ -77,7 +78,9 @@ class SourceConfig:
         data_dir: where the datasets of TFDS lie; null for its default.
         split: of tfds and hub in their own syntax, such as train[:10%]; "train" or "validation" of what is
             generated. Files have none.
-        field: the key that holds a text.
+        records: the key of the list of records, for JSON files that are one object which holds it.
+        delimiter: the character between the fields of a csv file; null for a comma, or a tab in .tsv files.
+        field: the key that holds a text, or the column.
         prompt, completion: the keys of an exchange; one of them named, the other is that of its own name.
             Texts continue one another as they stand; lists of messages are a conversation whose targets are
             the completion's.
@@ -103,6 +106,9 @@ class SourceConfig:
         seed: for arithmetic.
         weight: share of the training tokens that come from here, relative to the other sources'; the
             documents then repeat at their own pace. null: all documents of all sources equally often.
+        max_record: size of the largest record in MiB; a larger one ends the run.
+        max_ratio: decompressed bytes that every compressed byte of a file may become, after a first
+            max_record; against files that were made to fill memory or disk.
     """
 
     kind: SourceKind = SourceKind.auto
@@ -110,6 +116,8 @@ class SourceConfig:
     subset: str | None = None
     data_dir: str | None = None
     split: str = "train"
+    records: str | None = None
+    delimiter: str | None = None
     field: str | None = None
     prompt: str | None = None
     completion: str | None = None
@@ -124,6 +132,8 @@ class SourceConfig:
     wrong_share: float = 0.0
     seed: int = 0
     weight: float | None = None
+    max_record: int = MAX_RECORD
+    max_ratio: float = MAX_RATIO
 
     def validate(self, where: str) -> None:
         """Raise UserError for values that make no sense; `where` names the config key."""
@@ -141,10 +151,32 @@ class SourceConfig:
             raise UserError(f"{where}.split: name a split, such as train")
         for key, kind in (("subset", SourceKind.hub), ("data_dir", SourceKind.tfds)):
             if getattr(self, key) is not None and self.kind is not kind:
-                raise UserError(f"{where}.{key}: only for kind={kind.value}, here it is {self.kind.value}")
+                raise UserError(
+                    f"{where}.{key}: only for kind={kind.value}, here it is {self.kind.value}; leave it out, "
+                    f"or set kind={kind.value}"
+                )
+        for key, kind in (("records", SourceKind.jsonl), ("delimiter", SourceKind.csv)):
+            if getattr(self, key) is not None and self.kind not in (SourceKind.auto, kind):
+                raise UserError(
+                    f"{where}.{key}: only for files of kind {kind.value}, here it is {self.kind.value}; "
+                    "leave it out"
+                )
+        if self.delimiter is not None and (
+            len(self.delimiter) != 1 or not self.delimiter.isascii() or self.delimiter in '"\r\n'
+        ):
+            raise UserError(
+                f"{where}.delimiter={self.delimiter!r}: must be one ASCII character, such as ';'; a tab is "
+                "what files that end in .tsv have by default"
+            )
+        if self.max_record < 1:
+            raise UserError(f"{where}.max_record={self.max_record}: must be at least 1 (MiB)")
+        if not self.max_ratio >= 1:
+            raise UserError(f"{where}.max_ratio={self.max_ratio:g}: must be at least 1")
         shapes = [bool(self.field), bool(self.prompt or self.completion), bool(self.messages)]
         if sum(shapes) > 1:
-            raise UserError(f"{where}: name field, prompt and completion, or messages, one of the three")
+            raise UserError(
+                f"{where}: names keys of several layouts; keep field, or prompt and completion, or messages"
+            )
         if not 0 <= self.wrong_share <= 1:
             raise UserError(f"{where}.wrong_share={self.wrong_share}: must be between 0 and 1")
         if self.limit is not None and self.limit < 1:
@@ -171,7 +203,7 @@ def read_documents(config: SourceConfig) -> Documents:
     name = config.path or config.kind.value
     records = _records(config)
     if not len(records):
-        raise UserError(f"{name}: holds no text")
+        raise UserError(f"{name}: holds no text; name other data, or leave the source out")
     asked = Shape(
         config.field,
         config.prompt,
@@ -212,7 +244,26 @@ def _records(config: SourceConfig) -> Records:
     if config.split != "train":
         raise UserError(f"{path}: files have no splits, and split={config.split}; leave it out")
     paths, kind = _files(path, kind)
-    return _FILE_RECORDS[kind](paths)
+    return _read_files(paths, kind, config)
+
+
+def _read_files(paths: Sequence[Path], kind: SourceKind, config: SourceConfig) -> Records:
+    limits = Limits(config.max_record, config.max_ratio)
+    for key, fitting in (("records", SourceKind.jsonl), ("delimiter", SourceKind.csv)):
+        if getattr(config, key) is not None and kind is not fitting:
+            raise UserError(
+                f"{config.path}: {key}={getattr(config, key)} is for files of kind {fitting.value}, and it "
+                f"holds {kind.value}; leave it out"
+            )
+    if kind is SourceKind.jsonl:
+        return JsonObjects(paths, limits, records=config.records)
+    if kind is SourceKind.csv:
+        return CsvRows(paths, limits, delimiter=config.delimiter)
+    if kind is SourceKind.array_record:
+        return ArrayRecords(paths)
+    if kind is SourceKind.parquet:
+        return ParquetFiles(paths, limits)
+    return TextLines(paths, limits) if kind is SourceKind.lines else TextFiles(paths, limits)
 
 
 def _settled(config: SourceConfig) -> SourceKind:
@@ -238,7 +289,7 @@ class _Generated:
     def keys(self) -> None:
         """A text has none."""
 
-    def read(self, number: int, keys: Sequence[str]) -> str:
+    def read(self, number: int, keys: Sequence[str], optional: Sequence[str] = ()) -> str:
         """One of them."""
         return self._texts[number]
 
@@ -268,20 +319,23 @@ def _files(path: str, kind: SourceKind) -> tuple[list[Path], SourceKind]:
         found = sorted(f for f in place.rglob("*") if f.is_file())
         files = [f for f in found if not any(p.startswith(".") for p in f.relative_to(place).parts)]
         known = [k for k in _FILE_ENDINGS if kind in (k, SourceKind.auto)]
-        files = [f for f in files if kind_of(f) in known]
+        files = [f for f in files if any(_ends_as(f, k) for k in known)]
         if not files:
-            endings = [ending for k in known for ending in _FILE_ENDINGS[k]]
-            raise UserError(f"{path}: holds no file that ends in {', '.join(endings)}")
+            endings = dict.fromkeys(e for k in known for e in _FILE_ENDINGS[k] if not e.endswith(ENDINGS[1:]))
+            raise UserError(
+                f"{path}: holds no file that ends in {', '.join(endings)}; name files of another ending by a "
+                "pattern, with kind="
+            )
     elif glob.has_magic(path):
         files = sorted(Path(f) for f in glob.glob(str(place), recursive=True) if Path(f).is_file())
         if not files:
-            raise UserError(f"{path}: no file matches this pattern")
+            raise UserError(f"{path}: no file matches this pattern; ** stands for folders of any depth")
     else:
         what = "data" if kind is SourceKind.auto else f"{kind.value} data"
         hint = (
             "; a dataset of the hub or of TFDS needs kind=hub or kind=tfds" if kind is SourceKind.auto else ""
         )
-        raise UserError(f"{path}: no such file or folder of {what}{hint}")
+        raise UserError(f"{path}: no such file or folder of {what}; correct the path{hint}")
     if kind is not SourceKind.auto:
         return files, kind
     kinds = dict.fromkeys(kind_of(f) for f in files)
@@ -299,9 +353,10 @@ def _files(path: str, kind: SourceKind) -> tuple[list[Path], SourceKind]:
 
 def kind_of(path: Path) -> SourceKind | None:
     """What a file holds by its ending, behind which TFDS puts the number of a shard; None for others."""
-    for kind, endings in _FILE_ENDINGS.items():
-        if path.name.lower().endswith(tuple(endings)) or (
-            kind is SourceKind.array_record and f"{endings[0]}-" in path.name
-        ):
-            return kind
-    return None
+    return next((kind for kind in _FILE_ENDINGS if _ends_as(path, kind)), None)
+
+
+def _ends_as(path: Path, kind: SourceKind) -> bool:
+    endings = _FILE_ENDINGS[kind]
+    shard = kind is SourceKind.array_record and f"{endings[0]}-" in path.name
+    return shard or path.name.lower().endswith(tuple(endings))

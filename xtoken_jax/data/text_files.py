@@ -1,4 +1,4 @@
-"""Plain text: a file is a document."""
+"""Plain text: a file is a document, or each of its lines."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 
 from xtoken_jax.data.compressed import decompressed, is_compressed
 from xtoken_jax.data.data_file import DataFile, fingerprint
-from xtoken_jax.errors import UserError
+from xtoken_jax.data.encodings import check_text, decoded
+from xtoken_jax.data.limits import Limits
+from xtoken_jax.data.record_files import RecordFiles, line_offsets
 
 
 class TextFiles:
     """Texts in files of their own, read and decompressed when they are asked for."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], limits: Limits) -> None:
         """Look that they are there."""
         self._files = [DataFile(path) for path in paths]
+        self._limits = limits
 
     def __len__(self) -> int:
         return len(self._files)
@@ -24,14 +27,24 @@ class TextFiles:
     def keys(self) -> None:
         """A text has none."""
 
-    def read(self, number: int, keys: Sequence[str]) -> str:
+    def read(self, number: int, keys: Sequence[str], optional: Sequence[str] = ()) -> str:
         """The text of a file, without its byte-order mark."""
         file = self._files[number]
-        raw = b"".join(decompressed(file)) if is_compressed(file.path) else file.read()
-        try:
-            return raw.removeprefix(codecs.BOM_UTF8).decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file.path}: cannot be read as UTF-8 text ({error})") from error
+        if is_compressed(file.path):
+            raw = self._decompressed(file)
+        else:
+            self._limits.check_record(file.size, lambda: str(file.path))
+            raw = file.read()
+        check_text(raw[:8], str(file.path))
+        return decoded(raw.removeprefix(codecs.BOM_UTF8), lambda: str(file.path))
+
+    def _decompressed(self, file: DataFile) -> bytes:
+        pieces, size = [], 0
+        for piece in decompressed(file):
+            size += len(piece)
+            self._limits.check_record(size, lambda: str(file.path))
+            pieces.append(piece)
+        return b"".join(pieces)
 
     def where(self, number: int) -> str:
         """The file."""
@@ -40,3 +53,24 @@ class TextFiles:
     def fingerprint(self, keys: Sequence[str]) -> str:
         """Of the files as they lie on disk."""
         return fingerprint(self._files)
+
+
+class TextLines(RecordFiles):
+    """The lines of text files, each a document; lines of blanks are none.
+
+    A line ends with a line feed, or with a carriage return and a line feed.
+    """
+
+    def __init__(self, paths: Sequence[Path], limits: Limits) -> None:
+        """Find the lines of all files."""
+        super().__init__(paths, limits, line_offsets, "lines")
+
+    def keys(self) -> None:
+        """A text has none."""
+
+    def read(self, number: int, keys: Sequence[str], optional: Sequence[str] = ()) -> str:
+        """A line without its end."""
+        line = self.content(number).split(b"\n", 1)[0].removesuffix(b"\r")
+        if self.place(number)[1] == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        return decoded(line, lambda: self.where(number))
