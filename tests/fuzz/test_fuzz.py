@@ -18,7 +18,6 @@ CASES = 25  # of each parser
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
 
-@pytest.mark.xfail(reason="readers are being mended")
 def test_no_case_of_a_small_budget_is_bad():
     """In another process, where no test has started threads of XLA before the forks."""
     command = [sys.executable, str(RUN), "--cases", str(CASES), "--seed", "2026", "--json"]

@@ -153,3 +153,24 @@ def test_a_setting_that_decides_on_bos_is_in_the_fingerprint(tmp_path):
     assert not without[0]
     assert without[1] != by_itself[1]
     assert without[2] == by_itself[2]  # the same vocabulary
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_hidden_layers": 10**8}, {"text_config": {"n_layers": 10**30}}, "["]
+)
+def test_a_config_out_of_proportion_is_not_given_to_transformers(tmp_path, monkeypatch, settings):
+    """It makes a list with an entry for each layer."""
+
+    def fail(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("xtoken_jax.tokens.auto_tokenizer._difference", fail)
+    trained.save(tmp_path, *trained.single_digits())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": 2}))
+    with pytest.raises(AssertionError):
+        Tokenizer.load(tmp_path)
+    path.write_text(
+        settings if isinstance(settings, str) else json.dumps({"model_type": "qwen2", **settings})
+    )
+    assert Tokenizer.load(tmp_path).warning is None

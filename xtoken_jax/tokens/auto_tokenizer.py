@@ -26,6 +26,7 @@ _PROBES = [
     " leading, trailing and  double  blanks ",
     "HELLO World camelCase snake_case https://example.org/a?b=c&d=1.5e-3 <b>&amp;</b>",
 ]
+_MOST_LAYERS = 10_000
 
 
 def compare_auto_tokenizer(
@@ -49,6 +50,8 @@ def compare_auto_tokenizer(
     named, model = config.get("tokenizer_class"), folder / "config.json"
     if named is None and not model.is_file():
         return None  # nothing to rebuild from
+    if model.is_file() and not _in_proportion(model):
+        return None  # loading the model says what is wrong
     settings = json.dumps(config, sort_keys=True).encode() + (model.read_bytes() if model.is_file() else b"")
     key = hashlib.sha256(f"{fingerprint} {version} ".encode() + settings).hexdigest()
     kept = cache_folder() / "auto_tokenizer" / f"{key}.json"
@@ -65,6 +68,17 @@ def compare_auto_tokenizer(
     except OSError:
         pass  # compared again next time
     return difference
+
+
+def _in_proportion(path: Path) -> bool:
+    """Whether transformers can read a config.json: it makes lists of as many entries as there are layers."""
+    try:
+        content = read_json(path, what="the settings of a model")
+    except UserError:
+        return False
+    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
+    counts = (value for part in parts for key, value in part.items() if "layer" in key)
+    return not any(isinstance(value, int) and value > _MOST_LAYERS for value in counts)
 
 
 @contextlib.contextmanager
