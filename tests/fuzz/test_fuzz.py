@@ -32,8 +32,8 @@ def _refused():
     raise UserError("a/b.json: not a model; get it again")
 
 
-def _two_lines():
-    raise UserError("a\nb")
+def _control_characters():
+    raise UserError("a\x1b[2Jb")
 
 
 def _fault():
@@ -51,10 +51,11 @@ def _noise():
 READERS = [
     ("ok", lambda: None),
     ("refused", _refused),
-    ("message", _two_lines),
+    ("message", _control_characters),
     ("traceback", _fault),
     ("traceback", _panic),
     ("hang", lambda: time.sleep(60)),
+    ("hang", lambda: all(iter(lambda: 1, 0))),
     ("memory", lambda: bytearray(1 << 30)),
     ("crash", os.abort),
     ("crash", lambda: ctypes.string_at(0)),
@@ -71,7 +72,7 @@ def test_each_verdict_is_given(tmp_path):
         "from fuzz.test_fuzz import READERS\n"
         "for number, (verdict, read) in enumerate(READERS):\n"
         f"    output = Path({str(tmp_path)!r}) / str(number)\n"
-        "    outcome = run_child(read, output, seconds=2, memory=1 << 29)\n"
+        "    outcome = run_child(read, output, seconds=1, memory=1 << 29)\n"
         "    assert outcome.verdict == verdict, (number, outcome)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

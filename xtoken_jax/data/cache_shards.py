@@ -192,7 +192,7 @@ _TABLES = {
 
 
 def _misshapen(tables: Sequence[np.ndarray], content: list[int]) -> str | None:
-    """What makes these no tables of a shard with so much content; None if nothing does."""
+    """Return why these cannot be the tables of a shard with so much content, None if they can."""
     count = len(tables[0]) if tables[0].ndim else 0
     shapes = (count, 3), (count,), (count,), (count,), (count + 1,)
     for (name, dtype), table, shape in zip(_TABLES.items(), tables, shapes, strict=True):

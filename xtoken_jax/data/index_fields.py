@@ -109,7 +109,7 @@ def check_index(content: dict[str, Any], path: Path) -> None:
 
 
 def _disagreement(content: dict[str, Any]) -> str | None:
-    """What does not fit, None where all does."""
+    """Return how two values of an index contradict each other, None if none do."""
     keep, shards, size, width = (content[name] for name in ("keep", "shards", "size", "width"))
     everything = keep["top_k"] is None and keep["top_p"] == 1
     most = size if keep["top_k"] is None else min(keep["top_k"], size)

@@ -71,7 +71,7 @@ def compare_auto_tokenizer(
 
 
 def _in_proportion(path: Path) -> bool:
-    """Whether transformers can read a config.json: it makes lists of as many entries as there are layers."""
+    """Return False for a config.json with too many layers; transformers makes a list of them."""
     try:
         content = read_json(path, what="the settings of a model")
     except UserError:
