@@ -27,4 +27,5 @@ def is_panic(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of what a library's error says that is not blank, or else its type; 200 characters."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:201])
     return line if len(line) <= 200 else line[:197] + "..."

@@ -116,6 +116,14 @@ def test_a_copy_that_is_being_written_is_no_leftover(cache, tmp_path):
     assert keep(first, ".jsonl", write).read_bytes() == b"a"
 
 
+def test_offsets_of_an_earlier_version_go(cache, tmp_path):
+    cache.mkdir(parents=True)
+    old = cache / f"a-{'0' * 16}.lines.npy"
+    old.write_bytes(b"x")
+    assert [(copy.path, copy.state.name) for copy in clear()] == [(old, "outdated")]
+    assert not old.exists()
+
+
 def test_long_names_have_copies(cache, tmp_path):
     name = "文" * 70 + ".jsonl.gz"
     assert len(read(tmp_path / name, LINES)) == 2

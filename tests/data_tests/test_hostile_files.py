@@ -251,8 +251,8 @@ def test_the_digest_is_also_that_of_how_records_are_read(tmp_path):
     assert len(set(digests)) == len(options)
     assert digests[0].endswith(read(path, field="text").digest[-16:])
     lists = tmp_path / "b.json"
-    lists.write_text('{"one": [{"text": "a"}], "two": [{"text": "b"}]}')
-    assert read(lists, records="one").digest != read(lists, records="two").digest
+    lists.write_text('{"examples_1": [{"text": "a"}], "examples_2": [{"text": "b"}]}')
+    assert read(lists, records="examples_1").digest != read(lists, records="examples_2").digest
     rows = tmp_path / "c.csv"
     rows.write_text("a;text,a\nb;c,d\n")
     assert read(rows, delimiter=";", field="a").digest != read(rows, delimiter=",", field="a").digest

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before the libraries are imported: no thread may run when a case is forked.
@@ -22,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fuzz.frame import BAD, GOOD, Outcome, Parser, Tally, fuzz, intact_folders, run_case, spoiled_copy
 
 # Each has a list PARSERS.
-MODULES = ("model_files", "tokenizer_files", "cache_files")
+MODULES = ("model_files", "tokenizer_files", "cache_files", "data_files")
 
 
-def all_parsers() -> list[Parser]:
+def all_parsers(modules: Sequence[str] = MODULES) -> list[Parser]:
     """Import the modules, and return their parsers."""
-    return [parser for name in MODULES for parser in importlib.import_module(f"fuzz.{name}").PARSERS]
+    return [parser for name in modules for parser in importlib.import_module(f"fuzz.{name}").PARSERS]
 
 
 def table(tallies: dict[str, Tally]) -> str:
@@ -54,12 +55,13 @@ def main() -> int:
     options.add_argument("--cases", type=int, default=100, help="of each parser")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--minutes", type=float, help="end after this time")
+    options.add_argument("--modules", nargs="*", default=MODULES, help="those with the parsers")
     options.add_argument("--only", nargs="*", help="names of parsers")
     options.add_argument("--case", type=int, help="run this case alone")
     options.add_argument("--keep", type=Path, help="with --case: leave its files in this new folder")
     options.add_argument("--json", action="store_true", help="print the counts and the bad cases as JSON")
     words = options.parse_args()
-    parsers = [p for p in all_parsers() if words.only is None or p.name in words.only]
+    parsers = [p for p in all_parsers(words.modules) if words.only is None or p.name in words.only]
     if words.case is not None:
         with intact_folders(parsers) as folders:
             for parser in parsers:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no for
 def test_no_case_of_a_small_budget_is_bad():
     """In another process, where no test has started threads of XLA before the forks."""
     command = [sys.executable, str(RUN), "--cases", str(CASES), "--seed", "2026", "--json"]
+    command += ["--modules", "model_files", "tokenizer_files", "cache_files"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode in (0, 1), run.stderr
     found = json.loads(run.stdout)

@@ -22,6 +22,7 @@ NOTE = ".source"  # behind a copy's name: a file with the path of what it was ma
 _COPY = re.compile(
     r".*-([0-9a-f]{16})(\.jsonl|\.lines\.npy|-[0-9a-f]{8}\.offsets\.npy|-[0-9a-f]{8}\.parquet)", re.DOTALL
 )
+_OUTDATED = ".lines.npy"
 _PART = re.compile(rf"\.{_COPY.pattern}(?:\.source)?\.\w{{8}}", re.DOTALL)
 _STEM = 40  # characters of the source's name that the copy's name begins with; names end at 255 bytes
 
@@ -33,6 +34,7 @@ class State(Enum):
     changed = "changed since"
     gone = "gone"
     unfinished = "left by a run that was killed"
+    outdated = "of an earlier version of xtoken"
     unknown = "not known"
 
 
@@ -57,7 +59,7 @@ class Copy:
     @property
     def useless(self) -> bool:
         """Whether no run will read it again."""
-        return self.state in (State.changed, State.gone, State.unfinished)
+        return self.state in (State.changed, State.gone, State.unfinished, State.outdated)
 
 
 def keep(file: DataFile, name: str, write: Callable[[BinaryIO], object]) -> Path:
@@ -197,6 +199,8 @@ def _read(path: Path) -> Copy | None:
     whole = _COPY.fullmatch(path.name)
     if not whole:
         return None
+    if whole[2] == _OUTDATED:
+        return Copy(path, about.st_size, age, None, State.outdated)
     try:
         source = Path(os.fsdecode(path.with_name(path.name + NOTE).read_bytes()))
     except OSError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 
 from xtoken_jax.data.data_file import DataFile
 from xtoken_jax.data.encodings import decoded
-from xtoken_jax.data.layouts import listed
+from xtoken_jax.data.layouts import listed, shown
 from xtoken_jax.data.limits import Limits
 from xtoken_jax.data.record_files import PIECE, RecordFiles, line_number
 from xtoken_jax.errors import UserError, first_line
@@ -49,16 +51,14 @@ class CsvRows(RecordFiles):
         if not raw:
             raise UserError(f"{name}: empty; its first row must name the columns")
         header = _fields(raw, self._delimiters[place], lambda: name)
-        if twice := next((column for column in header if header.count(column) > 1), None):
-            raise UserError(f"{name}: two columns are named {twice!r}; rename one in the first row")
-        if (
-            len(header) == 1
-            and self._delimiters[place] == ","
-            and (header[0].count(";") or "\t" in header[0])
-        ):
-            given = ";" if ";" in header[0] else "\\t"
+        if len(set(header)) < len(header):
+            twice = shown(Counter(header).most_common(1)[0][0])
+            raise UserError(f"{name}: several columns are named {twice}; rename them in the first row")
+        other = next((d for d in ";\t|" if d in header[0]), None)
+        if len(header) == 1 and other is not None:
+            setting = "tab" if other == "\t" else f"'{other}'"
             raise UserError(
-                f"{name}: its first row names one column, {header[0][:60]!r}; perhaps delimiter='{given}'"
+                f"{name}: its first row names one column, {shown(header[0])}; perhaps delimiter={setting}"
             )
         return header
 
@@ -85,7 +85,9 @@ class CsvRows(RecordFiles):
     def fingerprint(self, keys: Sequence[str]) -> str:
         """Of the files as they lie on disk, and of the delimiter where it is chosen."""
         found = super().fingerprint(keys)
-        return found if self._chosen is None else f"{found[:8]}.{ord(self._chosen):x}"
+        if self._chosen is None:
+            return found
+        return hashlib.sha256(f"{found} delimiter {self._chosen}".encode()).hexdigest()
 
 
 def _delimiter(name: str, chosen: str | None) -> str:

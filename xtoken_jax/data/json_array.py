@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from xtoken_jax.data.data_file import DataFile
+from xtoken_jax.data.layouts import listed
 from xtoken_jax.data.record_files import PIECE, solid_start
 from xtoken_jax.errors import UserError
 
@@ -20,13 +21,18 @@ _STEP = np.zeros(256, np.int8)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _MEMBER = re.compile(rb'[ \t\n\r]*("(?:[^"\\]|\\.)*+")[ \t\n\r]*:[ \t\n\r]*(.)', re.DOTALL)
 _KEY_BYTES = 1 << 12  # the longest key that is looked for
+_HEAD = 1 << 12  # bytes that most often tell how a file begins
 _MEMBERS = 10_000  # of the object that holds the list
 
 
 def first_byte(file: DataFile) -> tuple[int, bytes]:
     """Where a file's content begins, behind blanks and a byte-order mark, and its first byte."""
-    mark = len(codecs.BOM_UTF8) if file.read(0, min(3, file.size)) == codecs.BOM_UTF8 else 0
-    start = solid_start(file, mark, file.size)
+    head = file.read(0, min(_HEAD, file.size))
+    if head.lstrip()[:1] in (b"{", b"["):
+        start: int | None = len(head) - len(head.lstrip())
+    else:
+        mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+        start = solid_start(file, mark, file.size)
     return (file.size, b"") if start is None else (start, file.read(start, start + 1))
 
 
@@ -78,9 +84,9 @@ def _list_start(file: DataFile, offsets: np.ndarray, name: str, key: str) -> int
             raise UserError(f"{name}: has two keys {key!r}; keep one")
         starts[spelled] = before + 1 + member.start(2)
     if key not in starts:
-        there = ", ".join(map(repr, [*starts][:12])) or "none"
         raise UserError(
-            f"{name}: no key {key!r} in its object, which has {there}; name the list with records="
+            f"{name}: no key {key!r} in its object, which has {listed([*starts])}; name the list with "
+            "records="
         )
     start = starts[key]
     if file.read(start, start + 1) != b"[":

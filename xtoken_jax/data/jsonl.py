@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,9 @@ class JsonObjects(RecordFiles):
     def fingerprint(self, keys: Sequence[str]) -> str:
         """Of the files as they lie on disk, and of the key of the list."""
         found = super().fingerprint(keys)
-        return found if self._records is None else f"{found[:8]}.{self._records}"
+        if self._records is None:
+            return found
+        return hashlib.sha256(f"{found} records {self._records}".encode()).hexdigest()
 
 
 def _offsets(file: DataFile, name: str, *, key: str | None) -> np.ndarray:

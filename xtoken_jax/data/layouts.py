@@ -21,6 +21,7 @@ _COMPLETIONS = (
     "completion", "answer", "response", "output", "solution", "generation", "targets", "target", "chosen",
 )  # fmt: skip
 _TEXTS = ("content", "contents", "body", "document", "article", "story", "code", "raw_content", "raw_text")
+_RECORDS = ("data", "records", "examples", "instances", "rows", "items", "train")
 _SHOWN = 12  # keys that an error lists
 _LONGEST = 60  # characters of a key or value in an error
 
@@ -51,4 +52,6 @@ def hint(keys: Sequence[str]) -> str:
         return f"; perhaps prompt={prompt} completion={completion}"
     if text:
         return f"; perhaps field={text}"
+    if records := next((key for key in _RECORDS if key in keys), None):
+        return f"; if {records!r} is the list of all records of a JSON file, records={records}"
     return ""

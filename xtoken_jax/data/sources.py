@@ -57,6 +57,7 @@ _FILE_ENDINGS = {
     SourceKind.parquet: [".parquet"],
     SourceKind.array_record: [".array_record", ".arrayrecord"],
 }
+_TABS = {"tab": "\t", r"\t": "\t"}
 _GENERATED = (SourceKind.python_docs, SourceKind.python_docstrings, SourceKind.arithmetic)
 
 
@@ -79,7 +80,8 @@ class SourceConfig:
         split: of tfds and hub in their own syntax, such as train[:10%]; "train" or "validation" of what is
             generated. Files have none.
         records: the key of the list of records, for JSON files that are one object which holds it.
-        delimiter: the character between the fields of a csv file; null for a comma, or a tab in .tsv files.
+        delimiter: the character between the fields of a csv file, or "tab"; null for a comma, or a tab in
+            .tsv files.
         field: the key that holds a text, or the column.
         prompt, completion: the keys of an exchange; one of them named, the other is that of its own name.
             Texts continue one another as they stand; lists of messages are a conversation whose targets are
@@ -162,11 +164,12 @@ class SourceConfig:
                     "leave it out"
                 )
         if self.delimiter is not None and (
-            len(self.delimiter) != 1 or not self.delimiter.isascii() or self.delimiter in '"\r\n'
+            len(_TABS.get(self.delimiter, self.delimiter)) != 1
+            or not self.delimiter.isascii()
+            or self.delimiter in '"\r\n'
         ):
             raise UserError(
-                f"{where}.delimiter={self.delimiter!r}: must be one ASCII character, such as ';'; a tab is "
-                "what files that end in .tsv have by default"
+                f"{where}.delimiter={self.delimiter!r}: must be one ASCII character, such as ';', or tab"
             )
         if self.max_record < 1:
             raise UserError(f"{where}.max_record={self.max_record}: must be at least 1 (MiB)")
@@ -258,7 +261,8 @@ def _read_files(paths: Sequence[Path], kind: SourceKind, config: SourceConfig) -
     if kind is SourceKind.jsonl:
         return JsonObjects(paths, limits, records=config.records)
     if kind is SourceKind.csv:
-        return CsvRows(paths, limits, delimiter=config.delimiter)
+        delimiter = config.delimiter
+        return CsvRows(paths, limits, delimiter=delimiter and _TABS.get(delimiter, delimiter))
     if kind is SourceKind.array_record:
         return ArrayRecords(paths)
     if kind is SourceKind.parquet:
