@@ -226,6 +226,14 @@ def test_several_conversations_at_once():
         ([{"content": "a"}], "message 0: not an object with a 'role'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 0: its content is no text"),
         (["a"], "message 0: not an object"),
+        (
+            [{"role": "assistant", "content": "a", "reasoning": ["b"]}],
+            "message 0: its 'reasoning' is no text",
+        ),
+        (
+            [{"role": "assistant", "content": "a", "tool_calls": ["b"]}],
+            "message 0: a tool call without the name",
+        ),
     ],
 )
 def test_conversations_that_are_none(conversation, message):
@@ -252,3 +260,61 @@ def test_templates_that_cannot_be_used():
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="targets='user'"):
         align_chats(pair, [conversation], targets="user")
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        ("{% for m in messages[-2:] %}{{ m.content }}{% endfor %}", "system"),
+        ("{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}", "user"),
+        ("{{ messages[2].content }}{{ messages[0].content }}{{ messages[1].content }}", "system"),
+    ],
+)
+def test_a_template_that_leaves_out_or_moves_a_message_is_refused(template, role):
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "dogs ran"},
+    ]
+    with pytest.raises(UserError, match=f"leaves out or moves message ., of the role '{role}'"):
+        align_chats(chat_pair(), [chat], teacher_template=template)
+
+
+def test_a_first_word_is_distilled_where_both_templates_join_it_with_the_same_blank():
+    pair = chat_pair()
+    blank = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    none = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "the cat sat"}]
+    for teacher, distilled in ((blank, b" the cat sat"), (none, b" cat sat")):
+        (row,) = align_chats(pair, [chat], student_template=blank, teacher_template=teacher)
+        valid = collate([row], 64, 64).valid[0]
+        inside = [i for i, c in enumerate(row.student.chunks.tolist()) if c >= 0 and valid[c]]
+        assert pieces(pair.student, row.student, inside) == distilled
+        # It is a target of the cross-entropy in either case.
+        assert pieces(pair.student, row.student, row.student.targets) == b" the cat sat"
+
+
+def test_names_and_arguments_of_calls_are_distilled():
+    pair = chat_pair()
+    qwen = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
+        '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</tool_call>'
+        "{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    deepseek = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}call "
+        "{{ c.function.name + '\n' + c.function.arguments + '\n' }}{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    for arguments in ({"place": "the cat", "n": 201}, '{"place": "the cat", "n": 201}'):
+        call = {"type": "function", "function": {"name": "find_it", "arguments": arguments}}
+        chat = [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        (row,) = align_chats(pair, [chat], student_template=qwen, teacher_template=deepseek)
+        valid = collate([row], 128, 128).valid[0]
+        inside = [i for i, c in enumerate(row.student.chunks.tolist()) if c >= 0 and valid[c]]
+        distilled = pieces(pair.student, row.student, inside)
+        assert b"find_it" in distilled
+        assert b'place": "the cat", "n": 201' in distilled
+        assert b"arguments" not in distilled

@@ -4,10 +4,16 @@ The second part of each kind is what the model has to write. The expected target
 bytes of the tokens, not from how the package locates a turn.
 """
 
+import functools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from alignment.chat_kinds import KINDS as FAMILIES
+from alignment.test_chat_kinds import chats, check_chat
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from real_tokenizers import NAMES, load
 
 from xtoken_jax.alignment.chat import align_chats
@@ -102,6 +108,24 @@ def test_targets_are_the_tokens_with_a_byte_that_the_model_writes(name, kind):
             at += len(content)
         assert at == len(raw)
         assert row.student.targets.tolist() == wanted, title
+
+
+@functools.cache
+def with_template(name, family):
+    """A tokenizer with its own template, or with a family's, whose markers are text to most tokenizers."""
+    tokenizer = load(name)
+    return tokenizer if family is None else replace(tokenizer, chat_template=FAMILIES[family].template)
+
+
+OWN = [(name, None) for name in ("qwen3", "smollm2", "llama3_1", "gemma3", "deepseek_v3")]
+OTHERS = [(name, family) for name in NAMES if name not in ("bert", "claude") for family in FAMILIES]
+SIDES = st.one_of(st.sampled_from(OWN), st.sampled_from(OTHERS))
+
+
+@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+@given(SIDES, SIDES, chats())
+def test_any_conversation(student, teacher, chat):
+    check_chat(TokenizerPair(with_template(*student), with_template(*teacher)), chat)
 
 
 ASK = {"role": "user", "content": "Weather in Paris?"}

@@ -31,10 +31,13 @@ def align_chats(
 ) -> list[Spans]:
     """Render, encode and align conversations.
 
-    The contents of the messages are aligned; a template's markup is in no chunk. What a message
-    says is text, also where it spells a special token. A content that one side's template
-    leaves out (the thinking of earlier turns) is in no chunk on the other. `{% generation %}`
-    blocks of a template, where it has them, decide what the targets are.
+    The contents of the messages, and the names and JSON arguments of calls, are aligned where both
+    templates write the same bytes; a template's markup, the end of a turn included, is in no chunk. A
+    token that joins a content with the template is in a chunk where both sides join it with the same
+    bytes. What a message says is text, also where it spells a special token. A content that one side's
+    template leaves out (the thinking of earlier turns) is in no chunk on the other. `{% generation %}`
+    blocks of a template, where it has them, decide what the targets are; else an assistant's turn begins
+    after the template's generation prompt and ends with the marker after its content or calls.
 
     Args:
         pair: student's and teacher's tokenizer.
@@ -50,8 +53,9 @@ def align_chats(
         One Spans a conversation. BOS is what the template makes of it; nothing is added.
 
     Raises:
-        UserError: no chat template; a template that refuses the conversation, changes a message
-            beyond recognition or leaves out tools, a tool call or the last reasoning;
+        UserError: no chat template; a template that refuses the conversation, exceeds the limits of a
+            rendering, changes a message beyond recognition or leaves out tools, a message, a tool call or
+            the last reasoning;
             a message without role; a content that is no text.
 
     Example:

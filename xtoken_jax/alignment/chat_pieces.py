@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from xtoken_jax.alignment.render import Conversation, reasoning_key, render
+from xtoken_jax.alignment.render import REASONING, Conversation, reasoning_key, render
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
@@ -63,7 +63,8 @@ def pieces_of(conversation: Conversation, place: int, where: Callable[[int], str
     """The pieces of all messages, in order: reasoning, content, then name and arguments of each call.
 
     Raises:
-        UserError: a message without role, a content that is no text, a call without a function's name.
+        UserError: a message without role, a content or reasoning that is no text, a call without a
+            function's name.
     """
     pieces = []
     for m, message in enumerate(conversation):
@@ -74,8 +75,11 @@ def pieces_of(conversation: Conversation, place: int, where: Callable[[int], str
         content = message.get("content")
         if content is not None and not isinstance(content, str):
             raise UserError(f"{where(place)}, message {m}: its content is no text ({content!r:.80})")
-        key = reasoning_key(message)
-        if key and (reasoning := message[key].strip()):
+        for key in REASONING:
+            if isinstance(message.get(key), list | Mapping):
+                raise UserError(f"{where(place)}, message {m}: its {key!r} is no text ({message[key]!r:.80})")
+        named = reasoning_key(message)
+        if named and (reasoning := message[named].strip()):
             pieces.append(Piece(m, reasoning, Kind.THINKING))
         parts = parts_of(content or "")
         for i in range(1, len(parts), 2):

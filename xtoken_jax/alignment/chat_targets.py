@@ -80,7 +80,9 @@ def refuse_what_is_left_out(chat: Rendered) -> None:
         if piece.kind == Kind.NAME:
             raise UserError(f"{refused} leaves out the tool_calls of message {m}; {remedy}")
         if piece.kind == Kind.TEXT:
-            raise UserError(f"{refused} leaves out message {m}, of the role {message['role']!r}; {remedy}")
+            raise UserError(
+                f"{refused} leaves out or moves message {m}, of the role {message['role']!r}; {remedy}"
+            )
         if m > last_user and message["role"] == "assistant":
             key = reasoning_key(message)
             raise UserError(
