@@ -31,7 +31,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.prefix_kl import PrefixPlan, Slots, Steps, divergence
+from xtoken_jax.losses.prefix_kl import divergence
+from xtoken_jax.losses.prefix_steps import PrefixPlan, Slots, Steps
 from xtoken_jax.losses.softmax import centred
 from xtoken_jax.losses.vocab_shards import Layout, scaled
 from xtoken_jax.projection.events import Components, PrefixTables, log_masses

@@ -1,0 +1,95 @@
+"""Checks of what `blockwise_loss` is called with."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import jax
+
+from xtoken_jax.alignment.batch import Alignment, StoredRows
+from xtoken_jax.losses.checks import (
+    KindError,
+    check_alignment,
+    check_array,
+    check_config,
+    check_ids,
+    check_sizes,
+    check_tables,
+    check_width,
+    described,
+)
+from xtoken_jax.losses.config import LossConfig, LossKind
+from xtoken_jax.losses.objective import TABLES
+
+
+def check_student(
+    config: LossConfig,
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    ids: jax.Array,
+    targets: jax.Array | None,
+    size: int | None,
+) -> None:
+    """Raise unless the student's arguments of `blockwise_loss` fit each other."""
+    check_config(config)
+    if config.kind is LossKind.auto:
+        raise ValueError(f"{config.kind} is not a distillation term")
+    check_array("student_hidden", hidden, "float", "B", "T_s", "D_s")
+    check_array("student_unembedding", unembedding, "float", "V_s", hidden.shape[-1])
+    check_sizes(student_size=size)
+    size = len(unembedding) if size is None else size
+    check_width("student_unembedding", unembedding, len(unembedding), size, "student_size")
+    check_ids("student_ids", ids, (hidden.shape[0], hidden.shape[1]), size)
+    if targets is not None:
+        check_array("student_targets", targets, "bool", *hidden.shape[:2])
+
+
+def check_teacher(
+    config: LossConfig,
+    hidden: jax.Array | None,
+    unembedding: jax.Array | None,
+    stored: StoredRows | None,
+    alignment: Alignment | None,
+    tables: Any,
+    ids: jax.Array | None,
+    mask: jax.Array | None,
+    student_ids: jax.Array,
+) -> None:
+    """Raise unless the arguments of a distillation term fit each other and the student's ids."""
+    live = hidden is not None and unembedding is not None
+    if live == (stored is not None) or alignment is None or tables is None:
+        raise ValueError(f"{config.kind} needs a teacher, an alignment and tables")
+    config.validate_merge()
+    if config.needs_ids and ids is None:
+        raise ValueError(f"{config.kind.value} with merge={config.merge.value!r} needs teacher_ids")
+    _, size = check_tables("tables", tables, TABLES[config.kind])
+    if hidden is not None and unembedding is not None:
+        check_array("teacher_hidden", hidden, "float", "B", "T_t", "D_t")
+        check_array("teacher_unembedding", unembedding, "float", "V_t", hidden.shape[-1])
+        size = len(unembedding) if size is None else size
+        check_width("teacher_unembedding", unembedding, len(unembedding), size, "tables")
+        rows = hidden.shape[0], hidden.shape[1]
+    else:
+        rows, size = _check_stored(cast(StoredRows, stored), size), cast(StoredRows, stored).size
+    check_alignment(alignment)
+    check_array("alignment.student_chunks", alignment.student_chunks, "int", *student_ids.shape)
+    check_array("alignment.teacher_chunks", alignment.teacher_chunks, "int", *rows)
+    if ids is not None:
+        check_ids("teacher_ids", ids, rows, size)
+    if mask is not None:
+        check_array("teacher_mask", mask, "bool", *rows)
+
+
+def _check_stored(stored: StoredRows, size: int | None) -> tuple[int, int]:
+    """Raise unless stored rows are for the teacher of the tables; return B and T_t."""
+    if not isinstance(stored, StoredRows):
+        raise KindError(f"teacher_stored: {described(stored)}, but StoredRows are needed")
+    if size not in (None, stored.size):
+        raise ValueError(f"teacher_stored: rows of {stored.size} tokens, but the tables are for {size}")
+    check_array("teacher_stored.log_probabilities", stored.log_probabilities, "float", "B", "T_t", "k")
+    shape = stored.log_probabilities.shape
+    if stored.ids is not None:
+        check_array("teacher_stored.ids", stored.ids, "int", *shape)
+    check_array("teacher_stored.others", stored.others, "float", *shape[:2])
+    check_array("teacher_stored.normalizers", stored.normalizers, "float", *shape[:2])
+    return shape[0], shape[1]
