@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 
-from xtoken_jax.alignment.batch import Alignment, StoredRows
+from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.losses.checks import (
     KindError,
     check_alignment,
     check_array,
     check_config,
     check_ids,
+    check_rows,
     check_sizes,
     check_tables,
     check_width,
@@ -39,17 +40,18 @@ def check_student(
     check_sizes(student_size=size)
     size = len(unembedding) if size is None else size
     check_width("student_unembedding", unembedding, len(unembedding), size, "student_size")
-    check_ids("student_ids", ids, (hidden.shape[0], hidden.shape[1]), size)
+    check_ids("student_ids", ids, ("B", "T_s"), size)
+    check_rows("student_hidden", hidden, "student_ids", ids)
     if targets is not None:
-        check_array("student_targets", targets, "bool", *hidden.shape[:2])
+        check_array("student_targets", targets, "bool", *ids.shape)
 
 
 def check_teacher(
     config: LossConfig,
     hidden: jax.Array | None,
     unembedding: jax.Array | None,
-    stored: StoredRows | None,
-    alignment: Alignment | None,
+    stored: Any,
+    alignment: Any,
     tables: Any,
     ids: jax.Array | None,
     mask: jax.Array | None,
@@ -57,8 +59,10 @@ def check_teacher(
 ) -> None:
     """Raise unless the arguments of a distillation term fit each other and the student's ids."""
     live = hidden is not None and unembedding is not None
-    if live == (stored is not None) or alignment is None or tables is None:
-        raise ValueError(f"{config.kind} needs a teacher, an alignment and tables")
+    if live == (stored is not None):
+        raise ValueError(
+            f"{config.kind} needs a teacher: teacher_hidden and teacher_unembedding, or teacher_stored"
+        )
     config.validate_merge()
     if config.needs_ids and ids is None:
         raise ValueError(f"{config.kind.value} with merge={config.merge.value!r} needs teacher_ids")
@@ -68,20 +72,21 @@ def check_teacher(
         check_array("teacher_unembedding", unembedding, "float", "V_t", hidden.shape[-1])
         size = len(unembedding) if size is None else size
         check_width("teacher_unembedding", unembedding, len(unembedding), size, "tables")
-        rows = hidden.shape[0], hidden.shape[1]
+        name, rows = "teacher_hidden", hidden
     else:
-        rows, size = _check_stored(cast(StoredRows, stored), size), cast(StoredRows, stored).size
+        _check_stored(stored, size)
+        name, rows, size = "teacher_stored.others", stored.others, stored.size
     check_alignment(alignment)
-    check_array("alignment.student_chunks", alignment.student_chunks, "int", *student_ids.shape)
-    check_array("alignment.teacher_chunks", alignment.teacher_chunks, "int", *rows)
+    check_rows("student_ids", student_ids, "alignment.student_chunks", alignment.student_chunks)
+    check_rows(name, rows, "alignment.teacher_chunks", alignment.teacher_chunks)
     if ids is not None:
-        check_ids("teacher_ids", ids, rows, size)
+        check_ids("teacher_ids", ids, rows.shape[:2], size)
     if mask is not None:
-        check_array("teacher_mask", mask, "bool", *rows)
+        check_array("teacher_mask", mask, "bool", *rows.shape[:2])
 
 
-def _check_stored(stored: StoredRows, size: int | None) -> tuple[int, int]:
-    """Raise unless stored rows are for the teacher of the tables; return B and T_t."""
+def _check_stored(stored: Any, size: int | None) -> None:
+    """Raise unless stored rows agree with themselves and with V_t of the tables."""
     if not isinstance(stored, StoredRows):
         raise KindError(f"teacher_stored: {described(stored)}, but StoredRows are needed")
     if size not in (None, stored.size):
@@ -92,4 +97,3 @@ def _check_stored(stored: StoredRows, size: int | None) -> tuple[int, int]:
         check_array("teacher_stored.ids", stored.ids, "int", *shape)
     check_array("teacher_stored.others", stored.others, "float", *shape[:2])
     check_array("teacher_stored.normalizers", stored.normalizers, "float", *shape[:2])
-    return shape[0], shape[1]

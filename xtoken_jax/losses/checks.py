@@ -78,9 +78,7 @@ def check_scalar(name: str, value: Any) -> None:
         raise ValueError(f"{name}: {described(value)}, but one number is needed")
 
 
-def check_logits(
-    name: str, logits: Any, rows: tuple[Dimension, Dimension], size: int | None, source: str
-) -> None:
+def check_logits(name: str, logits: Any, rows: tuple[Dimension, ...], size: int | None, source: str) -> None:
     """Raise unless `logits` are float [B, T, V] with the columns of a tokenizer, padded or not.
 
     Args:
@@ -109,7 +107,7 @@ def check_width(name: str, value: Any, width: int, size: int, source: str) -> No
     )
 
 
-def check_ids(name: str, ids: Any, rows: tuple[Dimension, Dimension], size: int | None) -> None:
+def check_ids(name: str, ids: Any, rows: tuple[Dimension, ...], size: int | None) -> None:
     """Raise unless `ids` are int [B, T]; and between 0 and `size`, where they are known."""
     check_array(name, ids, "int", *rows)
     values = known(ids)
@@ -143,6 +141,14 @@ def check_alignment(alignment: Any, rows: int | None = None) -> None:
     check_array("alignment.teacher_chunks", alignment.teacher_chunks, "int", count, "T_t")
 
 
+def check_rows(name: str, value: Any, other_name: str, other: Any) -> None:
+    """Raise unless two arrays [B, T, ...] have the same B and T."""
+    if value.shape[:2] != other.shape[:2]:
+        raise ValueError(
+            f"{name}: {described(value)} and {other_name}: {described(other)} must have the same B and T"
+        )
+
+
 def check_sides(
     student_logits: Any,
     teacher_logits: Any,
@@ -165,16 +171,14 @@ def check_sides(
         teacher_mask: bool [B, T_t], or None.
     """
     check_alignment(alignment)
-    rows = alignment.valid.shape[0]
-    names, letters = ("student", "teacher"), ("T_s", "T_t")
-    arrays = (student_logits, student_ids), (teacher_logits, teacher_ids)
-    for name, letter, (logits, ids), size in zip(names, letters, arrays, sizes, strict=True):
-        check_logits(f"{name}_logits", logits, ("B", letter), size, source)
-        length = logits.shape[1]
-        check_array(f"{name}_logits", logits, "float", rows, length, "V")
-        check_array(f"alignment.{name}_chunks", getattr(alignment, f"{name}_chunks"), "int", rows, length)
-        if ids is not None:
-            check_ids(f"{name}_ids", ids, (rows, length), logits.shape[-1] if size is None else size)
+    chunks = alignment.student_chunks, alignment.teacher_chunks
+    logits, ids = (student_logits, teacher_logits), (student_ids, teacher_ids)
+    for place, name in enumerate(("student", "teacher")):
+        own, size = logits[place], sizes[place]
+        check_logits(f"{name}_logits", own, ("B", "T"), size, source)
+        check_rows(f"{name}_logits", own, f"alignment.{name}_chunks", chunks[place])
+        if ids[place] is not None:
+            check_ids(f"{name}_ids", ids[place], chunks[place].shape, own.shape[-1] if size is None else size)
     if teacher_mask is not None:
         check_array("teacher_mask", teacher_mask, "bool", *teacher_logits.shape[:2])
 

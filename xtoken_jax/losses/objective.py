@@ -16,6 +16,7 @@ from xtoken_jax.losses.checks import (
     check_config,
     check_scalar,
     check_settings,
+    check_sides,
     check_tables,
     check_word,
 )
@@ -161,7 +162,11 @@ def distillation_parts(config: LossConfig) -> DistillationParts:
         student_ids: jax.Array | None = None,
         teacher_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        check_tables("tables", tables, TABLES[kind])
+        of_tables = check_tables("tables", tables, TABLES[kind])
+        check_sides(
+            student_logits, teacher_logits, alignment, of_tables, "tables", student_ids=student_ids,
+            teacher_ids=teacher_ids, teacher_mask=teacher_mask,
+        )  # fmt: skip
         logits = (student_logits, teacher_logits)
         if kind is LossKind.p_kl:
             value, lost = projection_parts(
@@ -254,7 +259,7 @@ def loss_tables(kind: LossKind, projection: Projection | LearnableProjection) ->
     check_word("kind", kind, LossKind)
     check_tables("projection", projection, [Projection, LearnableProjection])
     if kind in (LossKind.auto, LossKind.none):
-        raise ValueError(f"{kind} is not a distillation term")
+        raise ValueError(f"kind={kind}: names no distillation term")
     if kind is LossKind.prefix_kl:
         raise ValueError("prefix_kl reads the tables of projection.prefixes.prefix_tables(pair), not W")
     if isinstance(projection, LearnableProjection):

@@ -10,6 +10,7 @@ from xtoken_jax.losses.checks import (
     check_array,
     check_ids,
     check_logits,
+    check_rows,
     check_settings,
     check_sides,
     check_sizes,
@@ -59,9 +60,9 @@ def check_labels(logits: jax.Array, token_ids: jax.Array, token_mask: jax.Array,
     """Raise ValueError unless logits [B, T, V], ids and mask [B, T] belong together."""
     check_sizes(size=size)
     check_logits("logits", logits, ("B", "T"), size, "size")
-    rows = logits.shape[0], logits.shape[1]
-    check_ids("token_ids", token_ids, rows, logits.shape[-1] if size is None else size)
-    check_array("token_mask", token_mask, "bool", *rows)
+    check_ids("token_ids", token_ids, ("B", "T"), logits.shape[-1] if size is None else size)
+    check_rows("logits", logits, "token_ids", token_ids)
+    check_array("token_mask", token_mask, "bool", *token_ids.shape)
 
 
 def same_vocabulary_kl(
@@ -110,9 +111,10 @@ def same_vocabulary_kl(
     check_settings(temperature=temperature, top_k=top_k, direction=direction, beta=beta)
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         check_logits(name, logits, ("B", "T"), size, "size")
-        check_array("token_mask", token_mask, "bool", *logits.shape[:2])
+        check_array("token_mask", token_mask, "bool", "B", "T")
+        check_rows(name, logits, "token_mask", token_mask)
     if teacher_mask is not None:
-        check_array("teacher_mask", teacher_mask, "bool", *teacher_logits.shape[:2])
+        check_array("teacher_mask", teacher_mask, "bool", *token_mask.shape)
     student = jnp.asarray(student_logits[..., :size], jnp.float32)
     teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits[..., :size], jnp.float32))
     if student.shape != teacher.shape:
