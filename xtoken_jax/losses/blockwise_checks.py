@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from xtoken_jax.alignment.batch import StoredRows
+from xtoken_jax.errors import KindError
 from xtoken_jax.losses.checks import (
-    KindError,
     check_alignment,
     check_array,
     check_config,
@@ -17,10 +17,10 @@ from xtoken_jax.losses.checks import (
     check_sizes,
     check_tables,
     check_width,
-    described,
 )
 from xtoken_jax.losses.config import LossConfig, LossKind
 from xtoken_jax.losses.objective import TABLES
+from xtoken_jax.projection.readable import described
 
 
 def check_student(

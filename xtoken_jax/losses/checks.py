@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.errors import KindError
 from xtoken_jax.losses.config import RANGES, Direction, LossConfig, LossKind, Merge
 from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import (
@@ -24,6 +25,7 @@ from xtoken_jax.projection.matrix import (
     Projection,
     SplitProjection,
 )
+from xtoken_jax.projection.readable import described
 from xtoken_jax.projection.sharded import ShardedProjection
 
 Dimension = int | str  # a length, or the letter of a dimension of any length
@@ -42,20 +44,6 @@ _REMEDIES = {
 }
 # Models pad their vocabularies: by less than 2 % in published ones, up to a multiple of 1,024 in small ones.
 _PADDING, _PADDED_SHARE = 1024, 1 / 8
-
-
-class KindError(TypeError, ValueError):
-    """An argument of another kind, such as a Projection where a Partition belongs.
-
-    It is a TypeError, and a ValueError for callers that handle every wrong argument alike.
-    """
-
-
-def described(value: Any) -> str:
-    """The dtype and shape of an array, or the type of anything else."""
-    if isinstance(value, jax.Array | np.ndarray):
-        return f"{value.dtype} {list(value.shape)}"
-    return type(value).__name__
 
 
 def check_array(name: str, value: Any, kind: str, *wanted: Dimension) -> None:

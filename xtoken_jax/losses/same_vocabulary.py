@@ -14,7 +14,6 @@ from xtoken_jax.losses.checks import (
     check_settings,
     check_sides,
     check_sizes,
-    described,
 )
 from xtoken_jax.losses.chunks import Merging, counted_positions, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
@@ -27,6 +26,7 @@ from xtoken_jax.losses.softmax import (
     merged_log_softmax,
     not_finite,
 )
+from xtoken_jax.projection.readable import described
 
 
 def next_token_cross_entropy(
@@ -111,10 +111,6 @@ def same_vocabulary_kl(
     check_settings(temperature=temperature, top_k=top_k, direction=direction, beta=beta)
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         check_logits(name, logits, ("B", "T"), size, "size")
-        check_array("token_mask", token_mask, "bool", "B", "T")
-        check_rows(name, logits, "token_mask", token_mask)
-    if teacher_mask is not None:
-        check_array("teacher_mask", teacher_mask, "bool", *token_mask.shape)
     student = jnp.asarray(student_logits[..., :size], jnp.float32)
     teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits[..., :size], jnp.float32))
     if student.shape != teacher.shape:
@@ -122,6 +118,9 @@ def same_vocabulary_kl(
             f"student logits {student.shape} and teacher logits {teacher.shape} differ in shape; with one "
             "tokenizer, give its size to cut padded columns off"
         )
+    check_array("token_mask", token_mask, "bool", *student.shape[:2])
+    if teacher_mask is not None:
+        check_array("teacher_mask", teacher_mask, "bool", *student.shape[:2])
     mask = jnp.asarray(token_mask[:, 1:], bool)
     s, t = _compared(student, teacher, teacher_mask, top_k)
     s, t = (log_softmax_within(jnp.where(mask[..., None], z[:, :-1], 0.0) / temperature) for z in (s, t))

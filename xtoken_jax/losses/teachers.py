@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.losses.blockwise_teacher import HiddenStates, Stored
+from xtoken_jax.losses.checks import check_array, check_choice, check_count, check_logits, check_scalar
 from xtoken_jax.losses.reduce import masked_mean
 from xtoken_jax.mesh import BATCH
-from xtoken_jax.losses.checks import check_choice, check_count, check_logits, check_scalar
 from xtoken_jax.losses.same_vocabulary import check_labels
 
 SCORES = ("negative_ce", "negative_entropy", "max_probability")
@@ -229,8 +229,12 @@ def combine_teachers(
     if scale_by_vocabulary:
         factors = vocabulary_factors([teacher.vocabulary_size for teacher in teachers])
     kds = jnp.stack([jnp.asarray(teacher.kd, jnp.float32) for teacher in teachers])
-    # A teacher without weight may be infinite, which 0 times would make NaN. A weight that is NaN stays NaN.
-    shares = jnp.where(alphas == 0, 0.0, alphas * jnp.array(factors, jnp.float32) * kds)
+    # A teacher without weight may be infinite, which 0 times would make NaN. It may be NaN too where it does
+    # not take part, but not where the softmax of the scores underflows.
+    ignored = alphas == 0
+    if combine == "sum" and score is not None:
+        ignored &= ~jnp.isnan(kds)
+    shares = jnp.where(ignored, 0.0, alphas * jnp.array(factors, jnp.float32) * kds)
     return shares.sum(), alphas
 
 
@@ -260,7 +264,7 @@ def average_logits(
     if len(weights) != len(teacher_logits) or not teacher_logits:
         raise ValueError(f"{len(teacher_logits)} teachers and {len(weights)} weights")
     for number, logits in enumerate(teacher_logits):
-        check_logits(f"teacher_logits[{number}]", logits, ("B", "T"), size, "size")
+        check_array(f"teacher_logits[{number}]", logits, "float", "B", "T", "V")
     if not 0 < sum(weights) < math.inf or min(weights) < 0:
         raise ValueError(f"weights {list(weights)}: must not be negative, nor all 0")
     cut = [jnp.asarray(logits[..., :size], jnp.float32) for logits in teacher_logits]
@@ -270,6 +274,8 @@ def average_logits(
             f"logits of shapes {shapes} for a tokenizer of size {size}: averaged logits need teachers that "
             "share the student's tokenizer"
         )
+    for number, logits in enumerate(teacher_logits):
+        check_logits(f"teacher_logits[{number}]", logits, ("B", "T"), size, "size")
     total = sum(weights)
     average = jnp.zeros_like(cut[0])
     for logits, weight in zip(cut, weights, strict=True):

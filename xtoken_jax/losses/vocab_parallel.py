@@ -43,7 +43,7 @@ from xtoken_jax.losses.vocab_hybrid_kl import HybridSetting, hybrid
 from xtoken_jax.losses.vocab_likelihood import next_token_log_softmax
 from xtoken_jax.losses.vocab_prefix_kl import PrefixRows, PrefixSetting, prefix
 from xtoken_jax.losses.vocab_projection_kl import ProjectionSetting, p_kl
-from xtoken_jax.losses.vocab_shards import Layout, Rows
+from xtoken_jax.losses.vocab_shards import Layout, Rows, scaled
 from xtoken_jax.mesh import BATCH
 from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection
@@ -371,7 +371,7 @@ def _cross_entropy_backward(layout: Layout, size: int, residuals: tuple, gradien
         z, gradient = layout.centred(layout.flat(logits, size)), gradient.reshape(-1, 1)
         places = layout.places(next_tokens(ids), z.shape[-1])[:, None]
         label = jnp.arange(z.shape[-1], dtype=jnp.int32)[None, :] == places
-        slope = gradient * (jnp.exp(z - normalizer[:, None]) - label)
+        slope = scaled(jnp.exp(z - normalizer[:, None]) - label, gradient)
         return slope.reshape(logits.shape).astype(logits.dtype)
 
     by_row = layout.by_row

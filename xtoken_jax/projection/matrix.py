@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.projection.partition import Partition
+from xtoken_jax.projection.readable import readable, rows_of, size_of
 
 __all__ = [
     "Array",
@@ -40,6 +41,9 @@ class Projection:
     indices: Array
     weights: Array
     teacher_size: int | None = field(default=None, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return readable(self, _headline(size_of(self.indices), self.teacher_size) + rows_of(self.indices))
 
     @property
     def student_size(self) -> int:
@@ -114,6 +118,9 @@ class SplitProjection:
     weights: Array
     student_size: int = field(metadata={"static": True})
     teacher_size: int | None = field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return readable(self, _headline(f"{self.student_size:,}", self.teacher_size))
 
     def project(
         self, probabilities: jax.Array, columns: jax.Array | None = None, width: int | None = None
@@ -279,6 +286,9 @@ class LearnableProjection:
     rows: Array
     teacher_size: int | None = field(default=None, metadata={"static": True})
 
+    def __repr__(self) -> str:
+        return readable(self, _headline(size_of(self.indices), self.teacher_size))
+
     @property
     def student_size(self) -> int:
         """V_s of the student's tokenizer, the number of rows."""
@@ -322,6 +332,11 @@ def row_softmax(logits: Array, indices: Array) -> jax.Array:
     raw = jnp.where(support, jnp.exp(logits - top), 0.0)
     total = raw.sum(-1, keepdims=True)
     return raw / jnp.where(total > 0, total, 1.0)
+
+
+def _headline(student_size: str, teacher_size: int | None) -> str:
+    teacher = "?" if teacher_size is None else f"{teacher_size:,}"
+    return f"W of {student_size} student and {teacher} teacher tokens"
 
 
 def _sources(indices: np.ndarray, alone: np.ndarray, size: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import jax
 import numpy as np
 
-if TYPE_CHECKING:
-    from xtoken_jax.projection.matrix import Projection
+from xtoken_jax.projection.readable import size_of
 
 Array = jax.Array | np.ndarray
+
+
+class Rows(Protocol):
+    """The part of a Projection that a partition is read from."""
+
+    @property
+    def indices(self) -> Array: ...
+    @property
+    def weights(self) -> Array: ...
+    @property
+    def teacher_size(self) -> int | None: ...
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +40,12 @@ class Partition:
     uncommon_student: Array
     uncommon_teacher: Array
 
+    def __repr__(self) -> str:
+        pairs, student, teacher = map(
+            size_of, (self.common_student, self.uncommon_student, self.uncommon_teacher)
+        )
+        return f"Partition({pairs} common pairs; uncommon: {student} student and {teacher} teacher tokens)"
+
     @property
     def student_size(self) -> int:
         """V_s of the student's tokenizer."""
@@ -41,7 +57,7 @@ class Partition:
         return self.common_teacher.shape[0] + self.uncommon_teacher.shape[0]
 
     @classmethod
-    def strict(cls, projection: Projection, *, teacher_size: int | None = None) -> Partition:
+    def strict(cls, projection: Rows, *, teacher_size: int | None = None) -> Partition:
         """GOLD's: rows with one entry, of weight 1; a teacher id goes to the lowest student id."""
         indices, weights = np.asarray(projection.indices), np.asarray(projection.weights)
         exact = (weights[:, 0] == 1.0) & ((indices >= 0).sum(1) == 1)
@@ -49,7 +65,7 @@ class Partition:
 
     @classmethod
     def relaxed(
-        cls, projection: Projection, *, teacher_size: int | None = None, threshold: float = 0.6
+        cls, projection: Rows, *, teacher_size: int | None = None, threshold: float = 0.6
     ) -> Partition:
         """H-KL's: rows whose top weight reaches the threshold.
 
@@ -77,7 +93,7 @@ class Partition:
         )
 
 
-def _size(projection: Projection, teacher_size: int | None) -> int:
+def _size(projection: Rows, teacher_size: int | None) -> int:
     size = projection.teacher_size if teacher_size is None else teacher_size
     if size is None:
         raise ValueError("teacher_size is needed: the projection does not carry the size of its teacher")
