@@ -270,18 +270,27 @@ def top_columns(
         return jnp.arange(flat.shape[-1], dtype=jnp.int32), jnp.zeros(len(flat), bool)
     faulty = not_finite(flat)
     votes = ~faulty if mask is None else ~faulty & jnp.asarray(mask, bool).reshape(-1)
-    best = highest(jnp.where(votes[:, None], flat, -jnp.inf))
+    best = highest(flat, votes)
     return jax.lax.top_k(best, count)[1].astype(jnp.int32), faulty
 
 
-def highest(logits: jax.Array) -> jax.Array:
-    """float [V]: the maximum over positions of [N, V]."""
+def highest(logits: jax.Array, votes: jax.Array | None = None) -> jax.Array:
+    """float [V]: the maximum over positions of [N, V]; over those of bool [N] with a vote, if given."""
     # XLA's CPU backend reduces over leading axes slowly, and compares two halves fast.
-    return jax.lax.platform_dependent(logits, cpu=_by_halves, default=lambda x: x.max(axis=0))
+    return jax.lax.platform_dependent(
+        logits, votes, cpu=_by_halves, default=lambda x, v: _voting(x, v).max(axis=0)
+    )
 
 
-def _by_halves(logits: jax.Array) -> jax.Array:
+def _by_halves(logits: jax.Array, votes: jax.Array | None) -> jax.Array:
     while len(logits) > 1:
         half = (len(logits) + 1) // 2
-        logits = jnp.maximum(logits[:half], logits[len(logits) - half :])
-    return logits[0]
+        parts = (slice(half), slice(len(logits) - half, None))
+        # Cut before the votes are applied: otherwise XLA keeps a copy of all logits for the two halves.
+        first, second = (_voting(logits[part], None if votes is None else votes[part]) for part in parts)
+        logits, votes = jnp.maximum(first, second), None
+    return _voting(logits, votes)[0]
+
+
+def _voting(logits: jax.Array, votes: jax.Array | None) -> jax.Array:
+    return logits if votes is None else jnp.where(votes[:, None], logits, -jnp.inf)
