@@ -14,8 +14,8 @@ from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.losses.blockwise_teacher import HiddenStates, Stored
 from xtoken_jax.losses.checks import check_array, check_choice, check_count, check_logits, check_scalar
 from xtoken_jax.losses.reduce import masked_mean
-from xtoken_jax.mesh import BATCH
 from xtoken_jax.losses.same_vocabulary import check_labels
+from xtoken_jax.mesh import BATCH
 
 SCORES = ("negative_ce", "negative_entropy", "max_probability")
 
