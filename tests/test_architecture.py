@@ -31,9 +31,11 @@ ALLOWED = {
     "hosts": {"lifeline"},
     "alignment.batch": set(),
     "alignment": {"tokens"},
-    "projection.matrix": set(),
-    "projection.events": set(),
-    # As the losses, these three need jax alone.
+    # As the losses, these five need jax alone.
+    "projection.readable": set(),
+    "projection.partition": {"projection.readable"},
+    "projection.matrix": {"projection.partition", "projection.readable"},
+    "projection.events": {"projection.readable"},
     "projection.sharded": {"projection.matrix"},
     "projection": {"tokens"},
     # What tokens stand for, and rows of W as text.
@@ -44,7 +46,10 @@ ALLOWED = {
     "models": {"mesh"},
     # It compares the tokenizer's size with the model's vocabulary.
     "models.load": {"models", "mesh", "tokens.tokenizer"},
-    "losses": {"mesh", "alignment.batch", "projection.matrix", "projection.events", "projection.sharded"},
+    "losses": {
+        "mesh", "alignment.batch", "projection.matrix", "projection.events", "projection.sharded",
+        "projection.readable",
+    },
     # Where W trains, it is part of the state.
     "train": {
         "models", "losses", "data", "alignment.batch", "mesh", "hosts", "checksum", "projection.matrix",
@@ -66,7 +71,10 @@ WIRING = {
 }  # fmt: skip
 
 # Anyone's code can use these with nothing but jax.
-JAX_ONLY = ("losses", "alignment.batch", "projection.matrix", "projection.events")
+JAX_ONLY = (
+    "losses", "alignment.batch", "projection.matrix", "projection.events", "projection.partition",
+    "projection.readable",
+)  # fmt: skip
 
 
 def modules():

@@ -24,27 +24,28 @@ def test_from_texts_to_a_gradient(pair):
     assert xtoken_jax.audit(pair).recommended_loss == "p_kl"
     projection = xtoken_jax.build_projection(pair)
     texts = ["12+30=42\n", "The sum of the numbers is 7.\n"]
-    student_ids, _, alignment = xtoken_jax.align(pair, texts, student_length=16, teacher_length=24)
+    batch = xtoken_jax.align(pair, texts, student_length=16, teacher_length=24)
+    alignment = batch.alignment
     rng = np.random.default_rng(0)
     student_logits = jnp.asarray(rng.normal(size=(2, 16, pair.student.size + 4)), jnp.float32)
     teacher_logits = jnp.asarray(rng.normal(size=(2, 24, pair.teacher.size)), jnp.float32)
     losses = xtoken_jax.losses
 
-    def loss(student_logits, teacher_logits, student_ids, alignment, w, partition):
+    def loss(student_logits, teacher_logits, student, alignment, w, partition):
         chunks = losses.valid_chunks(alignment)
         values = losses.projection_kl(student_logits, teacher_logits, alignment, w)
         hybrid = losses.hybrid_kl(student_logits, teacher_logits, alignment, partition)
         assert values.shape == hybrid.shape == alignment.valid.shape
         kd = losses.masked_mean(values, chunks) + losses.masked_mean(hybrid, chunks)
         ce = losses.masked_mean(
-            *losses.next_token_cross_entropy(student_logits, student_ids, student_ids != pair.student.pad_id)
+            *losses.next_token_cross_entropy(student_logits, student.ids, student.targets)
         )
         return losses.total_loss(ce, kd)[0]
 
     partition = xtoken_jax.Partition.strict(projection, teacher_size=pair.teacher.size)
     values = [
         jax.jit(jax.value_and_grad(loss))(
-            student_logits, teacher_logits, student_ids, alignment, w, partition
+            student_logits, teacher_logits, batch.student, alignment, w, partition
         )
         for w in (projection, projection.split())
     ]

@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from xtoken_jax import losses
-    from xtoken_jax.alignment.align import align, collate, token_rows
-    from xtoken_jax.alignment.batch import Alignment, TokenRows
+    from xtoken_jax.alignment.align import align, collate, to_batch, token_rows
+    from xtoken_jax.alignment.batch import AlignedBatch, Alignment, TokenRows
     from xtoken_jax.alignment.chat import align_chats
     from xtoken_jax.alignment.prompts import align_completions
     from xtoken_jax.alignment.rows import pack
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 _MODULES = {
+    "AlignedBatch": "alignment.batch",
     "Alignment": "alignment.batch",
     "Audit": "coverage.audit",
     "LearnableProjection": "projection.matrix",
@@ -52,10 +53,12 @@ _MODULES = {
     "prefix_tables": "projection.prefixes",
     "save_projection": "projection.files",
     "shard_projection": "projection.sharded",
+    "to_batch": "alignment.align",
     "token_rows": "alignment.align",
 }
 
 __all__ = [
+    "AlignedBatch",
     "Alignment",
     "Audit",
     "LearnableProjection",
@@ -79,12 +82,20 @@ __all__ = [
     "prefix_tables",
     "save_projection",
     "shard_projection",
+    "to_batch",
     "token_rows",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'xtoken_jax' has no attribute {name!r}")
-    module = importlib.import_module(f"xtoken_jax.{_MODULES[name]}")
-    return module if name == "losses" else getattr(module, name)
+if not TYPE_CHECKING:  # a type checker reports a name that does not exist
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'xtoken_jax' has no attribute {name!r}")
+        module = importlib.import_module(f"xtoken_jax.{_MODULES[name]}")
+        return module if name == "losses" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for `dir` and completion."""
+    return sorted([*__all__, "__version__"])

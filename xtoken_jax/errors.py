@@ -24,6 +24,13 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+class KindError(UserError, TypeError):
+    """An argument of another kind, such as a text for a list of texts, or a Projection for a Partition.
+
+    It is a TypeError, and a ValueError for callers that handle every wrong argument alike.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a library's error says that is not blank, or else its type; 200 characters."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -514,7 +514,7 @@ def test_what_makes_no_sense_is_refused():
         traced(projection_kl, PROJECTION, merge="middle")
     with pytest.raises(ValueError, match="merge='last' needs teacher_ids"):
         traced(projection_kl, PROJECTION, merge="last")
-    with pytest.raises(ValueError, match="merge='mean_normalized': choose mean, first or last"):
+    with pytest.raises(ValueError, match="merge='mean_normalized': choose one of mean, first, last"):
         traced(hybrid_kl, partition, merge="mean_normalized")
     for given in ({}, {"student_ids": STUDENT_IDS}, {"teacher_ids": TEACHER_IDS}):
         with pytest.raises(ValueError, match="merge='first' needs student_ids and teacher_ids"):

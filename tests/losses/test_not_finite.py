@@ -1,5 +1,6 @@
 """A NaN or +inf in outputs that a loss reads makes the loss NaN, in the plain form and in blocks."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,7 @@ from test_blockwise import (
     plain,
     tables_of,
 )
+from test_stored_teacher import from_stored, likeliest
 
 from xtoken_jax.losses import LossKind, valid_chunks
 from xtoken_jax.losses.config import Merge
@@ -78,6 +80,29 @@ def test_a_fault_in_outputs_that_count_is_seen(name, function):
         column = TEACHER[1].at[12].set(value)
         seen[f"teacher {fault} column"] = loss(HIDDEN, UNEMBEDDING, (TEACHER[0], column))
     assert [case for case, value in seen.items() if not np.isnan(value)] == []
+
+
+ONE_OF_EACH = ("p_kl-first", "gold", "h_kl-last", "uld", "alm", "prefix_kl", "same_vocabulary")
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_fault_in_a_teacher_cache_is_seen(name):
+    """In one of the tokens that are kept, and in what is kept of all others."""
+    config, tables = CASES[name], tables_of(CASES[name].kind)
+    stored, _ = likeliest(config, 4)
+
+    @jax.jit
+    def loss(stored):
+        return from_stored(config, tables, HIDDEN, UNEMBEDDING, stored, block=5)[1]
+
+    assert np.isfinite(loss(stored))
+    row, _, teacher = positions(name)
+    for field, entry in (("log_probabilities", (0,)), ("others", ())):
+        for fault in FAULTS.values():
+            for place in teacher:
+                spoilt = getattr(stored, field).at[(row, place, *entry)].set(fault)
+                value = loss(dataclasses.replace(stored, **{field: spoilt}))
+                assert np.isnan(value), (field, fault, place)
 
 
 @pytest.mark.parametrize("function", [plain, blockwise])

@@ -148,6 +148,16 @@ def test_a_teacher_without_weight_does_not_enter():
         assert kd == 1.5
 
 
+def test_a_nan_is_not_hidden_by_a_weight_that_scores_make_0():
+    """At this sharpness the softmax gives the second teacher a weight of exactly 0."""
+    scores = [TeacherScores(*[jnp.float32(value)] * 3) for value in (-1.0, -900.0)]
+    pair = [TeacherTerm(jnp.float32(kd), scores=s) for kd, s in zip((2.0, np.nan), scores, strict=True)]
+    for score in ("negative_ce", "negative_entropy", "max_probability"):
+        kd, alphas = combine_teachers(pair, score=score, sharpness=10.0)
+        assert alphas.tolist() == [1.0, 0.0]
+        assert np.isnan(kd)
+
+
 def test_scores_have_no_gradient():
     def kd(logits):
         scores = teacher_scores(logits, IDS, MASK, size=V)

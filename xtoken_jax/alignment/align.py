@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from xtoken_jax.alignment.batch import Alignment, TokenRows
+from xtoken_jax.alignment.arguments import check_fit, check_lengths, check_sides
+from xtoken_jax.alignment.batch import AlignedBatch, Alignment, TokenRows
 from xtoken_jax.alignment.rows import truncate, with_document_marks
 from xtoken_jax.alignment.spans import Side, Spans, align_texts
+from xtoken_jax.tokens.arguments import check_list, check_pair, check_texts
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 
@@ -41,6 +43,11 @@ def token_rows(sides: Sequence[Side], length: int, pad_id: int, *, padding_side:
         document, is no target: no position of its document predicts it.
     """
 
+    sides = check_list("sides", sides, Side, "Side, such as Spans.student")
+    check_lengths(length=length)
+    check_sides(padding_side=padding_side)
+    check_fit("sides", sides, length)
+
     def padded(arrays: list[np.ndarray], fill: int) -> np.ndarray:
         return pad(arrays, length, fill, side=padding_side)
 
@@ -70,6 +77,11 @@ def collate(
     either side: nothing predicts a document's first token, so that the two sides' other
     positions would stand for different bytes.
     """
+    rows = check_list("rows", rows, Spans, "Spans, a row of `align_texts`")
+    check_lengths(student_length=student_length, teacher_length=teacher_length)
+    check_sides(padding_side=padding_side)
+    check_fit("rows of the student", [row.student for row in rows], student_length)
+    check_fit("rows of the teacher", [row.teacher for row in rows], teacher_length)
     valid = np.zeros((len(rows), min(student_length, teacher_length)), bool)
     for row, spans in enumerate(rows):
         kept = spans.exact.copy()
@@ -93,7 +105,7 @@ def align(
     document_marks: bool = True,
     padding_side: str = "right",
     truncation_side: str = "right",
-) -> tuple[np.ndarray, np.ndarray, Alignment]:
+) -> AlignedBatch:
     """Encode and align a batch of texts.
 
     Args:
@@ -106,27 +118,70 @@ def align(
         padding_side, truncation_side: "right" or "left", on both sides of the pair.
 
     Returns:
-        student_ids int32 [B, T_s], teacher_ids int32 [B, T_t], both filled with the
-        tokenizer's `pad_id`, and the Alignment.
+        AlignedBatch: `student` and `teacher` are TokenRows with ids int32 [B, T], `mask` and `targets`
+        bool [B, T]. It unpacks as (student_ids, teacher_ids, alignment).
 
     Raises:
-        UserError: a text that is not valid Unicode.
-        ValueError: a side that is neither "right" nor "left", a length below 1.
+        UserError: a text that is not valid Unicode; one text instead of a list; a side that is neither
+            "right" nor "left"; a length below 1.
 
     Example:
-        ids_s, ids_t, alignment = align(pair, ["1 + 201"], student_length=8, teacher_length=8)
+        batch = align(pair, ["1 + 201"], student_length=8, teacher_length=8)
+        ce, labels = next_token_cross_entropy(logits, batch.student.ids, batch.student.targets)
     """
-    for name, value in (("padding_side", padding_side), ("truncation_side", truncation_side)):
-        if value not in ("right", "left"):
-            raise ValueError(f"{name}={value!r}: must be 'right' or 'left'")
-    if min(student_length, teacher_length) < 1:
-        raise ValueError(f"student_length={student_length}, teacher_length={teacher_length}: at least 1")
-    rows = align_texts(pair, texts)
+    check_pair(pair)
+    check_sides(padding_side=padding_side, truncation_side=truncation_side)
+    check_lengths(student_length=student_length, teacher_length=teacher_length)
+    return to_batch(
+        pair,
+        align_texts(pair, check_texts("texts", texts)),
+        student_length=student_length,
+        teacher_length=teacher_length,
+        document_marks=document_marks,
+        padding_side=padding_side,
+        truncation_side=truncation_side,
+    )
+
+
+def to_batch(
+    pair: TokenizerPair,
+    rows: Sequence[Spans],
+    *,
+    student_length: int,
+    teacher_length: int,
+    document_marks: bool = False,
+    padding_side: str = "right",
+    truncation_side: str = "right",
+) -> AlignedBatch:
+    """Make a batch of rows that `align_completions`, `align_chats` or `pack` returned.
+
+    Args:
+        pair: student's and teacher's tokenizer.
+        rows: B rows.
+        student_length, teacher_length, padding_side, truncation_side: as in `align`.
+        document_marks: add BOS and EOS as `with_document_marks` does; not for chats, whose templates have
+            their own.
+
+    Returns:
+        AlignedBatch, as `align` does.
+
+    Raises:
+        UserError: something else than rows; a side that is neither "right" nor "left"; a length below 1.
+    """
+    check_pair(pair)
+    check_sides(padding_side=padding_side, truncation_side=truncation_side)
+    check_lengths(student_length=student_length, teacher_length=teacher_length)
+    rows = check_list("rows", rows, Spans, "Spans, a row of `align_completions` or `align_chats`")
     if document_marks:
         rows = [with_document_marks(pair, r) for r in rows]
     rows = [truncate(r, student_length, teacher_length, side=truncation_side) for r in rows]
-    return (
-        pad([r.student.ids for r in rows], student_length, pair.student.pad_id, side=padding_side),
-        pad([r.teacher.ids for r in rows], teacher_length, pair.teacher.pad_id, side=padding_side),
-        collate(rows, student_length, teacher_length, padding_side=padding_side),
+    student, teacher = (
+        token_rows([getattr(r, name) for r in rows], length, tokenizer.pad_id, padding_side=padding_side)
+        for name, length, tokenizer in (
+            ("student", student_length, pair.student),
+            ("teacher", teacher_length, pair.teacher),
+        )
+    )
+    return AlignedBatch(
+        student, teacher, collate(rows, student_length, teacher_length, padding_side=padding_side)
     )

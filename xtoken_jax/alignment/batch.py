@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,12 @@ class Alignment:
     teacher_chunks: jax.Array | np.ndarray
     valid: jax.Array | np.ndarray
 
+    def __repr__(self) -> str:
+        student, teacher, valid = (
+            getattr(x, "shape", "?") for x in (self.student_chunks, self.teacher_chunks, self.valid)
+        )
+        return f"Alignment(student_chunks {student}, teacher_chunks {teacher}, valid {valid})"
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -43,6 +50,48 @@ class TokenRows:
     mask: jax.Array
     targets: jax.Array
     segments: jax.Array
+
+    def __repr__(self) -> str:
+        return f"TokenRows({getattr(self.ids, 'shape', '?')}: ids, mask, targets, segments)"
+
+
+@jax.tree_util.register_pytree_node_class
+class AlignedBatch(tuple[Any, Any, Alignment]):
+    """Both sides of a batch and their alignment: all that a loss reads besides logits and W.
+
+    It unpacks as (student_ids, teacher_ids, alignment), and is a pytree.
+
+    Attributes:
+        student, teacher: TokenRows of each side. `mask` says where there is a token and not padding,
+            `targets` which tokens are labels of the cross-entropy.
+        alignment: which chunk every token belongs to.
+    """
+
+    student: TokenRows
+    teacher: TokenRows
+    alignment: Alignment
+
+    def __new__(cls, student: TokenRows, teacher: TokenRows, alignment: Alignment) -> AlignedBatch:
+        """From both sides and their alignment."""
+        batch = super().__new__(cls, (student.ids, teacher.ids, alignment))
+        batch.student, batch.teacher, batch.alignment = student, teacher, alignment
+        return batch
+
+    def tree_flatten(self) -> tuple[tuple[TokenRows, TokenRows, Alignment], None]:
+        """The parts, for jax."""
+        return (self.student, self.teacher, self.alignment), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, parts: tuple[Any, Any, Any]) -> AlignedBatch:
+        """The batch of these parts; while jax looks at a structure they may be anything."""
+        student_ids, teacher_ids = (getattr(side, "ids", None) for side in parts[:2])
+        batch = super().__new__(cls, (student_ids, teacher_ids, parts[2]))
+        batch.student, batch.teacher, batch.alignment = parts
+        return batch
+
+    def __repr__(self) -> str:
+        student, teacher = (getattr(ids, "shape", "?") for ids in self[:2])
+        return f"AlignedBatch(student ids {student}, teacher ids {teacher}, {self.alignment!r})"
 
 
 @jax.tree_util.register_dataclass

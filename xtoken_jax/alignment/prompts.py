@@ -10,6 +10,7 @@ import numpy as np
 from xtoken_jax.alignment.locate import Located, locate
 from xtoken_jax.alignment.spans import Spans, align_located
 from xtoken_jax.errors import UserError
+from xtoken_jax.tokens.arguments import check_pair, check_texts
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 
@@ -25,14 +26,18 @@ def align_completions(pair: TokenizerPair, prompts: Sequence[str], completions: 
         prompts, completions: B texts each; nothing is put between them.
 
     Returns:
-        One Spans a pair of texts, without document marks.
+        One Spans a pair of texts, without document marks; `to_batch` makes ids, masks, targets and the
+        alignment of them.
 
     Raises:
         UserError: as many prompts as completions are needed; a text that is not valid Unicode.
 
     Example:
         rows = align_completions(pair, ["12 + 189 ="], [" 201"])
+        batch = to_batch(pair, rows, student_length=16, teacher_length=16, document_marks=True)
     """
+    check_pair(pair)
+    prompts, completions = check_texts("prompts", prompts), check_texts("completions", completions)
     return [row for (row,) in align_completions_together([pair], prompts, completions)]
 
 

@@ -8,7 +8,9 @@ from functools import reduce
 
 import numpy as np
 
+from xtoken_jax.alignment.arguments import check_lengths
 from xtoken_jax.alignment.spans import Side, Spans
+from xtoken_jax.tokens.arguments import check_list
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 
@@ -187,6 +189,8 @@ def pack(documents: Sequence[Spans], student_length: int, teacher_length: int) -
     Each document goes into the first row that has room for it on both sides; one that is too
     long for any row is truncated. Documents keep their order within a row.
     """
+    documents = check_list("documents", documents, Spans, "Spans, an aligned document")
+    check_lengths(student_length=student_length, teacher_length=teacher_length)
     rows: list[list[Spans]] = []
     room = np.zeros((0, 2), np.int64)
     for document in documents:

@@ -11,9 +11,10 @@ import numpy as np
 
 from xtoken_jax.coverage.token_classes import CRITICAL, class_names, sort_key
 from xtoken_jax.coverage.token_rows import TokenRow, describe_row, find_token, row_of, token_text
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import KindError, UserError
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.matrix import Partition, Projection
+from xtoken_jax.tokens.arguments import check_pair, check_texts
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 NAMED = "named by you"
@@ -96,6 +97,15 @@ class Audit:
     recommended_loss: str
     reason: str
 
+    def __repr__(self) -> str:
+        lines = [
+            f"  {c.name}: {c.common:,} of {c.size:,} common, {c.relaxed:,} in the relaxed set"
+            for c in self.rows
+            if c.critical
+        ]
+        head = f"Audit({self.student} <- {self.teacher}: {self.recommended_loss}; {self.reason}"
+        return "\n".join([head, *lines]) + ")"
+
     @property
     def rows(self) -> tuple[ClassCoverage, ...]:
         """What there is to show: classes with tokens, critical ones in any case, and the named tokens."""
@@ -140,6 +150,15 @@ def audit(
         UserError: a critical token that the student splits, a text without tokens, a share outside
             [0, 1], a W of another size.
     """
+    check_pair(pair)
+    if isinstance(minimum_coverage, bool) or not isinstance(minimum_coverage, int | float):
+        raise KindError(f"minimum_coverage={minimum_coverage!r}: a number between 0 and 1 is needed")
+    critical_tokens = check_texts("critical_tokens", critical_tokens)
+    for name, value in (("critical_text", critical_text), ("text", text)):
+        if value is not None and not isinstance(value, str):
+            check_texts(name, value)
+    if projection is not None and not isinstance(projection, Projection):
+        raise KindError(f"projection: {type(projection).__name__}, but a Projection is needed")
     if not 0 <= minimum_coverage <= 1:
         raise UserError(f"minimum_coverage={minimum_coverage}: must be between 0 and 1")
     student = pair.student

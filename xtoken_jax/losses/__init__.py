@@ -76,3 +76,8 @@ __all__ = [
     "vocab_parallel_prefix_kl",
     "vocab_parallel_projection_kl",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, for `dir` and completion."""
+    return sorted(__all__)

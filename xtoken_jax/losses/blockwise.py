@@ -11,20 +11,22 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from xtoken_jax.alignment.batch import Alignment, StoredRows
+from xtoken_jax.losses.blockwise_checks import check_student, check_teacher
 from xtoken_jax.losses.blockwise_terms import TermSetting
 from xtoken_jax.losses.blockwise_walk import Inputs, Means, Setting, walk
+from xtoken_jax.losses.checks import check_count, check_settings, check_width
 from xtoken_jax.losses.chunks import valid_chunks
 from xtoken_jax.losses.config import LossConfig, LossKind
 from xtoken_jax.losses.objective import PARTS
 from xtoken_jax.mesh import BATCH
-from xtoken_jax.projection.matrix import LearnableProjection, Partition
+from xtoken_jax.projection.matrix import LearnableProjection
 
 
 class BlockwiseLoss(NamedTuple):
@@ -112,6 +114,15 @@ def blockwise_loss(
         ValueError: "auto", a missing argument, a mean-normalized or other merge that the kind lacks,
             a cap that is not a number above 0, stored rows of another vocabulary or temperature.
     """
+    check_student(config, student_hidden, student_unembedding, student_ids, student_targets, student_size)
+    if config.kind is not LossKind.none:
+        check_teacher(
+            config, teacher_hidden, teacher_unembedding, teacher_stored, alignment, tables, teacher_ids,
+            teacher_mask, student_ids,
+        )  # fmt: skip
+    check_settings(block=block, **({} if teacher_block is None else {"teacher_block": teacher_block}))
+    check_count("ce_count", ce_count)
+    check_count("kd_count", kd_count)
     inputs, learnt = _inputs(
         teacher_hidden, teacher_unembedding, teacher_stored, alignment, tables, student_ids, student_targets,
         config, teacher_ids, teacher_mask, ce_count, kd_count,
@@ -120,8 +131,6 @@ def blockwise_loss(
     # Cut here and not block by block: over a split vocabulary that is an exchange between all devices, and
     # those that split the batch go through different numbers of blocks.
     student_unembedding = student_unembedding[:student_size]
-    if teacher_stored is not None and teacher_size not in (None, teacher_stored.size):
-        raise ValueError(f"rows of {teacher_stored.size} tokens, but the tables are for {teacher_size}")
     if inputs.teacher_unembedding is not None:
         inputs = replace(inputs, teacher_unembedding=inputs.teacher_unembedding[:teacher_size])
     caps = _cap("student_softcap", student_softcap), _cap("teacher_softcap", teacher_softcap)
@@ -155,8 +164,6 @@ def _inputs(
     ce_count: jax.Array | float | None,
     kd_count: jax.Array | float | None,
 ) -> tuple[Inputs, jax.Array | None]:
-    if config.kind is LossKind.auto:
-        raise ValueError(f"{config.kind} is not a distillation term")
     learnt = labelled = None
     if student_targets is not None:
         targets = jnp.asarray(student_targets, bool)
@@ -168,15 +175,11 @@ def _inputs(
         teacher_stored = None
         kd_count = 0.0 if kd_count is None else kd_count
     else:
-        live = teacher_hidden is not None and teacher_unembedding is not None
-        if live == (teacher_stored is not None) or alignment is None or tables is None:
-            raise ValueError(f"{config.kind} needs a teacher, an alignment and tables")
-        config.validate_merge()
         if not config.needs_ids:
             teacher_ids = None
-        elif teacher_ids is None:
-            raise ValueError(f"{config.kind.value} with merge={config.merge.value!r} needs teacher_ids")
-        kd_count = valid_chunks(alignment).sum(dtype=jnp.float32) if kd_count is None else kd_count
+        kd_count = (
+            valid_chunks(cast(Alignment, alignment)).sum(dtype=jnp.float32) if kd_count is None else kd_count
+        )
         if isinstance(tables, LearnableProjection):
             # The weights are made once for all blocks; from the gradient by them it goes on to the logits.
             tables = tables.split()
@@ -193,10 +196,11 @@ def _tokenizer_sizes(given: int | None, unembedding: jax.Array, inputs: Inputs) 
     """V_s and V_t; None for all that there are, or for no teacher."""
     if inputs.tables is None:
         return unembedding.shape[0] if given is None else given, None
-    student_size, teacher_size = _sizes(inputs.tables)
-    if given not in (None, student_size):
-        raise ValueError(f"student_size={given}, but the tables are for {student_size} tokens")
-    return student_size, teacher_size
+    size = inputs.tables.student_size
+    if given not in (None, size):
+        raise ValueError(f"student_size={given}, but the tables are for {size} tokens")
+    check_width("student_unembedding", unembedding, len(unembedding), size, "tables")
+    return size, inputs.tables.teacher_size
 
 
 def _setting(
@@ -237,16 +241,6 @@ def _cap(name: str, softcap: float | None) -> float | None:
     if not 0 < softcap < math.inf:
         raise ValueError(f"{name}={softcap} must be a number above 0, or None for no cap")
     return float(softcap)
-
-
-def _sizes(tables: Any) -> tuple[int, int | None]:
-    """V_s and V_t, None for all there are."""
-    if isinstance(tables, Partition):
-        common = tables.common_student.shape[0]
-        return common + tables.uncommon_student.shape[0], common + tables.uncommon_teacher.shape[0]
-    if hasattr(tables, "student_size"):
-        return tables.student_size, tables.teacher_size
-    return tables.student, tables.teacher
 
 
 # Two ways to a gradient: around each, a custom_vjp, so that nothing is differentiated through the walk.

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.prefix_kl import PrefixPlan, Slots, Steps, divergence
+from xtoken_jax.losses.prefix_kl import divergence
+from xtoken_jax.losses.prefix_steps import PrefixPlan, Slots, Steps
 from xtoken_jax.projection.events import PrefixTables, log_masses
 
 

@@ -220,42 +220,41 @@ class _Student(NamedTuple):
         )
         return rows, logits, self.next_ids.at[positions].get(mode="clip"), pull
 
-    def cross_entropy(
-        self, logits: jax.Array, next_ids: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Its share of the mean; the log-normalizers (`centred`) and the weight of each row, float32 [n]."""
-        if self.inputs.labelled is None:
-            return jnp.float32(0), logits[:, 0], jnp.zeros(len(logits), jnp.float32)
-        labelled = self.inputs.labelled.reshape(-1).at[positions].get(mode="fill", fill_value=False)
-        logits = centred(logits)
-        normalizer = jax.nn.logsumexp(logits, axis=-1)
-        values = normalizer - jnp.take_along_axis(logits, next_ids[:, None], axis=-1)[:, 0]
-        count = jnp.maximum(self.inputs.ce_count, 1.0)
-        return jnp.where(labelled, values, 0.0).sum() / count, normalizer, labelled / count
-
-    def ce_slope(
-        self, logits: jax.Array, next_ids: jax.Array, normalizer: jax.Array, weights: jax.Array
-    ) -> jax.Array:
-        """float32 [n, V_s]: (softmax - one at the label) times the weight of the row."""
-        columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        label = (columns == next_ids[:, None]).astype(jnp.float32)
-        weights = weights[:, None]
-        return jnp.where(
-            weights != 0, weights * (jnp.exp(centred(logits) - normalizer[:, None]) - label), 0.0
-        )
-
     def by_position(
-        self, term: Term | None, logits: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array | float]]:
-        """What the term has by position as a share of its mean; and its slope by logits for one of that."""
-        if term is None or term.at_positions is None or self.setting.term is None:
-            return jnp.float32(0), lambda _: 0.0
-        at_positions, tau = term.at_positions, temperature_of(self.setting.term)
-        count = jnp.maximum(self.inputs.kd_count, 1.0)
-        value, pull = _vjp(
-            self.slopes is not None, lambda z: at_positions(z / tau, positions).sum() / count, logits
-        )
-        return value, lambda slope: pull(slope)[0]
+        self,
+        term: Term | None,
+        logits: jax.Array,
+        next_ids: jax.Array,
+        positions: jax.Array,
+        counts: jax.Array | bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What positions are worth by themselves: their shares of CE and KD, and the slope of both.
+
+        All is 0 unless `counts`. The slope is by logits, float32 [n, V_s]; 0 where no gradient is wanted.
+        """
+        ce = kd = slope = jnp.float32(0)
+        if self.inputs.labelled is not None:
+            labelled = self.inputs.labelled.reshape(-1).at[positions].get(mode="fill", fill_value=False)
+            labelled, count = labelled & counts, jnp.maximum(self.inputs.ce_count, 1.0)
+            z = centred(logits)
+            normalizer = jax.nn.logsumexp(z, axis=-1)
+            values = normalizer - jnp.take_along_axis(z, next_ids[:, None], axis=-1)[:, 0]
+            ce = jnp.where(labelled, values, 0.0).sum() / count
+            if self.slopes is not None:
+                label = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == next_ids[:, None]
+                weights = (self.slopes[0] * (labelled / count))[:, None]
+                by_label = jnp.exp(z - normalizer[:, None]) - label.astype(jnp.float32)
+                slope = jnp.where(weights != 0, weights * by_label, 0.0)
+        if term is not None and term.at_positions is not None and self.setting.term is not None:
+            at_positions, tau = term.at_positions, temperature_of(self.setting.term)
+            value, pull = _vjp(
+                self.slopes is not None, lambda z: at_positions(z / tau, positions).sum(), logits
+            )
+            count = jnp.maximum(self.inputs.kd_count, 1.0)
+            kd = jnp.where(counts, value / count, 0.0)
+            if self.slopes is not None:
+                slope = slope + jnp.where(counts, pull(self.slopes[1] / count)[0], 0.0)
+        return ce, kd, slope
 
     def add(self, gradient: Gradient, slope: jax.Array, rows: jax.Array, positions: jax.Array) -> Gradient:
         """With a block's share, from its slope by the raw logits [n, V_s]."""
@@ -265,17 +264,15 @@ class _Student(NamedTuple):
 
 def _over_rest(student: _Student, side: Side, term: Term | None, place: jax.Array, sums: _Sums) -> _Sums:
     """Cross-entropy, and what the term has by position, of those from `place` on, which have no chunk."""
-    size, slopes = student.setting.block, student.slopes
+    size = student.setting.block
 
     def one(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
         place, sums = carry
         positions = side.block(place, side.wanted, size, jnp.int32(0), 1).positions
         rows, logits, next_ids, below_cap = student.block(positions)
-        ce, normalizer, weights = student.cross_entropy(logits, next_ids, positions)
-        kd, pull = student.by_position(term, logits, positions)
+        ce, kd, slope = student.by_position(term, logits, next_ids, positions, True)
         gradient = sums.gradient
-        if gradient is not None and slopes is not None:
-            slope = student.ce_slope(logits, next_ids, normalizer, slopes[0] * weights) + pull(slopes[1])
+        if gradient is not None:
             gradient = student.add(gradient, *below_cap(slope), rows, positions)
         parts = _with_last(sums.parts, kd, term)
         return place + size, _Sums(sums.ce + ce, sums.kd + kd, parts, gradient)
@@ -340,18 +337,14 @@ def _over_groups(
         (values, by_part), pull_values = _vjp(slopes is not None, lambda m: term.values(m, target), merged)
         finished = compared & complete
         kd, parts = (jnp.where(finished, x, 0.0).sum(-1) / kd_count for x in (values, by_part))
-        ce, normalizer, weights = student.cross_entropy(logits, next_ids, block.positions)
-        weights = jnp.where(counts, weights, 0.0)
-        more, pull_more = student.by_position(term, logits, block.positions)
-        more = jnp.where(counts, more, 0.0)
+        ce, more, slope = student.by_position(term, logits, next_ids, block.positions, counts)
         kd, parts = kd + more, _with_last(parts, more, term)
 
         gradient = state.sums.gradient
         if gradient is not None and slopes is not None:
             by_value = jnp.where(compared, slopes[1] / kd_count, 0.0)
             kd_slope, by_learnt = pull(*pull_values((by_value, jnp.zeros_like(by_part))))
-            ce_slope = student.ce_slope(logits, next_ids, normalizer, slopes[0] * weights)
-            slope = ce_slope + jnp.where(counts, kd_slope + pull_more(slopes[1]), 0.0)
+            slope = slope + jnp.where(counts, kd_slope, 0.0)
             gradient = student.add(gradient, *below_cap(slope), rows, block.positions)
             if gradient.learnt is not None:
                 learnt_slope = gradient.learnt + jnp.where(counts, by_learnt, 0.0)
@@ -364,12 +357,7 @@ def _over_groups(
             jnp.where(turn, begin, stop),
             jnp.where(long, state.again ^ complete, False),
             part,
-            _Sums(
-                state.sums.ce + jnp.where(counts, ce, 0.0),
-                state.sums.kd + kd,
-                state.sums.parts + parts,
-                gradient,
-            ),
+            _Sums(state.sums.ce + ce, state.sums.kd + kd, state.sums.parts + parts, gradient),
         )
 
     part = jax.eval_shape(

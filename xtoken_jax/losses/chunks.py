@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.alignment.batch import Alignment, next_token_chunks
+from xtoken_jax.losses.checks import check_alignment
 
 MERGES = ("mean", "mean_normalized", "first", "last")
 
@@ -24,6 +25,7 @@ def valid_chunks(alignment: Alignment) -> jax.Array:
 
         Nothing predicts the first token, and chunk 2 has no token of the teacher.
     """
+    check_alignment(alignment)
     count = alignment.valid.shape[1]
     found = jnp.asarray(alignment.valid)
     for chunks in (alignment.student_chunks, alignment.teacher_chunks):

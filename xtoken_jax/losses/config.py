@@ -91,7 +91,7 @@ class LossConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first value, or combination of values, that makes no sense."""
-        for name, (holds, rule) in _RANGES.items():
+        for name, (holds, rule) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise UserError(f"loss.{name}={value}: {rule}")
@@ -229,7 +229,7 @@ _DEFAULTS = {field.name: field.default for field in fields(LossConfig)}
 _POSITIVE = (lambda x: 0 < x < math.inf, "must be above 0")
 _WEIGHT = (lambda x: 0 <= x < math.inf, "must not be negative")
 _COUNT = (lambda x: x >= 1, "must be at least 1")
-_RANGES = {
+RANGES = {
     "temperature": _POSITIVE,
     "likelihood_temperature": _POSITIVE,
     "top_k": _COUNT,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.checks import check_choice, check_settings, check_sides, check_tables
 from xtoken_jax.losses.chunks import Merging, counted_positions, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.softmax import flat_logits, merged_log_softmax
 from xtoken_jax.losses.sorting import largest, largest_with_places
 from xtoken_jax.projection.matrix import Partition
+
+MERGES = ("mean", "first", "last")
 
 
 class HybridTerms(NamedTuple):
@@ -73,6 +76,7 @@ def hybrid_kl(
         student_ids=student_ids,
         teacher_ids=teacher_ids,
     )
+    check_settings(common_weight=common_weight, uncommon_weight=uncommon_weight)
     weighed = weighed_terms(terms, partition, common_weight, uncommon_weight)
     return weighed.common + weighed.uncommon
 
@@ -81,7 +85,7 @@ def weighed_terms(
     terms: HybridTerms, partition: Partition, common_weight: float | None, uncommon_weight: float | None
 ) -> HybridTerms:
     """The two parts times their weights, which are those of `hybrid_kl`."""
-    matched = partition.common_teacher.shape[0] / _sizes(partition)[1]
+    matched = partition.common_teacher.shape[0] / partition.teacher_size
     common_weight = matched if common_weight is None else common_weight
     uncommon_weight = 1 - matched if uncommon_weight is None else uncommon_weight
     return HybridTerms(common_weight * terms.common, uncommon_weight * terms.uncommon)
@@ -137,14 +141,15 @@ def hybrid_terms(
         >>> [round(part.item(), 4) for part in terms]
         [0.3041, 0.25]
     """
-    if merge not in ("mean", "first", "last"):
-        raise ValueError(f"merge={merge!r}: choose mean, first or last")
-    if merge != "mean" and (student_ids is None or teacher_ids is None):
-        raise ValueError(f"merge={merge!r} needs student_ids and teacher_ids")
+    check_hybrid(
+        student_logits, teacher_logits, alignment, partition, temperature=temperature, merge=merge,
+        uncommon_top_k=uncommon_top_k, direction=direction, beta=beta, student_ids=student_ids,
+        teacher_ids=teacher_ids,
+    )  # fmt: skip
     count = alignment.valid.shape[1]
-    student_size, teacher_size = _sizes(partition)
-    student = flat_logits(student_logits, student_size, counted_positions(alignment)[0]) / temperature
-    teacher = flat_logits(teacher_logits, teacher_size) / temperature
+    counted, _ = counted_positions(alignment)
+    student = flat_logits(student_logits, partition.student_size, counted) / temperature
+    teacher = flat_logits(teacher_logits, partition.teacher_size) / temperature
     student_next, teacher_next = (
         None if merge == "mean" or ids is None else next_tokens(ids) for ids in (student_ids, teacher_ids)
     )
@@ -159,9 +164,27 @@ def hybrid_terms(
     return HybridTerms(*(jnp.where(valid, part.reshape(valid.shape) * temperature**2, 0.0) for part in parts))
 
 
-def _sizes(partition: Partition) -> tuple[int, int]:
-    common = partition.common_student.shape[0]
-    return common + partition.uncommon_student.shape[0], common + partition.uncommon_teacher.shape[0]
+def check_hybrid(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alignment: Alignment,
+    partition: Partition,
+    *,
+    merge: str,
+    student_ids: jax.Array | None,
+    teacher_ids: jax.Array | None,
+    **settings: Any,
+) -> None:
+    """Raise ValueError for the first argument of `hybrid_terms` that does not fit."""
+    sizes = check_tables("partition", partition, [Partition])
+    check_sides(
+        student_logits, teacher_logits, alignment, sizes, "partition", student_ids=student_ids,
+        teacher_ids=teacher_ids,
+    )  # fmt: skip
+    check_settings(**settings)
+    check_choice("merge", merge, MERGES)
+    if merge != "mean" and (student_ids is None or teacher_ids is None):
+        raise ValueError(f"merge={merge!r} needs student_ids and teacher_ids")
 
 
 class HybridTarget(NamedTuple):
@@ -183,7 +206,7 @@ class HybridTarget(NamedTuple):
 
 def target_of_merged(merged: jax.Array, partition: Partition, uncommon_top_k: int) -> HybridTarget:
     """From the teacher's log-probabilities of chunks, float32 [K, V_t]."""
-    size = _sizes(partition)[0]
+    size = partition.student_size
     partner = (
         jnp.full(size, merged.shape[-1], jnp.int32)
         .at[jnp.asarray(partition.common_student)]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.checks import check_needed, check_settings, check_sides, check_sizes
 from xtoken_jax.losses.chunks import Merging, next_tokens, valid_chunks
 from xtoken_jax.losses.softmax import actual_log_softmax, flat_logits
 from xtoken_jax.projection.matrix import Array
@@ -62,9 +63,32 @@ def likelihood_matching(
 
         0.4 log(0.4 / 0.25) + 0.6 log(0.6 / 0.75).
     """
+    check_likelihood(
+        student_logits, teacher_logits, alignment, student_ids, teacher_ids, likelihood_temperature,
+        (student_size, teacher_size),
+    )  # fmt: skip
     student = actual_log_softmax(flat_logits(student_logits, student_size), next_tokens(student_ids))
     teacher = actual_log_softmax(flat_logits(teacher_logits, teacher_size), next_tokens(teacher_ids))
     return matched_chunks(student, jax.lax.stop_gradient(teacher), alignment, likelihood_temperature)
+
+
+def check_likelihood(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alignment: Alignment,
+    student_ids: jax.Array,
+    teacher_ids: jax.Array,
+    likelihood_temperature: float,
+    sizes: tuple[int | None, int | None],
+) -> None:
+    """Raise ValueError for the first argument of `likelihood_matching` that does not fit."""
+    check_sizes(student_size=sizes[0], teacher_size=sizes[1])
+    check_settings(likelihood_temperature=likelihood_temperature)
+    check_needed("likelihood_matching", student_ids=student_ids, teacher_ids=teacher_ids)
+    check_sides(
+        student_logits, teacher_logits, alignment, sizes, "student_size or teacher_size",
+        student_ids=student_ids, teacher_ids=teacher_ids,
+    )  # fmt: skip
 
 
 def matched_chunks(

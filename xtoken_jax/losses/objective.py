@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -12,6 +11,15 @@ import numpy as np
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.errors import UserError
+from xtoken_jax.losses.checks import (
+    PROJECTIONS,
+    check_config,
+    check_scalar,
+    check_settings,
+    check_sides,
+    check_tables,
+    check_word,
+)
 from xtoken_jax.losses.config import Direction, LossConfig, LossKind, Merge
 from xtoken_jax.losses.hybrid_kl import hybrid_terms, weighed_terms
 from xtoken_jax.losses.likelihood import likelihood_matching
@@ -49,10 +57,31 @@ class VocabularySizes:
     student: int = field(metadata={"static": True})
     teacher: int | None = field(metadata={"static": True})
 
+    @property
+    def student_size(self) -> int:
+        """V_s, by the name that all tables have for it."""
+        return self.student
+
+    @property
+    def teacher_size(self) -> int | None:
+        """V_t."""
+        return self.teacher
+
 
 # What the distillation term reads beside logits: W, the partition made from it, events, or sizes.
 LossTables = SplitProjection | LearnableProjection | Partition | PrefixTables | VocabularySizes
 
+
+# What the term of each kind reads.
+TABLES: dict[LossKind, tuple[type, ...]] = {
+    LossKind.p_kl: PROJECTIONS,
+    LossKind.gold: (Partition,),
+    LossKind.h_kl: (Partition,),
+    LossKind.prefix_kl: (PrefixTables,),
+    LossKind.uld: (VocabularySizes,),
+    LossKind.alm: (VocabularySizes,),
+    LossKind.same_vocabulary: (VocabularySizes,),
+}
 
 # What a term is reported in beside its sum; all means over chunks. P-KL's is no part of it: the share of the
 # student's mass that W sends to no column compared.
@@ -116,6 +145,7 @@ def distillation_parts(config: LossConfig) -> DistillationParts:
         UserError: settings that the kind does not go with.
         ValueError: "auto" or "none", which name no term.
     """
+    check_config(config)
     kind, tau, beta = config.kind, config.temperature, config.beta
     direction, merge = config.direction.value, config.merge.value
     if kind in (LossKind.auto, LossKind.none):
@@ -132,6 +162,11 @@ def distillation_parts(config: LossConfig) -> DistillationParts:
         student_ids: jax.Array | None = None,
         teacher_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        of_tables = check_tables("tables", tables, TABLES[kind])
+        check_sides(
+            student_logits, teacher_logits, alignment, of_tables, "tables", student_ids=student_ids,
+            teacher_ids=teacher_ids, teacher_mask=teacher_mask,
+        )  # fmt: skip
         logits = (student_logits, teacher_logits)
         if kind is LossKind.p_kl:
             value, lost = projection_parts(
@@ -139,7 +174,7 @@ def distillation_parts(config: LossConfig) -> DistillationParts:
                 alignment,
                 cast(SplitProjection | LearnableProjection, tables),
                 temperature=tau,
-                top_k=sys.maxsize if config.top_k is None else config.top_k,
+                top_k=config.top_k,
                 direction=direction,
                 beta=beta,
                 merge=merge,
@@ -217,10 +252,14 @@ def loss_tables(kind: LossKind, projection: Projection | LearnableProjection) ->
     Not for prefix_kl, whose tables are made of the tokenizers: `projection.prefixes.prefix_tables`.
 
     Raises:
-        ValueError: prefix_kl.
+        ValueError: prefix_kl, and kinds that name no term.
         UserError: a learnable W for another kind than P-KL, or a teacher of another tokenizer for
             same_vocabulary.
     """
+    check_word("kind", kind, LossKind)
+    check_tables("projection", projection, [Projection, LearnableProjection])
+    if kind in (LossKind.auto, LossKind.none):
+        raise ValueError(f"kind={kind}: names no distillation term")
     if kind is LossKind.prefix_kl:
         raise ValueError("prefix_kl reads the tables of projection.prefixes.prefix_tables(pair), not W")
     if isinstance(projection, LearnableProjection):
@@ -270,6 +309,7 @@ def dynamic_scale(ce: jax.Array, kd: jax.Array, max_scale: float | None = None) 
     Returns:
         float32 scalar.
     """
+    _check_means(ce, kd, max_scale)
     ce, kd = jax.lax.stop_gradient(ce), jax.lax.stop_gradient(kd)
     ratio = jnp.where(kd == 0, 1.0, ce / jnp.where(kd == 0, 1.0, kd))
     if max_scale is None:
@@ -289,6 +329,7 @@ def kd_scale_capped(ce: jax.Array, kd: jax.Array, max_scale: float | None = None
     Returns:
         bool scalar.
     """
+    _check_means(ce, kd, max_scale)
     return (kd != 0) & ((kd < 0) if max_scale is None else (kd < ce / max_scale))
 
 
@@ -312,7 +353,15 @@ def total_loss(
     Returns:
         The loss and the factor that KD got, float32 scalars.
     """
+    _check_means(ce, kd, max_scale)
+    check_settings(kd_weight=kd_weight, ce_weight=ce_weight)
     if not dynamic_scaling:
         return kd_weight * kd + ce_weight * ce, jnp.float32(kd_weight)
     scale = dynamic_scale(ce, kd, max_scale)
     return scale * kd + ce, scale
+
+
+def _check_means(ce: jax.Array, kd: jax.Array, max_scale: float | None) -> None:
+    check_scalar("ce", ce)
+    check_scalar("kd", kd)
+    check_settings(max_scale=max_scale)

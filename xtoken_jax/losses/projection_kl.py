@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.checks import PROJECTIONS, check_choice, check_settings, check_sides, check_tables
 from xtoken_jax.losses.chunks import MERGES, Merging, counted_positions, next_tokens, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.softmax import centred, flat_logits, log_softmax_within, not_finite
@@ -27,7 +29,7 @@ def projection_kl(
     projection: AnyProjection,
     *,
     temperature: float = 1.0,
-    top_k: int = 8192,
+    top_k: int | None = 8192,
     direction: str = "forward",
     beta: float = 0.5,
     merge: str = "mean",
@@ -49,7 +51,7 @@ def projection_kl(
         projection: W [V_s, V_t]; `Projection.split()` of it is fastest and gives the same,
             `Projection.learnable()` gets a gradient of its own.
         temperature: tau > 0.
-        top_k: columns compared; those with the highest teacher logit anywhere in the batch.
+        top_k: columns compared; those with the highest teacher logit anywhere in the batch. None: all.
         direction: "forward" or "reverse" KL, or "jsd" (`kl_terms`).
         beta: of "jsd".
         merge: "mean", the official one, whose teacher side sums to at most 1, so that the
@@ -81,7 +83,8 @@ def projection_kl(
     """
     return projection_parts(
         student_logits, teacher_logits, alignment, projection, temperature=temperature, top_k=top_k,
-        direction=direction, beta=beta, merge=merge, teacher_ids=teacher_ids, teacher_mask=teacher_mask,
+        direction=direction, beta=beta, merge=merge, student_ids=student_ids, teacher_ids=teacher_ids,
+        teacher_mask=teacher_mask,
     )[0]  # fmt: skip
 
 
@@ -92,10 +95,11 @@ def projection_parts(
     projection: AnyProjection,
     *,
     temperature: float = 1.0,
-    top_k: int = 8192,
+    top_k: int | None = 8192,
     direction: str = "forward",
     beta: float = 0.5,
     merge: str = "mean",
+    student_ids: jax.Array | None = None,
     teacher_ids: jax.Array | None = None,
     teacher_mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -104,8 +108,11 @@ def projection_parts(
     Returns:
         float32 [B, C] twice; the second has no gradient.
     """
-    if merge not in MERGES:
-        raise ValueError(f"merge={merge!r}: choose one of {', '.join(MERGES)}")
+    check_projection(
+        student_logits, teacher_logits, alignment, projection, merge=merge, student_ids=student_ids,
+        teacher_ids=teacher_ids, teacher_mask=teacher_mask, temperature=temperature, top_k=top_k,
+        direction=direction, beta=beta,
+    )  # fmt: skip
     count = alignment.valid.shape[1]
     valid, (counted, _) = valid_chunks(alignment), counted_positions(alignment)
     student = flat_logits(student_logits, projection.student_size, counted) / temperature
@@ -121,9 +128,7 @@ def projection_parts(
     target = merging.merge(log_softmax_within(chosen))
     if merge == "mean_normalized":
         target = log_softmax_within(target)
-    if merge in ("first", "last"):
-        if teacher_ids is None:
-            raise ValueError(f"merge={merge!r} needs teacher_ids")
+    if merge in ("first", "last") and teacher_ids is not None:
         teacher = centred(teacher)
         actual = jnp.take_along_axis(teacher, next_tokens(teacher_ids)[:, None], axis=-1)[:, 0]
         others = merging.other_tokens(actual - jax.nn.logsumexp(teacher, axis=-1))
@@ -138,6 +143,30 @@ def projection_parts(
     both = values, lost_mass(projected)
     values, lost = (jnp.where(valid, part.reshape(valid.shape), 0.0) for part in both)
     return values, lost
+
+
+def check_projection(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alignment: Alignment,
+    projection: AnyProjection,
+    *,
+    merge: str,
+    student_ids: jax.Array | None = None,
+    teacher_ids: jax.Array | None,
+    teacher_mask: jax.Array | None,
+    **settings: Any,
+) -> None:
+    """Raise ValueError for the first argument of `projection_kl` that does not fit."""
+    sizes = check_tables("projection", projection, PROJECTIONS)
+    check_sides(
+        student_logits, teacher_logits, alignment, sizes, "projection", student_ids=student_ids,
+        teacher_ids=teacher_ids, teacher_mask=teacher_mask,
+    )  # fmt: skip
+    check_settings(**settings)
+    check_choice("merge", merge, MERGES)
+    if merge in ("first", "last") and teacher_ids is None:
+        raise ValueError(f"merge={merge!r} needs teacher_ids")
 
 
 def lost_mass(projected: jax.Array) -> jax.Array:
@@ -222,46 +251,46 @@ _projected.defvjp(_projected_forward, _projected_backward)
 
 
 def top_columns(
-    logits: jax.Array, mask: jax.Array | None, count: int, size: int | None = None
+    logits: jax.Array, mask: jax.Array | None, count: int | None, size: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The columns whose maximum over the (real) positions is highest, and the positions that are not finite.
 
     Args:
         logits: float [B, T, >= size].
         mask: bool [B, T], real positions; None: all.
-        count: columns wanted; all of them if there are no more.
+        count: columns wanted; all of them if there are no more, or for None.
         size: V of the tokenizer; None: the width.
 
     Returns:
-        int32 [min(count, V)]; and bool [B T], real positions with a NaN or +inf in any column, which choose
-        no column. Where all columns are wanted they are in the result anyway, and none is named.
+        int32 [min(count, V)]; and bool [B T], positions with a NaN or +inf in any column, which choose no
+        column. Where all columns are wanted they are in the result anyway, and none is named.
     """
-
-    def real() -> jax.Array:
-        flat = flat_logits(logits, size)
-        return flat if mask is None else jnp.where(jnp.asarray(mask, bool).reshape(-1, 1), flat, -jnp.inf)
-
-    def by_finite() -> tuple[jax.Array, jax.Array]:
-        faulty = not_finite(real())
-        return highest(jnp.where(faulty[:, None], -jnp.inf, real())), faulty
-
-    none = jnp.zeros(logits.shape[0] * logits.shape[1], bool)
-    width = logits[..., :size].shape[-1]
-    if count >= width:
-        return jnp.arange(width, dtype=jnp.int32), none
-    best = highest(real())
-    best, faulty = jax.lax.cond(not_finite(best), by_finite, lambda: (best, none))
+    flat = flat_logits(logits, size)
+    if count is None or count >= flat.shape[-1]:
+        return jnp.arange(flat.shape[-1], dtype=jnp.int32), jnp.zeros(len(flat), bool)
+    faulty = not_finite(flat)
+    votes = ~faulty if mask is None else ~faulty & jnp.asarray(mask, bool).reshape(-1)
+    best = highest(flat, votes)
     return jax.lax.top_k(best, count)[1].astype(jnp.int32), faulty
 
 
-def highest(logits: jax.Array) -> jax.Array:
-    """float [V]: the maximum over positions of [N, V]."""
+def highest(logits: jax.Array, votes: jax.Array | None = None) -> jax.Array:
+    """float [V]: the maximum over positions of [N, V]; over those of bool [N] with a vote, if given."""
     # XLA's CPU backend reduces over leading axes slowly, and compares two halves fast.
-    return jax.lax.platform_dependent(logits, cpu=_by_halves, default=lambda x: x.max(axis=0))
+    return jax.lax.platform_dependent(
+        logits, votes, cpu=_by_halves, default=lambda x, v: _voting(x, v).max(axis=0)
+    )
 
 
-def _by_halves(logits: jax.Array) -> jax.Array:
+def _by_halves(logits: jax.Array, votes: jax.Array | None) -> jax.Array:
     while len(logits) > 1:
         half = (len(logits) + 1) // 2
-        logits = jnp.maximum(logits[:half], logits[len(logits) - half :])
-    return logits[0]
+        parts = (slice(half), slice(len(logits) - half, None))
+        # Cut before the votes are applied: otherwise XLA keeps a copy of all logits for the two halves.
+        first, second = (_voting(logits[part], None if votes is None else votes[part]) for part in parts)
+        logits, votes = jnp.maximum(first, second), None
+    return _voting(logits, votes)[0]
+
+
+def _voting(logits: jax.Array, votes: jax.Array | None) -> jax.Array:
+    return logits if votes is None else jnp.where(votes[:, None], logits, -jnp.inf)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.checks import check_settings, check_sides, check_sizes
 from xtoken_jax.losses.chunks import Merging, counted_positions, valid_chunks
 from xtoken_jax.losses.softmax import flat_logits, merged_log_softmax
 from xtoken_jax.losses.sorting import largest, largest_with_places
@@ -46,6 +47,10 @@ def rank_l1(
         >>> round(float(rank_l1(student, teacher, alignment)[0, 0]), 4)  # |.8 - .5| + |.2 - .4| + |0 - .1|
         0.6
     """
+    check_sizes(student_size=student_size, teacher_size=teacher_size)
+    check_settings(temperature=temperature)
+    sizes = student_size, teacher_size
+    check_sides(student_logits, teacher_logits, alignment, sizes, "student_size or teacher_size")
     count = alignment.valid.shape[1]
 
     counted = counted_positions(alignment)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from xtoken_jax.losses.checks import check_array, check_count
 
 
 def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | float | None = None) -> jax.Array:
@@ -27,6 +30,8 @@ def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array | float | N
         >>> float(masked_mean(values, mask)), float(sum(masked_mean(*half, count=2) for half in halves))
         (3.0, 3.0)
     """
+    check_array("mask", mask, "bool", *np.shape(values))
+    check_count("count", count)
     total = jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32)
     if count is None:
         count = jnp.sum(mask, dtype=jnp.float32)

@@ -6,6 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.losses.checks import (
+    check_array,
+    check_ids,
+    check_logits,
+    check_rows,
+    check_settings,
+    check_sides,
+    check_sizes,
+)
 from xtoken_jax.losses.chunks import Merging, counted_positions, valid_chunks
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.projection_kl import top_columns
@@ -17,6 +26,7 @@ from xtoken_jax.losses.softmax import (
     merged_log_softmax,
     not_finite,
 )
+from xtoken_jax.projection.readable import described
 
 
 def next_token_cross_entropy(
@@ -33,6 +43,7 @@ def next_token_cross_entropy(
         values float32 [B, T - 1] in nats, and the bool [B, T - 1] mask of those that count. A position that
         does not count may be NaN, with a gradient of 0.
     """
+    check_labels(logits, token_ids, token_mask, None)
     # The last position is left out of the values, not of the logits: that would copy them.
     logits = jnp.asarray(logits, jnp.float32)
     mask = jnp.asarray(token_mask[:, 1:], bool)
@@ -43,6 +54,15 @@ def next_token_cross_entropy(
     chosen = jnp.take_along_axis(logits, labels, axis=-1)[..., 0]
     values = jax.nn.logsumexp(logits, axis=-1) - chosen
     return values[:, :-1], mask
+
+
+def check_labels(logits: jax.Array, token_ids: jax.Array, token_mask: jax.Array, size: int | None) -> None:
+    """Raise ValueError unless logits [B, T, V], ids and mask [B, T] belong together."""
+    check_sizes(size=size)
+    check_logits("logits", logits, ("B", "T"), size, "size")
+    check_ids("token_ids", token_ids, ("B", "T"), logits.shape[-1] if size is None else size)
+    check_rows("logits", logits, "token_ids", token_ids)
+    check_array("token_mask", token_mask, "bool", *token_ids.shape)
 
 
 def same_vocabulary_kl(
@@ -87,6 +107,10 @@ def same_vocabulary_kl(
         >>> values.tolist(), mask.tolist()
         ([[0.0]], [[True]])
     """
+    check_sizes(size=size)
+    check_settings(temperature=temperature, top_k=top_k, direction=direction, beta=beta)
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        check_logits(name, logits, ("B", "T"), size, "size")
     student = jnp.asarray(student_logits[..., :size], jnp.float32)
     teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits[..., :size], jnp.float32))
     if student.shape != teacher.shape:
@@ -94,6 +118,9 @@ def same_vocabulary_kl(
             f"student logits {student.shape} and teacher logits {teacher.shape} differ in shape; with one "
             "tokenizer, give its size to cut padded columns off"
         )
+    check_array("token_mask", token_mask, "bool", *student.shape[:2])
+    if teacher_mask is not None:
+        check_array("teacher_mask", teacher_mask, "bool", *student.shape[:2])
     mask = jnp.asarray(token_mask[:, 1:], bool)
     s, t = _compared(student, teacher, teacher_mask, top_k)
     s, t = (log_softmax_within(jnp.where(mask[..., None], z[:, :-1], 0.0) / temperature) for z in (s, t))
@@ -129,6 +156,14 @@ def same_vocabulary_kl_by_chunk(
     Returns:
         float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
     """
+    check_sizes(size=size)
+    check_settings(temperature=temperature, top_k=top_k, direction=direction, beta=beta)
+    check_sides(student_logits, teacher_logits, alignment, (size, size), "size", teacher_mask=teacher_mask)
+    if size is None and student_logits.shape[-1] != teacher_logits.shape[-1]:
+        raise ValueError(
+            f"student_logits: {described(student_logits)} and teacher_logits: {described(teacher_logits)} "
+            "differ in width; with one tokenizer, give its size to cut padded columns off"
+        )
     count, valid = alignment.valid.shape[1], valid_chunks(alignment)
     student = gradient_at(
         jnp.asarray(student_logits[..., :size], jnp.float32), counted_positions(alignment)[0]

@@ -12,7 +12,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from xtoken_jax.alignment.batch import StoredRows
 from xtoken_jax.losses.blockwise_teacher import HiddenStates, Stored
+from xtoken_jax.losses.checks import check_array, check_choice, check_count, check_logits, check_scalar
 from xtoken_jax.losses.reduce import masked_mean
+from xtoken_jax.losses.same_vocabulary import check_labels
 from xtoken_jax.mesh import BATCH
 
 SCORES = ("negative_ce", "negative_entropy", "max_probability")
@@ -69,6 +71,8 @@ def teacher_scores(
         >>> [round(float(score), 4) for score in scores]  # -log 4 twice, and a quarter
         [-1.3863, -1.3863, 0.25]
     """
+    check_labels(logits, token_ids, token_mask, size)
+    check_count("count", count)
     logits = jax.lax.stop_gradient(jnp.asarray(logits[:, :-1, :size], jnp.float32))
     log_p = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(log_p, jnp.asarray(token_ids)[:, 1:, None], axis=-1)[..., 0]
@@ -206,8 +210,13 @@ def combine_teachers(
     """
     if not teachers:
         raise ValueError("combine_teachers needs at least one teacher")
-    if combine not in ("sum", "select_teacher"):
-        raise ValueError(f"combine={combine!r}: choose 'sum' or 'select_teacher'")
+    check_choice("combine", combine, ("sum", "select_teacher"))
+    if score is not None:
+        check_choice("score", score, SCORES)
+    check_scalar("sharpness", sharpness)
+    for number, teacher in enumerate(teachers):
+        check_scalar(f"teachers[{number}].kd", teacher.kd)
+        check_scalar(f"teachers[{number}].weight", teacher.weight)
     if combine == "select_teacher":
         scores = _scores(teachers, "negative_ce")
         alphas = jax.nn.one_hot(jnp.argmax(scores), len(teachers))
@@ -220,8 +229,12 @@ def combine_teachers(
     if scale_by_vocabulary:
         factors = vocabulary_factors([teacher.vocabulary_size for teacher in teachers])
     kds = jnp.stack([jnp.asarray(teacher.kd, jnp.float32) for teacher in teachers])
-    # A teacher without weight may be infinite, which 0 times would make NaN. A weight that is NaN stays NaN.
-    shares = jnp.where(alphas == 0, 0.0, alphas * jnp.array(factors, jnp.float32) * kds)
+    # A teacher without weight may be infinite, which 0 times would make NaN. It may be NaN too where it does
+    # not take part, but not where the softmax of the scores underflows.
+    ignored = alphas == 0
+    if combine == "sum" and score is not None:
+        ignored &= ~jnp.isnan(kds)
+    shares = jnp.where(ignored, 0.0, alphas * jnp.array(factors, jnp.float32) * kds)
     return shares.sum(), alphas
 
 
@@ -250,7 +263,9 @@ def average_logits(
     """
     if len(weights) != len(teacher_logits) or not teacher_logits:
         raise ValueError(f"{len(teacher_logits)} teachers and {len(weights)} weights")
-    if not sum(weights) > 0 or min(weights) < 0:
+    for number, logits in enumerate(teacher_logits):
+        check_array(f"teacher_logits[{number}]", logits, "float", "B", "T", "V")
+    if not 0 < sum(weights) < math.inf or min(weights) < 0:
         raise ValueError(f"weights {list(weights)}: must not be negative, nor all 0")
     cut = [jnp.asarray(logits[..., :size], jnp.float32) for logits in teacher_logits]
     shapes = [logits.shape for logits in cut]
@@ -259,6 +274,8 @@ def average_logits(
             f"logits of shapes {shapes} for a tokenizer of size {size}: averaged logits need teachers that "
             "share the student's tokenizer"
         )
+    for number, logits in enumerate(teacher_logits):
+        check_logits(f"teacher_logits[{number}]", logits, ("B", "T"), size, "size")
     total = sum(weights)
     average = jnp.zeros_like(cut[0])
     for logits, weight in zip(cut, weights, strict=True):
@@ -269,8 +286,6 @@ def average_logits(
 
 def _scores(teachers: Sequence[TeacherTerm], name: str) -> jax.Array:
     """float32 [M], without a gradient."""
-    if name not in SCORES:
-        raise ValueError(f"score={name!r}: choose one of {', '.join(SCORES)}")
     found = [teacher.scores for teacher in teachers]
     missing = [i for i, scores in enumerate(found) if scores is None]
     if missing:

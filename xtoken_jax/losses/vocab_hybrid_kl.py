@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 from xtoken_jax.losses.chunks import Merging, next_tokens
 from xtoken_jax.losses.hybrid_kl import slope_of_merged, target_of_merged, terms_of_merged
-from xtoken_jax.losses.vocab_shards import Layout, Rows, Setting, by_blocks, scaled
+from xtoken_jax.losses.vocab_shards import Layout, Rows, Setting, by_blocks, counted_positions, scaled
 from xtoken_jax.projection.matrix import Partition
 
 
@@ -131,13 +131,16 @@ def _hybrid_backward(
         paired = jnp.zeros(width, bool).at[layout.places(pairs, width)].set(True, mode="drop")
         by_part = jnp.where(paired[None, :], by_common.reshape(-1, 1), by_uncommon.reshape(-1, 1))
         slope = scaled(slope, by_part)
+        counted = (by_common.reshape(-1) != 0) | (by_uncommon.reshape(-1) != 0)
+        read = counted_positions(counted, merging, others=ids is not None)
         total = layout.sum(slope.sum(-1))
         z = layout.centred(layout.flat(student, setting.student_size, setting.temperature))
         share = merging.spread(total[:, None])
         if ids is not None:
             others = merging.spread_other(total)
             share = share + others[:, None]
-        gradient = merging.spread(slope) - jnp.exp(z - normalizer[:, None]) * share
+        softmax = jnp.where(read, jnp.exp(z - normalizer[:, None]), 0.0)
+        gradient = merging.spread(slope) - softmax * share
         if ids is not None:
             positions = jnp.arange(len(z), dtype=jnp.int32)
             gradient = gradient.at[positions, layout.places(next_tokens(ids), width)].add(others, mode="drop")

@@ -32,14 +32,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.chunks import MERGES, next_tokens, valid_chunks
-from xtoken_jax.losses.hybrid_kl import HybridTerms
-from xtoken_jax.losses.likelihood import matched_chunks
+from xtoken_jax.losses.checks import check_mesh, check_settings
+from xtoken_jax.losses.chunks import next_tokens, valid_chunks
+from xtoken_jax.losses.hybrid_kl import HybridTerms, check_hybrid, weighed_terms
+from xtoken_jax.losses.likelihood import check_likelihood, matched_chunks
+from xtoken_jax.losses.prefix_kl import check_prefix
+from xtoken_jax.losses.projection_kl import check_projection
+from xtoken_jax.losses.same_vocabulary import check_labels
 from xtoken_jax.losses.vocab_hybrid_kl import HybridSetting, hybrid
 from xtoken_jax.losses.vocab_likelihood import next_token_log_softmax
 from xtoken_jax.losses.vocab_prefix_kl import PrefixRows, PrefixSetting, prefix
 from xtoken_jax.losses.vocab_projection_kl import ProjectionSetting, p_kl
-from xtoken_jax.losses.vocab_shards import Layout, Rows
+from xtoken_jax.losses.vocab_shards import Layout, Rows, scaled
 from xtoken_jax.mesh import BATCH
 from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection
@@ -57,7 +61,7 @@ def vocab_parallel_projection_kl(
     data_axes: tuple[str, ...] = BATCH,
     block: int = 64,
     temperature: float = 1.0,
-    top_k: int = 8192,
+    top_k: int | None = 8192,
     direction: str = "forward",
     beta: float = 0.5,
     merge: str = "mean",
@@ -85,10 +89,12 @@ def vocab_parallel_projection_kl(
     Raises:
         ValueError: as `projection_kl`, or rows that the data axes do not divide.
     """
-    if merge not in MERGES:
-        raise ValueError(f"merge={merge!r}: choose one of {', '.join(MERGES)}")
-    if merge in ("first", "last") and teacher_ids is None:
-        raise ValueError(f"merge={merge!r} needs teacher_ids")
+    check_mesh(mesh, axis, data_axes)
+    check_projection(
+        student_logits, teacher_logits, alignment, projection, merge=merge, student_ids=student_ids,
+        teacher_ids=teacher_ids, teacher_mask=teacher_mask, temperature=temperature, top_k=top_k,
+        direction=direction, beta=beta, block=block,
+    )  # fmt: skip
     learn = isinstance(projection, LearnableProjection)
     if isinstance(projection, ShardedProjection):
         learn = projection.logits is not None
@@ -108,7 +114,7 @@ def vocab_parallel_projection_kl(
         projection.student_size,
         teacher_size,
         layout.block(block, alignment.valid.size),
-        min(top_k, teacher_size),
+        teacher_size if top_k is None else min(top_k, teacher_size),
         learn,
     )
     indices = _with_rows(jnp.asarray(w.indices), student.shape[-1], -1)
@@ -135,12 +141,10 @@ def vocab_parallel_hybrid_kl(
     Returns:
         float32 [B, C], times tau^2; 0 for chunks outside `valid_chunks(alignment)`.
     """
+    check_settings(common_weight=common_weight, uncommon_weight=uncommon_weight)
     terms = vocab_parallel_hybrid_terms(student_logits, teacher_logits, alignment, partition, **options)
-    pairs = partition.common_teacher.shape[0]
-    matched = pairs / (pairs + partition.uncommon_teacher.shape[0])
-    common_weight = matched if common_weight is None else common_weight
-    uncommon_weight = 1 - matched if uncommon_weight is None else uncommon_weight
-    return common_weight * terms.common + uncommon_weight * terms.uncommon
+    weighed = weighed_terms(terms, partition, common_weight, uncommon_weight)
+    return weighed.common + weighed.uncommon
 
 
 def vocab_parallel_hybrid_terms(
@@ -177,12 +181,12 @@ def vocab_parallel_hybrid_terms(
     Raises:
         ValueError: as `hybrid_terms`, or rows that the data axes do not divide.
     """
-    if merge not in ("mean", "first", "last"):
-        raise ValueError(f"merge={merge!r}: choose mean, first or last")
-    if merge != "mean" and (student_ids is None or teacher_ids is None):
-        raise ValueError(f"merge={merge!r} needs student_ids and teacher_ids")
-    pairs = partition.common_student.shape[0]
-    sizes = (pairs + partition.uncommon_student.shape[0], pairs + partition.uncommon_teacher.shape[0])
+    check_mesh(mesh, axis, data_axes)
+    check_hybrid(
+        student_logits, teacher_logits, alignment, partition, temperature=temperature, merge=merge,
+        uncommon_top_k=uncommon_top_k, direction=direction, beta=beta, student_ids=student_ids,
+        teacher_ids=teacher_ids, block=block,
+    )  # fmt: skip
     layout = Layout(mesh, axis, tuple(data_axes))
     student, teacher = layout.padded(student_logits), layout.padded(teacher_logits)
     setting = HybridSetting(
@@ -192,7 +196,8 @@ def vocab_parallel_hybrid_terms(
         direction,
         beta,
         temperature,
-        *sizes,
+        partition.student_size,
+        partition.teacher_size,
         layout.block(block, alignment.valid.size),
         uncommon_top_k,
     )
@@ -230,6 +235,11 @@ def vocab_parallel_likelihood_matching(
     Raises:
         ValueError: rows that the data axes do not divide.
     """
+    check_mesh(mesh, axis, data_axes)
+    check_likelihood(
+        student_logits, teacher_logits, alignment, student_ids, teacher_ids, likelihood_temperature,
+        (student_size, teacher_size),
+    )  # fmt: skip
     layout = Layout(mesh, axis, tuple(data_axes))
 
     def log_p(logits: jax.Array, ids: jax.Array, size: int | None) -> jax.Array:
@@ -292,6 +302,11 @@ def vocab_parallel_prefix_kl(
         >>> print(f"{value.item():.4f}")  # 0.5 log(0.5 / 0.8) + 0.5 log(0.5 / 0.2)
         0.2231
     """
+    check_mesh(mesh, axis, data_axes)
+    check_prefix(
+        student_logits, teacher_logits, alignment, tables, student_ids, teacher_ids,
+        temperature=temperature, direction=direction, beta=beta, block=block,
+    )  # fmt: skip
     layout = Layout(mesh, axis, tuple(data_axes))
     student, teacher = layout.padded(student_logits), layout.padded(teacher_logits)
     rows = PrefixRows(alignment, jnp.asarray(student_ids), jnp.asarray(teacher_ids))
@@ -322,6 +337,8 @@ def vocab_parallel_cross_entropy(
     Returns:
         values float32 [B, T - 1] in nats, and the bool [B, T - 1] mask of those that count.
     """
+    check_mesh(mesh, axis, data_axes)
+    check_labels(logits, token_ids, token_mask, size)
     layout = Layout(mesh, axis, tuple(data_axes))
     size = logits.shape[-1] if size is None else size
     # A slice of the positions would copy the logits; instead the last one gets a gradient of 0.
@@ -354,7 +371,7 @@ def _cross_entropy_backward(layout: Layout, size: int, residuals: tuple, gradien
         z, gradient = layout.centred(layout.flat(logits, size)), gradient.reshape(-1, 1)
         places = layout.places(next_tokens(ids), z.shape[-1])[:, None]
         label = jnp.arange(z.shape[-1], dtype=jnp.int32)[None, :] == places
-        slope = gradient * (jnp.exp(z - normalizer[:, None]) - label)
+        slope = scaled(jnp.exp(z - normalizer[:, None]) - label, gradient)
         return slope.reshape(logits.shape).astype(logits.dtype)
 
     by_row = layout.by_row

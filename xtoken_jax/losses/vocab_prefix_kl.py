@@ -31,7 +31,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.prefix_kl import PrefixPlan, Slots, Steps, divergence
+from xtoken_jax.losses.prefix_kl import divergence
+from xtoken_jax.losses.prefix_steps import PrefixPlan, Slots, Steps
 from xtoken_jax.losses.softmax import centred
 from xtoken_jax.losses.vocab_shards import Layout, scaled
 from xtoken_jax.projection.events import Components, PrefixTables, log_masses
@@ -77,16 +78,19 @@ class _Side(NamedTuple):
     temperature: float
     size: int
     logits: jax.Array  # [b T, v], as they came
-    highest: jax.Array  # float32 [b T], of the whole row, over the temperature
+    highest: jax.Array  # float32 [b T], of the whole row, over the temperature; NaN if it is not finite
 
     @classmethod
     def of(cls, setting: PrefixSetting, logits: jax.Array, size: int) -> _Side:
         layout, logits = setting.layout, logits.reshape(-1, logits.shape[-1])
-        own = layout.flat(logits, size, setting.temperature).max(-1)
-        return cls(layout, setting.temperature, size, logits, jax.lax.pmax(own, layout.axis))
+        highest = layout.highest(layout.flat(logits, size, setting.temperature))
+        return cls(layout, setting.temperature, size, logits, highest)
 
     def rows(self, positions: jax.Array) -> jax.Array:
-        """[m, v], centred; -inf past the tokenizer's size; anything finite for positions past the end."""
+        """[m, v], centred; -inf past the tokenizer's size; anything finite for positions past the end.
+
+        A row that is not finite on any device is NaN on all.
+        """
         own = self.logits.at[positions].get(mode="fill", fill_value=0)
         own = self.layout.flat(own, self.size, self.temperature)
         return centred(own, self.highest.at[positions].get(mode="fill", fill_value=0.0))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from xtoken_jax.losses.chunks import next_tokens
 from xtoken_jax.losses.divergence import kl_terms
 from xtoken_jax.losses.projection_kl import EPSILON, highest
-from xtoken_jax.losses.vocab_shards import Rows, Setting, by_blocks, scaled
+from xtoken_jax.losses.vocab_shards import Rows, Setting, by_blocks, counted_positions, scaled
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ def _p_kl_forward(
         z = layout.centred(layout.flat(student, setting.student_size, setting.temperature))
         t = layout.flat(teacher, setting.teacher_size, setting.temperature)
         width = t.shape[-1]
-        columns = _top_columns(setting, t, rows.teacher_mask)
-        t = layout.centred(t)
+        raw, t = t, layout.centred(t)
+        faulty = jnp.isnan(t[:, :1])  # NaN in all columns then
+        columns = _top_columns(setting, jnp.where(faulty, -jnp.inf, raw), rows.teacher_mask)
         slots = _slots(columns, setting.teacher_size)
         places = layout.places(columns, width)
 
         # log_softmax within the columns; what is subtracted does not depend on the column.
         chosen = jnp.zeros(width, bool).at[places].set(True, mode="drop")
         merging = setting.merging(rows.teacher_chunks)
-        # What is not finite counts in the columns that are not compared, too.
-        compared = jnp.where(chosen[None, :] | ~(t < jnp.inf), t, -jnp.inf)
+        compared = jnp.where(chosen[None, :] | faulty, t, -jnp.inf)
         normalizer = layout.log_normalizer(compared)
         # A row without mass in the columns stays one of -inf.
         normalizer = jnp.where(normalizer == -jnp.inf, 0.0, normalizer)
@@ -123,7 +123,9 @@ def _p_kl_backward(setting: ProjectionSetting, residuals: tuple, gradient: jax.A
         slots = _slots(jax.lax.all_gather(columns, layout.axis, tiled=True), setting.teacher_size)
         merging = setting.merging(chunks)
         z = layout.centred(layout.flat(student, setting.student_size, setting.temperature))
-        probabilities = jnp.exp(z - normalizer[:, None])
+        counted = gradient.reshape(-1) != 0
+        read = counted_positions(counted, merging)
+        probabilities = jnp.where(read, jnp.exp(z - normalizer[:, None]), 0.0)
         slope = scaled(slope, gradient.reshape(-1, 1))
 
         def block(slope: jax.Array, own: jax.Array | None = None) -> tuple:

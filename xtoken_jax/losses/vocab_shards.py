@@ -100,9 +100,16 @@ class Layout:
         places = ids - self.start(width)
         return jnp.where((places >= 0) & (places < width), places, width)
 
+    def highest(self, logits: jax.Array) -> jax.Array:
+        """[N, v] -> [N]: the highest of the whole row, NaN where the row has a NaN or +inf on any device."""
+        own = logits.max(-1)
+        # A maximum over devices may drop a NaN, but not +inf.
+        top = jax.lax.pmax(jnp.where(own < jnp.inf, own, jnp.inf), self.axis)
+        return jnp.where(top < jnp.inf, top, jnp.nan)
+
     def centred(self, logits: jax.Array) -> jax.Array:
-        """[N, v] less the highest of the whole row."""
-        return centred(logits, jax.lax.pmax(logits.max(-1), self.axis))
+        """[N, v] less the highest of the whole row; a row that is not finite on any device is NaN on all."""
+        return centred(logits, self.highest(logits))
 
     def flat(self, logits: jax.Array, size: int, temperature: float = 1.0) -> jax.Array:
         """float32 [b T, v] of a device, over the temperature; -inf past the tokenizer's size."""
@@ -112,8 +119,8 @@ class Layout:
 
     def log_normalizer(self, logits: jax.Array) -> jax.Array:
         """[N, v] -> [N]: logsumexp over the whole vocabulary."""
-        top = jax.lax.pmax(logits.max(-1), self.axis)
-        top = jnp.where(jnp.isfinite(top), top, 0.0)
+        top = self.highest(logits)
+        top = jnp.where(top == -jnp.inf, 0.0, top)
         return jnp.log(self.sum(jnp.exp(logits - top[:, None]).sum(-1))) + top
 
     def at(self, logits: jax.Array, ids: jax.Array) -> jax.Array:
@@ -165,6 +172,16 @@ class Rows(NamedTuple):
 def scaled(slope: jax.Array, gradient: jax.Array) -> jax.Array:
     """What does not count has no gradient, whatever its slope."""
     return jnp.where(gradient != 0, slope * gradient, 0.0)
+
+
+def counted_positions(counted: jax.Array, merging: Merging, *, others: bool = False) -> jax.Array:
+    """bool [N, 1]: positions that a chunk of bool [K] reads; with `others` also those that it did not choose.
+
+    The logits of other positions may be anything, NaN included, and have a gradient of 0.
+    """
+    flags = counted.astype(jnp.float32)
+    read = merging.spread(flags[:, None])[:, 0] != 0
+    return (read | (merging.spread_other(flags) != 0) if others else read)[:, None]
 
 
 def by_blocks(step: Callable, size: int, *arrays: jax.Array, total: Any = None) -> Any:

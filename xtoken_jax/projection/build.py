@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import KindError, UserError
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.projection.retokenize import tokenize_bytes
 from xtoken_jax.projection.special import role_pairs, similar_pairs
+from xtoken_jax.tokens.arguments import check_pair
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 BETA, GAMMA = 0.9, 0.1
@@ -33,6 +34,11 @@ class ProjectionOptions:
     similar_special: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.entries, bool) or not isinstance(self.entries, int | np.integer):
+            raise KindError(f"entries={self.entries!r}: an integer is needed")
+        for name in ("reverse", "scale_trick", "similar_special"):
+            if not isinstance(getattr(self, name), bool):
+                raise KindError(f"{name}={getattr(self, name)!r}: True or False is needed")
         if self.entries < 1:
             raise UserError(f"entries={self.entries}: W needs at least one entry a row")
 
@@ -73,6 +79,7 @@ def build_projection(
     Raises:
         UserError: no entry a row.
     """
+    check_pair(pair)
     options = ProjectionOptions(entries, reverse, scale_trick, similar_special)
     student, teacher = pair.student, pair.teacher
     single = role_pairs(pair)

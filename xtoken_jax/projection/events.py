@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xtoken_jax.projection.readable import readable, size_of
+
 Array = jax.Array | np.ndarray
 
 
@@ -32,6 +34,9 @@ class Components:
     event_of: Array
     count: int = field(metadata={"static": True})
 
+    def __repr__(self) -> str:
+        return readable(self, f"{self.count:,} events of {size_of(self.event_of)} tokens")
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class Continuations:
     size: Array
     longest: int = field(metadata={"static": True})
 
+    def __repr__(self) -> str:
+        return readable(self, f"{size_of(self.order)} of {size_of(self.pieces)} tokens with pieces")
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -70,6 +78,15 @@ class PrefixTables:
     teacher: Components
     student_pieces: Continuations
     teacher_pieces: Continuations
+
+    def __repr__(self) -> str:
+        sides = ("student", self.student, self.student_pieces), ("teacher", self.teacher, self.teacher_pieces)
+        lines = [
+            f"  {name}: {size_of(getattr(events, 'event_of', None))} tokens, "
+            f"{size_of(getattr(pieces, 'order', None))} of them by pieces of the other side"
+            for name, events, pieces in sides
+        ]
+        return "\n".join([f"PrefixTables({getattr(self.student, 'count', '?')} events", *lines]) + ")"
 
     @property
     def student_size(self) -> int:

@@ -1,4 +1,4 @@
-"""W as a pytree, and the partition of two vocabularies read from it (jax only)."""
+"""W as a pytree (jax only)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from xtoken_jax.projection.partition import Partition
+from xtoken_jax.projection.readable import readable, rows_of, size_of
+
+__all__ = [
+    "Array",
+    "LearnableProjection",
+    "Partition",
+    "Projection",
+    "SplitProjection",
+    "TransposedProjection",
+    "log_weights",
+    "row_softmax",
+]
 
 Array = jax.Array | np.ndarray
 
@@ -27,6 +41,9 @@ class Projection:
     indices: Array
     weights: Array
     teacher_size: int | None = field(default=None, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return readable(self, _headline(size_of(self.indices), self.teacher_size) + rows_of(self.indices))
 
     @property
     def student_size(self) -> int:
@@ -101,6 +118,9 @@ class SplitProjection:
     weights: Array
     student_size: int = field(metadata={"static": True})
     teacher_size: int | None = field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return readable(self, _headline(f"{self.student_size:,}", self.teacher_size))
 
     def project(
         self, probabilities: jax.Array, columns: jax.Array | None = None, width: int | None = None
@@ -266,6 +286,9 @@ class LearnableProjection:
     rows: Array
     teacher_size: int | None = field(default=None, metadata={"static": True})
 
+    def __repr__(self) -> str:
+        return readable(self, _headline(size_of(self.indices), self.teacher_size))
+
     @property
     def student_size(self) -> int:
         """V_s of the student's tokenizer, the number of rows."""
@@ -311,64 +334,9 @@ def row_softmax(logits: Array, indices: Array) -> jax.Array:
     return raw / jnp.where(total > 0, total, 1.0)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Partition:
-    """The tokens that two vocabularies have in common, paired, and the rest of each.
-
-    Attributes:
-        common_student, common_teacher: int32 [M], pair m is (common_student[m],
-            common_teacher[m]); by rising student id.
-        uncommon_student, uncommon_teacher: int32, all other ids below the tokenizers' sizes.
-    """
-
-    common_student: Array
-    common_teacher: Array
-    uncommon_student: Array
-    uncommon_teacher: Array
-
-    @classmethod
-    def strict(cls, projection: Projection, *, teacher_size: int | None = None) -> Partition:
-        """GOLD's: rows with one entry, of weight 1; a teacher id goes to the lowest student id."""
-        indices, weights = np.asarray(projection.indices), np.asarray(projection.weights)
-        exact = (weights[:, 0] == 1.0) & ((indices >= 0).sum(1) == 1)
-        return cls._from_candidates(indices, weights, exact, _size(projection, teacher_size))
-
-    @classmethod
-    def relaxed(
-        cls, projection: Projection, *, teacher_size: int | None = None, threshold: float = 0.6
-    ) -> Partition:
-        """H-KL's: rows whose top weight reaches the threshold.
-
-        A teacher id that several rows point at goes to the highest weight, then to the
-        lowest student id (official implementation).
-        """
-        indices, weights = np.asarray(projection.indices), np.asarray(projection.weights)
-        strong = (weights[:, 0] >= threshold) & (indices[:, 0] >= 0)
-        return cls._from_candidates(indices, weights, strong, _size(projection, teacher_size))
-
-    @classmethod
-    def _from_candidates(
-        cls, indices: np.ndarray, weights: np.ndarray, candidate: np.ndarray, teacher_size: int
-    ) -> Partition:
-        student = np.flatnonzero(candidate)
-        student = student[np.lexsort((student, -weights[student, 0]))]
-        teacher, first = np.unique(indices[student, 0], return_index=True)
-        order = np.argsort(student[first])
-        common_student, common_teacher = student[first][order], teacher[order]
-        return cls(
-            common_student.astype(np.int32),
-            common_teacher.astype(np.int32),
-            np.setdiff1d(np.arange(len(indices)), common_student).astype(np.int32),
-            np.setdiff1d(np.arange(teacher_size), common_teacher).astype(np.int32),
-        )
-
-
-def _size(projection: Projection, teacher_size: int | None) -> int:
-    size = projection.teacher_size if teacher_size is None else teacher_size
-    if size is None:
-        raise ValueError("teacher_size is needed: the projection does not carry the size of its teacher")
-    return size
+def _headline(student_size: str, teacher_size: int | None) -> str:
+    teacher = "?" if teacher_size is None else f"{teacher_size:,}"
+    return f"W of {student_size} student and {teacher} teacher tokens"
 
 
 def _sources(indices: np.ndarray, alone: np.ndarray, size: int | None) -> tuple[np.ndarray, np.ndarray]:

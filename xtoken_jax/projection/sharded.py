@@ -34,6 +34,11 @@ class ShardedProjection:
     axis: str = field(metadata={"static": True})
     logits: Array | None = None
 
+    def __repr__(self) -> str:
+        kind = "fixed" if self.logits is None else "learnable"
+        split = f"{self.student_size:,} student tokens over {self.axis!r} of {dict(self.mesh.shape)}"
+        return f"ShardedProjection({kind}, {split}\n{self.projection!r})"
+
     @property
     def teacher_size(self) -> int | None:
         """As in `Projection`."""

@@ -148,6 +148,9 @@ class Tokenizer:
             template_file=str(_template_file(folder) if chat_template is None else chat_template),
         )
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}: {self.describe()})"
+
     def describe(self) -> str:
         """One line: kind, size, roles, and how many ids have no bytes."""
         table = self.token_bytes
@@ -232,6 +235,9 @@ class TokenizerPair:
 
     student: Tokenizer
     teacher: Tokenizer
+
+    def __repr__(self) -> str:
+        return f"TokenizerPair(\n  student: {self.student!r}\n  teacher: {self.teacher!r})"
 
     @classmethod
     def load(cls, student: str | Path, teacher: str | Path) -> TokenizerPair:
