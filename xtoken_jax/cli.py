@@ -12,6 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from xtoken_jax import __version__, cli_cache, cli_copies, cli_generate, cli_tokenizers
+from xtoken_jax.command_line.completion import SHELLS, complete, of_settings, script
+from xtoken_jax.command_line.groups import groups
+from xtoken_jax.command_line.parser import Parser
+from xtoken_jax.command_line.spelling import as_settings
+from xtoken_jax.command_line.words import keys
 from xtoken_jax.errors import UserError, first_line, is_panic
 
 _DISTILL_HELP = """\
@@ -42,28 +47,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     SIGTERM ends `xtoken distill` with 0, and a checkpoint. Of several processes, one that fails ends all.
     """
-    parser = _parser()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options, rest = parser.parse_known_args(words)
-    takes_settings = options.command in ("distill", "cache-teacher")
-    if rest and not takes_settings:
-        name = f" {options.command}" if options.command else ""
-        parser.error(f"unknown argument {rest[0]!r}; see xtoken{name} --help")
+    parser, commands = _parser()
+    complete(parser)
+    options, rest = parser.parse_known_args(arguments)
     if options.command is None:
-        parser.print_help()
+        if options.completion:
+            print(script(options.completion))
+        elif rest:
+            parser.error(parser.unknown_command(rest[0]))
+        else:
+            parser.print_help()
         return 0
+    command = commands[options.command]
+    if command.settings is None:
+        # A setting in the place of a folder parses, and the folder does not exist.
+        folder = str(getattr(options, "model", getattr(options, "run_folder", "")))
+        setting = [folder] if "=" in folder and not Path(folder).exists() else []
+        if unplaced := [*rest, *setting]:
+            command.exit(2, f"xtoken: {command.advice(unplaced)}\n")
     console = Console(stderr=options.command != "distill", highlight=False, soft_wrap=True)
     try:
-        if takes_settings:
+        if command.settings is not None:
             options.overrides += [word for word in rest if not word.startswith("-")]
-            unknown = [word for word in rest if word.startswith("-")]
-            if unknown:
-                see = f"see xtoken {options.command} --help"
-                raise UserError(f"unknown option {unknown[0]}; settings are key=value, {see}")
+            if unknown := [word for word in rest if word.startswith("-")]:
+                from xtoken_jax.config import Experiment
+
+                raise UserError(as_settings(command.prog, command.words, unknown, keys(Experiment), groups()))
         options.run(options, console)
     except (UserError, OSError) as error:  # a full disk or a read-only folder is no fault of the program
+        line = " ".join(str(error).split("\n"))
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"xtoken: {error}", markup=False, style="red"
+            f"xtoken: {line}", markup=False, style="red"
         )
         return 2
     except KeyboardInterrupt as interrupt:
@@ -77,17 +91,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and that of each command by its name."""
+    parser = Parser(
         prog="xtoken",
         description="Distil a language model into a student with another tokenizer.",
         epilog="first: xtoken distill experiment=quickstart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"xtoken-jax {__version__}")
+    parser.add_argument(
+        "--completion", choices=SHELLS, help="print the completion script of a shell, for eval or source"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str, epilog: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, text: str, epilog: str) -> Parser:
         sub = commands.add_parser(
             name,
             help=text,
@@ -164,17 +182,26 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("cache", cli_copies.run, cli_copies.TEXT, cli_copies.HELP)
     cli_copies.add_arguments(sub)
-    return parser
+    for sub in commands.choices.values():
+        if sub.settings is not None:
+            sub.settings.completer = of_settings(_schema)  # type: ignore[attr-defined]
+    return parser, commands.choices
+
+
+def _schema() -> type:
+    from xtoken_jax.config import Experiment
+
+    return Experiment
 
 
 def _distill(options: argparse.Namespace, console: Console) -> None:
     if options.cfg:
         from xtoken_jax.sweep import dump
 
-        print(dump(options.overrides), end="")
+        print(dump(options.overrides, sweep=options.multirun), end="")
         return
     if options.multirun:
-        _sweep(options, console)
+        _sweep(options)
         return
     from xtoken_jax.train.signals import StopSignals
 
@@ -277,10 +304,10 @@ def _export(options: argparse.Namespace, console: Console) -> None:
         console.print(f"ends     {ends}", markup=False)
 
 
-def _sweep(options: argparse.Namespace, console: Console) -> None:
+def _sweep(options: argparse.Namespace) -> None:
     from xtoken_jax.sweep import run_sweep
 
-    folder, jobs = run_sweep(options.overrides, console)
+    folder, jobs = run_sweep(options.overrides, quiet=options.json)
     _rank(folder, Console(stderr=options.json, highlight=False, soft_wrap=True))
     if options.json:
         cli_tokenizers.print_json([job.to_dict() for job in jobs])
