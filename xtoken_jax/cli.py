@@ -14,6 +14,7 @@ from rich.table import Table
 from xtoken_jax import __version__, cli_cache, cli_copies, cli_generate, cli_tokenizers
 from xtoken_jax.command_line.completion import SHELLS, complete, of_settings, script
 from xtoken_jax.command_line.groups import groups
+from xtoken_jax.command_line.memory import memory_errors
 from xtoken_jax.command_line.parser import Parser
 from xtoken_jax.command_line.spelling import as_settings
 from xtoken_jax.command_line.words import keys
@@ -40,6 +41,7 @@ The run's folder gets metrics.jsonl, curves.png, checkpoints/ and student/, an o
 Face folder. The same command again goes on where a run was interrupted; SIGTERM and Ctrl-C save
 first. resume.allow=[KEY,...] goes on with settings or content that differ.
 """
+_ROW = 1024  # tokens of a row in `evaluate`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from xtoken_jax.config import Experiment
 
                 raise UserError(as_settings(command.prog, command.words, unknown, keys(Experiment), groups()))
-        options.run(options, console)
+        with memory_errors(options.command):
+            options.run(options, console)
     except (UserError, OSError) as error:  # a full disk or a read-only folder is no fault of the program
-        line = " ".join(str(error).split("\n"))
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"xtoken: {line}", markup=False, style="red"
+            f"xtoken: {error}", markup=False, style="red"
         )
         return 2
     except KeyboardInterrupt as interrupt:
@@ -140,7 +142,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         help="file, folder or pattern of jsonl, csv, txt, parquet, ...; default: held-out topics of help()",
     )
     cli_tokenizers.takes_source(sub, "--data")
-    sub.add_argument("--length", type=int, default=1024, help="tokens a row (default: 1024)")
+    sub.add_argument("--length", type=int, help="tokens a row (default: 1024, or the model's positions)")
     sub.add_argument("--batch-size", type=int, default=8, help="rows at once (default: 8)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -178,7 +180,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "draw a run's curves from its metrics.jsonl, or rank the runs of a sweep",
         "example: xtoken report runs/quickstart",
     )
-    sub.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of a run or a sweep")
+    sub.add_argument(
+        "run_folder", metavar="RUN", type=Path, help="the folder of a run, of a sweep, or of several of them"
+    )
 
     sub = command("cache", cli_copies.run, cli_copies.TEXT, cli_copies.HELP)
     cli_copies.add_arguments(sub)
@@ -249,21 +253,22 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.models.load import ModelConfig, open_model
     from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
     tokenizer = Tokenizer.load(options.model)
     if options.source and options.data is None:
         raise UserError("--source: sets how --data is read, and there is none; name it, or leave this out")
+    length = _row_length(options)
     if options.data is None:
         source = SourceConfig(kind=SourceKind.python_docs, split="validation")
     else:
         source = cli_tokenizers.source_of(options.data, options.source)
     data = DataConfig(
         validation={"text": source},
-        student_length=options.length,
-        teacher_length=options.length,
+        student_length=length,
+        teacher_length=length,
         batch_size=options.batch_size,
     )
-    if options.length < 2 or options.batch_size < 1:
-        raise UserError("--length must be at least 2 and --batch-size at least 1")
     mesh = single_device_mesh()
     with jax.set_mesh(mesh):
         model, params = open_model(
@@ -279,13 +284,28 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
                 tokenizer,
                 [row.ids for row in rows],
                 batch_size=options.batch_size,
-                length=options.length,
+                length=length,
                 targets=[row.targets for row in rows],
             )
     if options.json:
         cli_tokenizers.print_json({"bits_per_byte": value, "rows": len(rows)})
     else:
         print(f"{value:.4f} bits per byte over {len(rows)} rows of {options.data or 'Python documentation'}")
+
+
+def _row_length(options: argparse.Namespace) -> int:
+    """The --length of `evaluate`, which the model has positions for."""
+    from xtoken_jax.hub import resolve_folder
+    from xtoken_jax.models.config import read_config
+
+    positions = read_config(resolve_folder(options.model, weights=False)).max_position_embeddings
+    length = min(_ROW, positions) if options.length is None else options.length
+    if not 2 <= length <= positions:
+        raise UserError(
+            f"--length {length}: must be at least 2, and at most {positions:,}, the positions that the model "
+            "was made for (max_position_embeddings)"
+        )
+    return length
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
@@ -333,12 +353,13 @@ def _rank(folder: Path, console: Console) -> None:
 
 def _report(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.ranking import is_sweep
-    from xtoken_jax.report import draw_curves
+    from xtoken_jax.report import draw_curves, runs_and_sweeps
 
-    if is_sweep(options.run_folder):
-        _rank(options.run_folder, Console(highlight=False, soft_wrap=True))
-    else:
-        console.print(f"curves   {draw_curves(options.run_folder)}")
+    for folder in runs_and_sweeps(options.run_folder):
+        if is_sweep(folder):
+            _rank(folder, Console(highlight=False, soft_wrap=True))
+        else:
+            console.print(f"curves   {draw_curves(folder)}", markup=False)
 
 
 if __name__ == "__main__":
