@@ -29,10 +29,10 @@ from xtoken_jax.resume import ResumeConfig
 from xtoken_jax.train.loop import TrainConfig
 from xtoken_jax.train.optimizer import OptimizerConfig
 
-_PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent
 _DEFAULT_LOSS = LossConfig()
 _PROJECTION_RATE = OptimizerConfig.projection_learning_rate
-OmegaConf.register_new_resolver("embedded", lambda path: str(_PACKAGE / "assets" / path), replace=True)
+OmegaConf.register_new_resolver("embedded", lambda path: str(PACKAGE / "assets" / path), replace=True)
 
 
 @dataclass
