@@ -129,6 +129,9 @@ class Experiment:
                     f"{side}.path: not given; name a Hugging Face folder or hub id, or start from an "
                     f"experiment ({', '.join(options_of('experiment'))})"
                 )
+        for key in ("name", "run_dir"):
+            if not getattr(self, key).strip():
+                raise UserError(f"{key}: empty; name the run, or the folder that it is written to")
         self._validate_adapters()
         if self.student.dtype is not Dtype.float32 and not self.student.lora.rank:
             raise UserError(

@@ -41,7 +41,7 @@ _MEANS: tuple[set[str], ...] = (
 )
 
 # What other programs call the settings of `distill`.
-_KEYS = {
+KEYS = {
     "student": "student.path", "teacher": "teacher.path", "student_model": "student.path",
     "teacher_model": "teacher.path", "model": "student.path", "path": "student.path",
     "lr": "optimizer.learning_rate", "rate": "optimizer.learning_rate", "wd": "optimizer.weight_decay",
@@ -177,10 +177,10 @@ def _options(words: Sequence[str], unknown: Sequence[str]) -> Iterator[tuple[str
 
 def _key_of(option: str, keys: Sequence[str], groups: Sequence[str]) -> str | None:
     name = option.partition("=")[0].lstrip("-").replace("-", "_")
-    if name in keys or (name in groups and name not in _KEYS):
+    if name in keys or (name in groups and name not in KEYS):
         return name
-    if name in _KEYS:
-        return _KEYS[name]
+    if name in KEYS:
+        return KEYS[name]
     same = [key for key in keys if key.rpartition(".")[2] == name.lower()]
     joined = [key for key in keys if key.replace(".", "_") == name.lower()]
     return next(iter([*joined, *same]), None)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from xtoken_jax.command_line.groups import groups, options_of
+from xtoken_jax.command_line.spelling import KEYS
 from xtoken_jax.errors import UserError
 
 # Of Hydra's grammar, in the values of a sweep.
@@ -63,6 +64,8 @@ def checked(override: str, schema: type, *, sweep: bool) -> str:
     if not sweep and _is_several(key.rpartition(".")[2], value, text):
         raise _several(override)
     if text:
+        if value[:1] == "~" and os.path.expanduser(value) == value:
+            raise UserError(f"{override}: no such user on this machine as {value.partition('/')[0]}")
         # A path may hold what Hydra's grammar reads as structure: blanks, commas, "=".
         value = ",".join(_quoted(one) for one in (value.split(",") if sweep else [value]))
     return f"++{key}={value}"
@@ -81,10 +84,14 @@ def _is_several(last: str, value: str, text: bool) -> bool:
         return False
     if not text or last not in (*_MODELS_AND_FILES, *_FOLDERS):
         return "," in value or _FUNCTION.match(value) is not None
-    if last in _FOLDERS or Path(value).expanduser().exists():
-        return False
     parts = value.split(",")
-    return len(parts) > 1 and all(Path(p).expanduser().exists() or _HUB_ID.fullmatch(p) for p in parts)
+    if len(parts) == 1 or last in _FOLDERS or _exists(value):
+        return False
+    return all(_exists(part) or _HUB_ID.fullmatch(part) for part in parts)
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
 
 
 def _meant_word(word: str, schema: type) -> str:
@@ -97,7 +104,7 @@ def _meant_word(word: str, schema: type) -> str:
             return f"; write {name}={value.strip()}"
         if word in options_of(group):
             return f"; did you mean {group}={word}?"
-    if Path(word).expanduser().is_dir():
+    if _exists(word):
         return f"; did you mean student.path={word}?"
     return ", such as experiment=quickstart"
 
@@ -133,9 +140,16 @@ def _type_of(key: str, path: list[str], kind: Any, schema: type) -> Any:
     if path[0] not in hints:
         known = list(hints) + (groups() if kind is schema else [])
         parent = key[: -len(".".join(path))]
-        near = nearest(path[0], known, parent)
+        inside = [] if parent else _inside(path[0], schema)
+        near = f", did you mean {' or '.join(inside)}?" if inside else nearest(path[0], known, parent)
         raise UserError(f"{key}: no such key{near}; there is {', '.join(sorted(set(known)))}")
     return _type_of(key, path[1:], hints[path[0]], schema)
+
+
+def _inside(name: str, schema: type) -> list[str]:
+    """Keys that a bare name, such as steps or lr, may stand for; up to three."""
+    same = [key for key in keys(schema) if key.rpartition(".")[2] == name and ".NAME" not in key]
+    return same[:3] or ([KEYS[name]] if name in KEYS else [])
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

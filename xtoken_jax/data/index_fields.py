@@ -42,6 +42,7 @@ _INDEX: dict[str, Check] = {
     "complete": FLAG,
     "figures": mapping(optional(number(-1e30, 1e30))),
     "held_out": mapping(TEXT),
+    "names": mapping(TEXT),
 }
 _KEEP = {
     "top_k": optional(whole(1, _MAX_TOKENS)),

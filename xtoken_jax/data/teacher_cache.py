@@ -114,6 +114,7 @@ def read_index(folder: Path) -> Index | None:
     content = read_json(path, what="the index of a teacher cache", remedy="make the cache again")
     if (version := content.get("format", _FORMAT)) != _FORMAT:
         raise UserError(f"{path}: of format {shown(version)}, which is not {_FORMAT}; make the cache anew")
+    content.setdefault("names", {})  # which earlier versions did not write
     check_index(content, path)
     shards = [
         ShardInfo(**{**shard, "first": tuple(shard["first"]), "next": tuple(shard["next"])})
