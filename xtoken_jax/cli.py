@@ -34,6 +34,7 @@ arguments are key=value pairs:
   train.steps=1000 optimizer.learning_rate=1e-4 data.batch_size=16 run_dir=runs/mine
 
   -m loss=p_kl,h_kl optimizer.learning_rate=1e-5,5e-5   a run for each combination, in runs/NAME/sweep
+  -m ... --cfg job                                      the settings of each job; runs nothing
   -m ... hydra/launcher=submitit_slurm                  on a cluster, all at once
   -m ... hydra/sweeper=optuna hydra.sweeper.n_trials=20 'optimizer.learning_rate=interval(1e-5,1e-3)'
 
