@@ -4,7 +4,7 @@ import pytest
 
 from xtoken_jax import cli
 from xtoken_jax.command_line.groups import groups
-from xtoken_jax.command_line.spelling import as_settings
+from xtoken_jax.command_line.spelling import advice, as_settings
 from xtoken_jax.command_line.words import keys
 from xtoken_jax.config import Experiment, load_experiment
 from xtoken_jax.errors import UserError
@@ -73,6 +73,22 @@ def test_paths_that_are_there_make_a_sweep(tmp_path):
         load_experiment([*PAIR, several])
     (tmp_path / f"a,{tmp_path.name}").mkdir()
     load_experiment([*PAIR, f"teacher.path={tmp_path}/a,{tmp_path.name}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--source kind=lines field=a", None),
+        ("--source kind=lines --path x", "--path: xtoken evaluate takes DIR as a word by itself"),
+        ("data.batch_size=2 length=5", "data.batch_size=2 length=5: xtoken evaluate takes options"),
+        ("x=1", "unknown argument 'x=1'; see xtoken evaluate --help"),
+    ],
+)
+def test_values_of_an_option_that_takes_several_are_not_advised_on(words, line):
+    options = ["--source", "--json", "--length", "--batch-size"]
+    found = advice("xtoken evaluate", words.split(), options, ["DIR"], several=["--source"])
+    assert (found or "").startswith(line or "")
+    assert (found is None) == (line is None)
 
 
 @pytest.mark.parametrize("words", ["--text student.path=x", "--text --foo"])

@@ -62,7 +62,8 @@ class Parser(argparse.ArgumentParser):
         """
         options = [option for option in self._option_string_actions if option.startswith("--")]
         places = [str(action.metavar) for action in self._get_positional_actions()]
-        return advice(self.prog, self.words, options, places, unplaced)
+        several = [option for a in self._actions if a.nargs == "+" for option in a.option_strings]
+        return advice(self.prog, self.words, options, places, unplaced, several)
 
     def unknown_command(self, word: str) -> str:
         """Name the nearest command."""

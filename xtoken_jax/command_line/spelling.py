@@ -65,7 +65,12 @@ KEYS = {
 
 
 def advice(
-    command: str, words: Sequence[str], options: Sequence[str], places: Sequence[str], unplaced: Sequence[str]
+    command: str,
+    words: Sequence[str],
+    options: Sequence[str],
+    places: Sequence[str],
+    unplaced: Sequence[str] = (),
+    several: Sequence[str] = (),
 ) -> str | None:
     """Say how a command that takes options spells words that it does not know; None if there are none.
 
@@ -75,9 +80,10 @@ def advice(
         options: the command's own, such as `--student`.
         places: names of its positional arguments, such as DIR.
         unplaced: words that the parser could not place; without, all words are suspects.
+        several: those among `options` that take several words.
     """
     settings: dict[str, str] = {}
-    for word, name, value in _foreign(words, options, unplaced):
+    for word, name, value in _foreign(words, options, unplaced, several):
         option, place = _option_of(name, options, places)
         if option and _SETTING.fullmatch(word):
             settings[word] = f"{option} {value}".rstrip()
@@ -103,16 +109,18 @@ def _advised(
 
 
 def _foreign(
-    words: Sequence[str], options: Sequence[str], unplaced: Sequence[str]
+    words: Sequence[str], options: Sequence[str], unplaced: Sequence[str], several: Sequence[str]
 ) -> Iterator[tuple[str, str, str]]:
     """Word, name and value of what is a setting, or an option of another command."""
-    for before, word, following in zip(["", *words], words, [*words[1:], ""], strict=False):
+    before = ""  # the option that the word is a value of
+    for last, word, following in zip(["", *words], words, [*words[1:], ""], strict=False):
+        before = last if last.startswith("--") else before if before in several else ""
         if unplaced and word not in unplaced:
             continue
         setting, option = _SETTING.fullmatch(word), _OPTION.fullmatch(word)
         if option and (unplaced or not any(o.startswith(word.partition("=")[0]) for o in (*options, "-h"))):
             yield word, _plain(option[1]), option[2] or ("" if following.startswith("-") else following)
-        elif setting and (unplaced or not before.startswith("--")):
+        elif setting and (unplaced or not before):
             yield word, _plain(setting[1]), setting[2]
         elif unplaced:
             yield word, word, ""
