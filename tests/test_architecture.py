@@ -24,6 +24,7 @@ ALLOWED = {
     "hub": set(),
     "checksum": set(),
     "resume": set(),
+    "command_line": set(),
     "ranking": set(),
     "tokens": set(),
     "mesh": set(),
@@ -60,8 +61,8 @@ ALLOWED = {
     "report": {"train.metrics", "ranking"},
     # The experiment's schema is made of each part's own config.
     "config": {
-        "data.config", "data.sources", "hosts", "losses", "mesh", "models.load", "ranking", "resume",
-        "train.loop", "train.optimizer",
+        "command_line.groups", "command_line.words", "data.config", "data.sources", "hosts", "losses", "mesh",
+        "models.load", "ranking", "resume", "train.loop", "train.optimizer",
     },
 }  # fmt: skip
 # These may import anything.

@@ -237,6 +237,8 @@ def test_generate(capsys, pair_folders):
         (["--temperature", "-1"], "temperature=-1.0"),
         (["--top-p", "0"], "top_p=0.0"),
         (["--max-new-tokens", "-3"], "max_new_tokens=-3"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+        (["--top-p", "0.9"], "--top-p 0.9: only read when tokens are sampled; add --temperature 1"),
         (["--batch-size", "0"], "batch_size=0"),
         (["--stop", ""], "none of them empty"),
     ],

@@ -1,5 +1,6 @@
 """Which names reach the hub, and what a user reads when nothing is there."""
 
+import logging
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -8,6 +9,8 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
+from xtoken_jax.data.hugging_face import HubRows
+from xtoken_jax.data.sources import SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.tokens.tokenizer import Tokenizer
@@ -144,9 +147,42 @@ def test_offline_is_one_line_by_the_client_itself(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        UserError, match=r"org/name, .*the hub cannot be reached, and no copy is in the cache$"
+        UserError, match=r"org/name, .*the hub cannot be reached, and no copy is in the cache; check"
     ):
         resolve_folder("org/name")
+
+
+@pytest.fixture
+def retries(monkeypatch):
+    """Both libraries warn before they give up, as without a network."""
+
+    def give_up(*args, **options):
+        for name in ("huggingface_hub.utils._http", "datasets.load"):
+            logging.getLogger(name).warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach 'org/name' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", give_up)
+    monkeypatch.setattr("datasets.load_dataset", give_up)
+
+
+def test_retries_are_not_announced_line_by_line(retries, caplog):
+    with pytest.raises(UserError, match="org/name, and it could not be fetched"):
+        resolve_folder("org/name")
+    with pytest.raises(UserError, match=r"^org/name: the hub cannot be reached, and no") as caught:
+        HubRows("org/name", subset=None, split="train")
+    assert "\n" not in str(caught.value)
+    assert caplog.records == []
+    logging.getLogger("huggingface_hub.utils._http").warning("audible again")
+    assert [record.message for record in caplog.records] == ["audible again"]
+
+
+@pytest.mark.parametrize("path", ["student", "teacher/config.json"])
+def test_files_of_an_experiment_that_are_missing_name_the_script(hub, path):
+    with pytest.raises(UserError, match=r"run python experiments/smollm2/prepare\.py, which makes it$"):
+        resolve_folder(f"experiments/smollm2/files/{path}")
+    with pytest.raises(UserError, match=r"no such file .* run python experiments/smollm2/prepare\.py"):
+        read_documents(SourceConfig(path=f"experiments/smollm2/files/{path}"))
+    assert hub == []
 
 
 def test_the_token_is_left_to_the_client(monkeypatch):

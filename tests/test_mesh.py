@@ -46,7 +46,10 @@ def test_the_remaining_devices_fill_the_open_axis(config, shape):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MeshConfig(data=3), "data=3, fsdp=1, tensor=1 do not multiply to the device count 8"),
+        (
+            MeshConfig(data=3),
+            "tensor=1 do not multiply to the device count 8; sizes that can are 1, 2, 4, 8,",
+        ),
         (MeshConfig(data=-1, fsdp=3), "data=-1, fsdp=3, tensor=1 do not multiply to the device count 8"),
         (MeshConfig(data=16), "device count 8"),
         (MeshConfig(data=-1, fsdp=16), "device count 8"),

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import to_json
 from xtoken_jax.ranking import Job, read_jobs, write_ranking
-from xtoken_jax.report import draw_curves, draw_sweep
+from xtoken_jax.report import draw_curves, draw_sweep, runs_and_sweeps
 
 
 @pytest.fixture
@@ -55,6 +55,26 @@ def test_of_one_teacher_the_parts_of_its_term_and_the_shares(drawn, tmp_path):
         "shares": {"same top token": [0.4, 0.4]},
         "held-out x": {"distilled": [1.5], "teacher": [1.0, 1.0]},
     }
+
+
+def test_a_folder_of_runs_and_sweeps_stands_for_all_of_them(tmp_path):
+    runs = tmp_path / "runs"
+    write(runs / "b", [{"step": 1, "ce": 3.0}])
+    write(runs / "b" / "no_teacher", [{"step": 1, "ce": 3.0}])
+    for sweep in (runs / "a" / "sweep", runs / "b" / "sweep", runs / "c"):
+        write(sweep / "loss=p_kl", [{"step": 1, "ce": 3.0}])
+        (sweep / "loss=p_kl.job.json").write_text("{}")
+    (runs / "notes").mkdir()
+    assert runs_and_sweeps(runs / "c") == [runs / "c"]
+    assert runs_and_sweeps(runs / "a") == [runs / "a" / "sweep"]
+    assert runs_and_sweeps(runs / "b") == [runs / "b", runs / "b" / "sweep"]
+    assert runs_and_sweeps(runs) == [runs / "a" / "sweep", runs / "b", runs / "b" / "sweep", runs / "c"]
+    with pytest.raises(UserError, match="notes: not a run or a sweep, and none in it"):
+        runs_and_sweeps(runs / "notes")
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        runs_and_sweeps(runs / "nowhere")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: a file; name a folder"):
+        runs_and_sweeps(runs / "b" / "metrics.jsonl")
 
 
 def test_several_teachers_have_a_line_each_by_name(drawn, tmp_path):

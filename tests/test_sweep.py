@@ -7,8 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
 from xtoken_jax.cli import main
+from xtoken_jax.config import load_experiment
 from xtoken_jax.errors import UserError
 from xtoken_jax.train.signals import Stopped
 
@@ -80,18 +82,20 @@ def test_every_combination_is_a_run_and_is_ranked(sweep, ran, capsys, tmp_path):
     # the same again runs nothing, one more value runs that
     assert main([*sweep, *swept]) == 0
     assert len(ran) == 4
+    capsys.readouterr()
     assert main([*sweep, "loss=p_kl,h_kl", "optimizer.learning_rate=1e-3,3e-3", "--json"]) == 0
     assert len(ran) == 6
-    assert len(json.loads(capsys.readouterr().out.partition("[\n")[2].join(("[", "")))) == 4
+    assert len(json.loads(capsys.readouterr().out)) == 4
     assert len(jobs_of(folder)) == 6
     # by the other figure, of which more is better
     assert main([*sweep, *swept, "sweep.metric=sums accuracy"]) == 0
     assert len(ran) == 6
     (folder / "curves.png").unlink()
     capsys.readouterr()
-    assert main(["report", str(folder)]) == 0
-    assert (folder / "curves.png").is_file()
-    assert "6 jobs in" in capsys.readouterr().out
+    for parent in (folder, folder.parent, folder.parent.parent):
+        assert main(["report", str(parent)]) == 0
+        assert f"6 jobs in {folder}" in capsys.readouterr().out
+        (folder / "curves.png").unlink()
 
 
 def test_a_job_that_fails_is_told_and_the_others_run(sweep, ran, capsys, tmp_path):
@@ -151,7 +155,6 @@ def test_texts_are_swept_too_and_functions_are_hydras(sweep, ran, pair_folders, 
 
 
 def test_a_sweep_does_not_take_the_place_of_a_run(sweep, ran, tmp_path):
-    from xtoken_jax.config import load_experiment
     from xtoken_jax.runs import claim
 
     assert main([*sweep, "loss=p_kl,h_kl"]) == 0
@@ -163,6 +166,39 @@ def test_cfg_prints_what_would_run(sweep, ran, capsys):
     assert main([word for word in sweep if word != "-m"] + ["--cfg", "job", "loss=h_kl"]) == 0
     assert "\n  kind: h_kl\n" in capsys.readouterr().out
     assert not ran
+
+
+def test_cfg_of_a_sweep_prints_a_document_for_each_job(sweep, ran, capsys, tmp_path):
+    # no launcher has to be installed to look at the settings
+    plugin = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
+    assert main([*sweep, *plugin, "loss=p_kl,h_kl", "train.seed=range(1,3)", "--cfg", "job"]) == 0
+    documents = [*yaml.safe_load_all(capsys.readouterr().out)]
+    assert [(d["loss"]["kind"], d["train"]["seed"]) for d in documents] == [
+        ("p_kl", 1), ("p_kl", 2), ("h_kl", 1), ("h_kl", 2),
+    ]  # fmt: skip
+    # those that the sweep itself runs in
+    assert main([*sweep, "loss=p_kl,h_kl", "train.seed=range(1,3)"]) == 0
+    assert [d["run_dir"] for d in documents] == [e.run_dir for e in ran]
+    capsys.readouterr()
+    assert main([*sweep, "hydra/sweeper=optuna", "optimizer.weight_decay=interval(0,1)", "--cfg", "job"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# searched: optimizer.weight_decay=interval(0,1)\n")
+    assert (
+        yaml.safe_load(out)["optimizer"]["weight_decay"] == load_experiment(sweep[2:]).optimizer.weight_decay
+    )
+    assert main([*sweep, "train.steps=5,0", "--cfg", "job"]) == 2
+    assert capsys.readouterr() == ("", "xtoken: train.steps=0: must be at least 1\n")
+
+
+def test_json_is_one_document_on_stdout(sweep, ran, capsys):
+    """Whatever the jobs say, and of one that fails too."""
+    assert main([*sweep, "optimizer.learning_rate=1e-3,5.0", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert [(job["status"], job["error"]) for job in json.loads(out)] == [
+        ("finished", None), ("failed", "the loss is nan"),
+    ]  # fmt: skip
+    for word in ("learning_rate=0.001", "failed   the loss is nan", "ranking  ", "1 of 2 jobs failed"):
+        assert word in err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs the extra optuna")

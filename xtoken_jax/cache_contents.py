@@ -57,6 +57,13 @@ def of_teacher(experiment: Experiment, name: str, pairs: Mapping[str, TokenizerP
     return found
 
 
+def names_of(experiment: Experiment, name: str) -> dict[str, str]:
+    """What a user calls the models and texts that `of_teacher` and `of_text` take fingerprints of."""
+    paths = {"teacher": experiment.every_teacher()[name].path, "student": experiment.student.path}
+    paths |= {f"data.train.{n}": s.path or s.kind.value for n, s in experiment.data.train.items()}
+    return {key: str(path) for key, path in paths.items()}
+
+
 def of_text(texts: Mapping[str, Documents], part: str = "train") -> dict[str, str]:
     """Of sources of text."""
     return {f"data.{part}.{name}": documents.digest for name, documents in texts.items()}

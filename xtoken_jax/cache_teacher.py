@@ -15,13 +15,13 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xtoken_jax.cache_contents import DAY, of_held_out, of_teacher, of_text
+from xtoken_jax.cache_contents import DAY, names_of, of_held_out, of_teacher, of_text
 from xtoken_jax.cache_run import BINS, Part, TeacherRun
 from xtoken_jax.config import Experiment
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Document, cut_parts, encode
 from xtoken_jax.data.sources import read_sources
-from xtoken_jax.data.teacher_cache import Index, ShardInfo, add_shard, is_whole, read_index
+from xtoken_jax.data.teacher_cache import Index, ShardInfo, add_shard, difference, is_whole, read_index
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep
 from xtoken_jax.held_out import held_out_parts, read_held_out
@@ -104,6 +104,7 @@ def cache_teacher(
     made_of |= chat_templates(student, pairs, [*train.values(), *validation.values()])
     agree_on(made_of | texts)
     index = Index(made_of, {**keep._asdict(), "temperatures": list(keep.temperatures)}, size, list(train))
+    index.names = names_of(experiment, teacher)
     if is_first():  # an error in which ends all
         index = _begin(out, index)
     whole = _Whole(*from_first(lambda: _whole(out, index)))
@@ -178,7 +179,7 @@ def _begin(out: Path, mine: Index) -> Index:
         )
         for key in dict.fromkeys([*theirs, *ours]):
             if theirs.get(key) != ours.get(key):
-                found = f"{key}={theirs.get(key)} there, {ours.get(key)} here"
+                found = f"{key}={difference(key, theirs.get(key), ours.get(key), there.names, mine.names)}"
                 what = "choose another --out, or delete that folder"
                 raise UserError(f"{out}: holds another teacher cache ({found}); {what}")
         return there

@@ -12,6 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from xtoken_jax import __version__, cli_cache, cli_copies, cli_generate, cli_tokenizers
+from xtoken_jax.command_line.completion import SHELLS, complete, of_settings, script
+from xtoken_jax.command_line.groups import groups
+from xtoken_jax.command_line.memory import memory_errors
+from xtoken_jax.command_line.parser import Parser
+from xtoken_jax.command_line.spelling import as_settings
+from xtoken_jax.command_line.words import keys
 from xtoken_jax.errors import UserError, first_line, is_panic
 
 _DISTILL_HELP = """\
@@ -28,6 +34,7 @@ arguments are key=value pairs:
   train.steps=1000 optimizer.learning_rate=1e-4 data.batch_size=16 run_dir=runs/mine
 
   -m loss=p_kl,h_kl optimizer.learning_rate=1e-5,5e-5   a run for each combination, in runs/NAME/sweep
+  -m ... --cfg job                                      the settings of each job; runs nothing
   -m ... hydra/launcher=submitit_slurm                  on a cluster, all at once
   -m ... hydra/sweeper=optuna hydra.sweeper.n_trials=20 'optimizer.learning_rate=interval(1e-5,1e-3)'
 
@@ -35,6 +42,7 @@ The run's folder gets metrics.jsonl, curves.png, checkpoints/ and student/, an o
 Face folder. The same command again goes on where a run was interrupted; SIGTERM and Ctrl-C save
 first. resume.allow=[KEY,...] goes on with settings or content that differ.
 """
+_ROW = 1024  # tokens of a row in `evaluate`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,25 +50,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     SIGTERM ends `xtoken distill` with 0, and a checkpoint. Of several processes, one that fails ends all.
     """
-    parser = _parser()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options, rest = parser.parse_known_args(words)
-    takes_settings = options.command in ("distill", "cache-teacher")
-    if rest and not takes_settings:
-        name = f" {options.command}" if options.command else ""
-        parser.error(f"unknown argument {rest[0]!r}; see xtoken{name} --help")
+    parser, commands = _parser()
+    complete(parser)
+    options, rest = parser.parse_known_args(arguments)
     if options.command is None:
-        parser.print_help()
+        if options.completion:
+            print(script(options.completion))
+        elif rest:
+            parser.error(parser.unknown_command(rest[0]))
+        else:
+            parser.print_help()
         return 0
+    command = commands[options.command]
+    if command.settings is None:
+        # A setting in the place of a folder parses, and the folder does not exist.
+        folder = str(getattr(options, "model", getattr(options, "run_folder", "")))
+        setting = [folder] if "=" in folder and not Path(folder).exists() else []
+        if unplaced := [*rest, *setting]:
+            command.exit(2, f"xtoken: {command.advice(unplaced)}\n")
     console = Console(stderr=options.command != "distill", highlight=False, soft_wrap=True)
     try:
-        if takes_settings:
+        if command.settings is not None:
             options.overrides += [word for word in rest if not word.startswith("-")]
-            unknown = [word for word in rest if word.startswith("-")]
-            if unknown:
-                see = f"see xtoken {options.command} --help"
-                raise UserError(f"unknown option {unknown[0]}; settings are key=value, {see}")
-        options.run(options, console)
+            if unknown := [word for word in rest if word.startswith("-")]:
+                from xtoken_jax.config import Experiment
+
+                raise UserError(as_settings(command.prog, command.words, unknown, keys(Experiment), groups()))
+        with memory_errors(options.command):
+            options.run(options, console)
     except (UserError, OSError) as error:  # a full disk or a read-only folder is no fault of the program
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"xtoken: {error}", markup=False, style="red"
@@ -77,17 +94,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and that of each command by its name."""
+    parser = Parser(
         prog="xtoken",
         description="Distil a language model into a student with another tokenizer.",
         epilog="first: xtoken distill experiment=quickstart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"xtoken-jax {__version__}")
+    parser.add_argument(
+        "--completion", choices=SHELLS, help="print the completion script of a shell, for eval or source"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str, epilog: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, text: str, epilog: str) -> Parser:
         sub = commands.add_parser(
             name,
             help=text,
@@ -122,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         help="file, folder or pattern of jsonl, csv, txt, parquet, ...; default: held-out topics of help()",
     )
     cli_tokenizers.takes_source(sub, "--data")
-    sub.add_argument("--length", type=int, default=1024, help="tokens a row (default: 1024)")
+    sub.add_argument("--length", type=int, help="tokens a row (default: 1024, or the model's positions)")
     sub.add_argument("--batch-size", type=int, default=8, help="rows at once (default: 8)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -160,21 +181,32 @@ def _parser() -> argparse.ArgumentParser:
         "draw a run's curves from its metrics.jsonl, or rank the runs of a sweep",
         "example: xtoken report runs/quickstart",
     )
-    sub.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of a run or a sweep")
+    sub.add_argument(
+        "run_folder", metavar="RUN", type=Path, help="the folder of a run, of a sweep, or of several of them"
+    )
 
     sub = command("cache", cli_copies.run, cli_copies.TEXT, cli_copies.HELP)
     cli_copies.add_arguments(sub)
-    return parser
+    for sub in commands.choices.values():
+        if sub.settings is not None:
+            sub.settings.completer = of_settings(_schema)  # type: ignore[attr-defined]
+    return parser, commands.choices
+
+
+def _schema() -> type:
+    from xtoken_jax.config import Experiment
+
+    return Experiment
 
 
 def _distill(options: argparse.Namespace, console: Console) -> None:
     if options.cfg:
         from xtoken_jax.sweep import dump
 
-        print(dump(options.overrides), end="")
+        print(dump(options.overrides, sweep=options.multirun), end="")
         return
     if options.multirun:
-        _sweep(options, console)
+        _sweep(options)
         return
     from xtoken_jax.train.signals import StopSignals
 
@@ -222,21 +254,22 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.models.load import ModelConfig, open_model
     from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
     tokenizer = Tokenizer.load(options.model)
     if options.source and options.data is None:
         raise UserError("--source: sets how --data is read, and there is none; name it, or leave this out")
+    length = _row_length(options)
     if options.data is None:
         source = SourceConfig(kind=SourceKind.python_docs, split="validation")
     else:
         source = cli_tokenizers.source_of(options.data, options.source)
     data = DataConfig(
         validation={"text": source},
-        student_length=options.length,
-        teacher_length=options.length,
+        student_length=length,
+        teacher_length=length,
         batch_size=options.batch_size,
     )
-    if options.length < 2 or options.batch_size < 1:
-        raise UserError("--length must be at least 2 and --batch-size at least 1")
     mesh = single_device_mesh()
     with jax.set_mesh(mesh):
         model, params = open_model(
@@ -252,13 +285,28 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
                 tokenizer,
                 [row.ids for row in rows],
                 batch_size=options.batch_size,
-                length=options.length,
+                length=length,
                 targets=[row.targets for row in rows],
             )
     if options.json:
         cli_tokenizers.print_json({"bits_per_byte": value, "rows": len(rows)})
     else:
         print(f"{value:.4f} bits per byte over {len(rows)} rows of {options.data or 'Python documentation'}")
+
+
+def _row_length(options: argparse.Namespace) -> int:
+    """The --length of `evaluate`, which the model has positions for."""
+    from xtoken_jax.hub import resolve_folder
+    from xtoken_jax.models.config import read_config
+
+    positions = read_config(resolve_folder(options.model, weights=False)).max_position_embeddings
+    length = min(_ROW, positions) if options.length is None else options.length
+    if not 2 <= length <= positions:
+        raise UserError(
+            f"--length {length}: must be at least 2, and at most {positions:,}, the positions that the model "
+            "was made for (max_position_embeddings)"
+        )
+    return length
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
@@ -277,10 +325,10 @@ def _export(options: argparse.Namespace, console: Console) -> None:
         console.print(f"ends     {ends}", markup=False)
 
 
-def _sweep(options: argparse.Namespace, console: Console) -> None:
+def _sweep(options: argparse.Namespace) -> None:
     from xtoken_jax.sweep import run_sweep
 
-    folder, jobs = run_sweep(options.overrides, console)
+    folder, jobs = run_sweep(options.overrides, quiet=options.json)
     _rank(folder, Console(stderr=options.json, highlight=False, soft_wrap=True))
     if options.json:
         cli_tokenizers.print_json([job.to_dict() for job in jobs])
@@ -306,12 +354,13 @@ def _rank(folder: Path, console: Console) -> None:
 
 def _report(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.ranking import is_sweep
-    from xtoken_jax.report import draw_curves
+    from xtoken_jax.report import draw_curves, runs_and_sweeps
 
-    if is_sweep(options.run_folder):
-        _rank(options.run_folder, Console(highlight=False, soft_wrap=True))
-    else:
-        console.print(f"curves   {draw_curves(options.run_folder)}")
+    for folder in runs_and_sweeps(options.run_folder):
+        if is_sweep(folder):
+            _rank(folder, Console(highlight=False, soft_wrap=True))
+        else:
+            console.print(f"curves   {draw_curves(folder)}", markup=False)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from xtoken_jax.cli_tokenizers import print_json
+from xtoken_jax.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,6 +66,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
     settings = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "stop")}
     settings["batch_size"] = options.batch_size
     check_settings(**settings)
+    if not options.max_new_tokens:
+        raise UserError("--max-new-tokens 0: must be at least 1")
+    if options.top_p < 1 and not options.temperature:
+        raise UserError(
+            f"--top-p {options.top_p:g}: only read when tokens are sampled; add --temperature 1, or leave it "
+            "out"
+        )
     key = jax.random.key(options.seed)
     tokenizer = Tokenizer.load(options.model)
     if tokenizer.warning:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -97,16 +98,18 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _load_pair(options: argparse.Namespace, console: Console) -> TokenizerPair:
-    """The two tokenizers, said on stderr what they are."""
     from xtoken_jax.tokens.tokenizer import TokenizerPair
 
     with console.status("loading the tokenizers"):
-        pair = TokenizerPair.load(options.student, options.teacher)
+        return TokenizerPair.load(options.student, options.teacher)
+
+
+def _introduce(pair: TokenizerPair, console: Console) -> None:
+    """Say on stderr what the two tokenizers are; an error is a line by itself, so only before results."""
     for side, tokenizer in (("student", pair.student), ("teacher", pair.teacher)):
         console.print(f"{side}  {tokenizer.name}: {tokenizer.describe()}", markup=False)
         if tokenizer.warning:
             console.print(f"warning: {tokenizer.name}: {tokenizer.warning}", markup=False, style="yellow")
-    return pair
 
 
 def _audit(options: argparse.Namespace, console: Console) -> None:
@@ -129,13 +132,14 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
         None if part is None else [text_of(document) for document in part] for part in (critical, documents)
     )
     pair = _load_pair(options, console)
+    projection = cached_projection(pair)
+    found = audit(pair, projection, critical_tokens=options.critical, critical_text=critical_text, text=text)
+    _introduce(pair, console)
     if documents is not None:
         tokenizers = pair.student, pair.teacher
         line = spelled_markers(options.text_file, documents, tokenizers, sample=len(documents))
         if line is not None:
             console.print(f"warning: {line}", markup=False, style="yellow")
-    projection = cached_projection(pair)
-    found = audit(pair, projection, critical_tokens=options.critical, critical_text=critical_text, text=text)
     if options.json:
         print_json(found.to_dict())
     else:
@@ -175,7 +179,9 @@ def source_of(path: str, settings: Sequence[str] = ()) -> SourceConfig:
 
     from xtoken_jax.data.sources import SourceConfig, SourceKind, kind_of
 
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
+    if str(file).startswith("~"):
+        raise UserError(f"{path}: no such user on this machine as {file.parts[0]}")
     text = file.is_file() and kind_of(file) is None
     kind = SourceKind.text if text else SourceKind.auto
     try:
@@ -210,6 +216,7 @@ def _project(options: argparse.Namespace, console: Console) -> None:
         save_projection(options.out, projection, pair, how)
     except OSError as error:
         raise UserError(f"{options.out}: cannot be written ({error.strerror})") from error
+    _introduce(pair, console)
     counts = count_rows(pair, projection)
     size, teacher_size = pair.student.size, pair.teacher.size
     if options.json:
@@ -250,15 +257,14 @@ def _align(options: argparse.Namespace, console: Console) -> None:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-    pair = _load_pair(options, console)
     if options.chat:
         messages = parse_json(text, str(file), what="a conversation", remedy="correct it", kind=object)
         messages = messages.get("messages") if isinstance(messages, dict) else messages
         if not isinstance(messages, list):
             raise UserError(f'{file}: neither a list of messages nor {{"messages": [...]}}')
-        (spans,) = align_chats(pair, [messages])
-    else:
-        (spans,) = align_texts(pair, [text])
+    pair = _load_pair(options, console)
+    (spans,) = align_chats(pair, [messages]) if options.chat else align_texts(pair, [text])
+    _introduce(pair, console)
     if options.marks:
         spans = with_document_marks(pair, spans)
     if options.json:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from xtoken_jax.command_line.groups import CONFIG_FOLDER, options_of
+from xtoken_jax.command_line.words import checked, nearest
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.sources import SourceKind
 from xtoken_jax.errors import UserError
@@ -32,12 +32,6 @@ from xtoken_jax.train.optimizer import OptimizerConfig
 PACKAGE = Path(__file__).parent
 _DEFAULT_LOSS = LossConfig()
 _PROJECTION_RATE = OptimizerConfig.projection_learning_rate
-# A wheel carries the configs inside the package; a checkout has them beside it.
-CONFIG_FOLDER = next(f for f in (PACKAGE / "configs", PACKAGE.parent / "configs") if f.is_dir())
-
-# Of Hydra's grammar, in the values of a sweep.
-_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(")
-_NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a teacher or a source
 OmegaConf.register_new_resolver("embedded", lambda path: str(PACKAGE / "assets" / path), replace=True)
 
 
@@ -135,6 +129,9 @@ class Experiment:
                     f"{side}.path: not given; name a Hugging Face folder or hub id, or start from an "
                     f"experiment ({', '.join(options_of('experiment'))})"
                 )
+        for key in ("name", "run_dir"):
+            if not getattr(self, key).strip():
+                raise UserError(f"{key}: empty; name the run, or the folder that it is written to")
         self._validate_adapters()
         if self.student.dtype is not Dtype.float32 and not self.student.lora.rank:
             raise UserError(
@@ -154,7 +151,7 @@ class Experiment:
         for key in self.resume.allow:
             if key.split(".")[0] not in known:
                 raise UserError(
-                    f"resume.allow: no such key or group as {key}{_nearest(key, known)}; there is "
+                    f"resume.allow: no such key or group as {key}{nearest(key, known)}; there is "
                     f"{', '.join(known)}"
                 )
 
@@ -307,85 +304,7 @@ def checked_words(overrides: Sequence[str], *, sweep: bool = False) -> list[str]
     Raises:
         UserError: an unknown group, option or key, or no word of the form key=value.
     """
-    return [_checked(override, sweep) for override in overrides]
-
-
-def options_of(group: str) -> list[str]:
-    """The names that a config group offers."""
-    return sorted(f.stem for f in (CONFIG_FOLDER / group).glob("*.yaml"))
-
-
-def _groups() -> list[str]:
-    return sorted(f.name for f in CONFIG_FOLDER.iterdir() if f.is_dir())
-
-
-def _checked(override: str, sweep: bool) -> str:
-    """The override as Hydra takes it: a group's option as it is, a key that exists as "set or add"."""
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip("+~"):
-        raise UserError(f"{override!r} is not of the form key=value, such as experiment=quickstart")
-    key = key.lstrip("+~")
-    if key.startswith("hydra"):
-        return override
-    if key in _groups() and "." not in key:
-        options = options_of(key)
-        for one in value.split(",") if sweep and not _FUNCTION.match(value) else [value]:
-            if one not in options and not (sweep and _FUNCTION.match(one)):
-                nearest = _nearest(one, options)
-                raise UserError(f"{key}={one}: no such {key}{nearest}; there is {', '.join(options)}")
-        return override
-    kind = _type_of(key, key.split("."), Experiment)
-    if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and value[:1] not in ("{", "$"):
-        raise UserError(f"{override}: {key} is no single value; {_meant(key, kind, value)}")
-    if sweep and _FUNCTION.match(value):
-        return f"++{key}={value}"
-    if typing.get_origin(kind) is list:
-        return f"++{key}={value}" if value[:1] in ("[", "$") else f"++{key}=[{value}]"
-    if kind is str or str in typing.get_args(kind):
-        # A path may hold what Hydra's grammar reads as structure: blanks, commas, "=".
-        value = ",".join(_quoted(one) for one in (value.split(",") if sweep else [value]))
-    return f"++{key}={value}"
-
-
-def _meant(key: str, kind: Any, value: str) -> str:
-    """What to write instead of a value for a group of keys."""
-    if typing.get_origin(kind) is dict:
-        key, kind = f"{key}.NAME", typing.get_args(kind)[1]
-    if not dataclasses.is_dataclass(kind):
-        return f"did you mean {key}={value}?"
-    keys = typing.get_type_hints(kind)
-    likely = next((f"did you mean {key}.{name}={value}?; " for name in ("path", "kind") if name in keys), "")
-    return f"{likely}there is {', '.join(sorted(keys))}"
-
-
-def _quoted(value: str) -> str:
-    if value == "null" or value[:1] in ("'", '"'):
-        return value
-    return "'" + value.replace("'", "\\'") + "'"
-
-
-def _type_of(key: str, path: list[str], kind: Any) -> Any:
-    """Follow a dotted key through the dataclasses to its type; an error names the nearest that exists."""
-    if typing.get_origin(kind) is dict and path:  # a name of the user's own, then its keys
-        if not _NAME.fullmatch(path[0]):
-            raise UserError(f"{key}: the name {path[0]!r} may have letters, digits, _ and - alone")
-        return _type_of(key, path[1:], typing.get_args(kind)[1])
-    if not path:
-        return kind
-    if not dataclasses.is_dataclass(kind):
-        raise UserError(f"{key}: {key.removesuffix('.' + '.'.join(path))} is a single value and has no keys")
-    hints = typing.get_type_hints(kind)
-    if path[0] not in hints:
-        known = list(hints) + (_groups() if kind is Experiment else [])
-        parent = key[: -len(".".join(path))]
-        nearest = _nearest(path[0], known, parent)
-        raise UserError(f"{key}: no such key{nearest}; there is {', '.join(sorted(set(known)))}")
-    return _type_of(key, path[1:], hints[path[0]])
-
-
-def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {prefix}{close[0]}?" if close else ""
+    return [checked(override, Experiment, sweep=sweep) for override in overrides]
 
 
 def one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.cache_contents import DAY, of_held_out, of_text
+from xtoken_jax.cache_contents import DAY, names_of, of_held_out, of_text
 from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
@@ -116,8 +116,8 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         templates = chat_templates(tokenizer, pairs, [*train_text.values(), *held_out_text.values()])
         if DAY in templates:
             console.print(f"day      {templates[DAY]}: the date that chat templates write in this run")
-        for cache in teachers.caches.values():
-            cache.check(of_text(train_text) | templates)
+        for name, cache in teachers.caches.items():
+            cache.check(of_text(train_text) | templates, names_of(experiment, name))
         rows = rows_here(mesh, experiment.data.batch_size)
         # Too little text is said before anything is written.
         tallies: dict[str, Tally] = {}

@@ -1,13 +1,17 @@
 """Folders: that of a model a user names (the only place that may use the network), and the cache."""
 
+import contextlib
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.foreign import foreign_format
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?")
+_PREPARED = re.compile(r"(experiments/[\w-]+)/files/")
 # Only what is read here; repositories also hold the same weights in other formats, pickles among them.
 _TEXTS = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -15,6 +19,11 @@ _TEXTS = [
     "adapter_config.json", "model_index.json", "modules.json",  # which tell that it is another kind of model
 ]  # fmt: skip
 _WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model*-of-*.safetensors"]
+
+UNREACHABLE = (
+    "the hub cannot be reached, and no copy is in the cache; check the network (and HF_HUB_OFFLINE), or name "
+    "a local folder"
+)
 
 
 def cache_folder() -> Path:
@@ -53,7 +62,7 @@ def resolve_folder(path_or_id: str | Path, *, weights: bool = True) -> Path:
     found = _HUB_ID.fullmatch(text)
     if isinstance(path_or_id, Path) or not found:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise UserError(f"no such folder: {text}{where}")
+        raise UserError(f"no such folder: {text}{where}{how_to_prepare(text)}")
     return _download(*found.groups(), patterns=_TEXTS + _WEIGHTS * weights)
 
 
@@ -61,7 +70,8 @@ def _download(name: str, revision: str | None, *, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        with quiet_client():
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     # the hub's client raises its own errors, httpx's and OSErrors; all mean the same to a user
     except Exception as error:
         if isinstance(error, errors.GatedRepoError):
@@ -71,10 +81,32 @@ def _download(name: str, revision: str | None, *, patterns: list[str]) -> Path:
         elif isinstance(error, errors.RepositoryNotFoundError):
             reason = "there is none of this name, or it is private and HF_TOKEN holds no token for it"
         elif isinstance(error, errors.LocalEntryNotFoundError):
-            reason = "the hub cannot be reached, and no copy is in the cache"
+            reason = UNREACHABLE
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         named = name if revision is None else f"{name}@{revision}"
         raise UserError(
             f"no such folder: {named}, and it could not be fetched from the hub as a model id: {reason}"
         ) from error
+
+
+def how_to_prepare(path: str) -> str:
+    """End of a message about a missing file: the script that makes it; "" unless it is an experiment's."""
+    experiment = _PREPARED.match(path)
+    if experiment is None:
+        return ""
+    return f"; in the repository's root, run python {experiment[1]}/prepare.py, which makes it"
+
+
+@contextlib.contextmanager
+def quiet_client() -> Iterator[None]:
+    """Silence the hub's client, which logs two lines for each retry; what it raises says the same."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

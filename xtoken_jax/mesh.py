@@ -89,7 +89,11 @@ def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device]
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
     if math.prod(sizes) != count:
-        raise UserError(f"mesh sizes {named} do not multiply to the device count {count}")
+        sizes_that_fit = ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
+        raise UserError(
+            f"mesh sizes {named} do not multiply to the device count {count}; sizes that can are "
+            f"{sizes_that_fit}, and one of the three may be -1 for the remaining devices"
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -120,9 +124,15 @@ def check_batch_size(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (devices * parts):
         by = f", each in train.accumulate={parts} parts" if parts > 1 else ""
+        unit = devices * parts
+        below = batch_size // unit * unit
+        sizes = " or ".join(str(size) for size in (below, below + unit) if size > 0)
+        rows = batch_size // devices if batch_size % devices == 0 else 0
+        others = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise UserError(
             f"data.batch_size={batch_size}: not a multiple of the {devices} devices of the mesh's data and "
-            f"fsdp axes{by}"
+            f"fsdp axes{by}; take data.batch_size={sizes}"
+            + (f", or train.accumulate={others}" if others else "")
         )
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import read_json, write_whole, writing
-from xtoken_jax.ranking import Job
+from xtoken_jax.ranking import Job, is_sweep
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 
 PICTURE = "curves.png"
@@ -49,6 +49,37 @@ class _Panel:
     levels: list[tuple[str, str, float]] = field(default_factory=list)  # label, color, value
     marker: str = ""
     bounds: tuple[float, float] | None = None  # of the y axis
+
+
+def runs_and_sweeps(folder: Path) -> list[Path]:
+    """Return the runs and sweeps to report: the folder itself, or those in it; a run's own sweep, too.
+
+    Raises:
+        UserError: there is none.
+    """
+    own = _reportable(folder)
+    parts = own if folder in own else [part for child in _folders(folder) for part in _reportable(child)]
+    if parts:
+        return parts
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {what}; name a folder that xtoken distill wrote, such as runs/NAME")
+    raise UserError(
+        f"{folder}: not a run or a sweep, and none in it (no {METRICS_FILE}); name a folder that "
+        "xtoken distill wrote, such as runs/NAME"
+    )
+
+
+def _reportable(folder: Path) -> list[Path]:
+    """The folder if it is a run or a sweep, and the sweeps directly in it."""
+    if is_sweep(folder):
+        return [folder]
+    own = [folder] if (folder / METRICS_FILE).is_file() else []
+    return own + [child for child in _folders(folder) if is_sweep(child)]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
 def draw_curves(run: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import secrets
 import time
@@ -12,18 +13,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from xtoken_jax.config import CONFIG_FOLDER, Experiment, checked_words, experiment_of, one_line
+from xtoken_jax.config import (
+    CONFIG_FOLDER,
+    Experiment,
+    checked_words,
+    experiment_of,
+    load_experiment,
+    one_line,
+)
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import to_json, write_whole
 from xtoken_jax.ranking import JOB_FILE, Job, read_jobs
@@ -38,13 +46,13 @@ _PLUGINS = {
 }
 
 
-def run_sweep(words: Sequence[str], console: Console) -> tuple[Path, list[Job]]:
+def run_sweep(words: Sequence[str], *, quiet: bool = False) -> tuple[Path, list[Job]]:
     """Run `xtoken distill -m`.
 
     Args:
         words: as on the command line, with commas or Hydra's functions where a key is swept, and Hydra's own
             settings, such as hydra/launcher=submitit_slurm.
-        console: where it is said what becomes of the jobs.
+        quiet: whether jobs write to stderr and leave stdout to the caller.
 
     Returns:
         The sweep's folder, and the jobs that this command ran or found finished.
@@ -57,16 +65,13 @@ def run_sweep(words: Sequence[str], console: Console) -> tuple[Path, list[Job]]:
         if any(word.startswith(start) for word in words) and not _installed(module):
             raise UserError(f"{start}: not installed; pip install 'xtoken-jax[{extra}]'")
     words = checked_words(words, sweep=True)
-    own = [word for word in words if not word.startswith("hydra")]
     try:
-        parsed = OverridesParser.create().parse_overrides(own)
-        swept = {_key(word) for word, found in zip(own, parsed, strict=True) if found.is_sweep_override()}
-        fixed = [word for word in own if _key(word) not in swept]
-        with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
-            base = experiment_of(compose("distill", overrides=fixed), validate=False)
-        folder = Path(base.run_dir).expanduser().resolve() / SWEEP_FOLDER
+        fixed, _ = _parted(words)
+        base = _composed(fixed, validate=False)
+        folder = _folder(base)
         number = secrets.token_hex(4)
-        job = partial(run_job, folder=folder, fixed={_key(word) for word in fixed}, sweep=number)
+        keys = {_key(word) for word in fixed}
+        job = partial(run_job, folder=folder, fixed=keys, sweep=number, quiet=quiet)
         with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
@@ -75,6 +80,23 @@ def run_sweep(words: Sequence[str], console: Console) -> tuple[Path, list[Job]]:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from error
     return folder, [job for job in read_jobs(folder) if job.sweep == number]
+
+
+def _parted(words: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """The words with a single value, and those with several; Hydra's own settings are in neither."""
+    own = [word for word in words if not word.startswith("hydra")]
+    parsed = OverridesParser.create().parse_overrides(own)
+    swept = {_key(word): found for word, found in zip(own, parsed, strict=True) if found.is_sweep_override()}
+    return [word for word in own if _key(word) not in swept], [*swept.values()]
+
+
+def _folder(base: Experiment) -> Path:
+    return Path(base.run_dir).expanduser().resolve() / SWEEP_FOLDER
+
+
+def _composed(words: Sequence[str], *, validate: bool = True) -> Experiment:
+    with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
+        return experiment_of(compose("distill", overrides=list(words)), validate=validate)
 
 
 def _settings(folder: Path, base: Experiment, words: Sequence[str]) -> list[str]:
@@ -89,7 +111,9 @@ def _settings(folder: Path, base: Experiment, words: Sequence[str]) -> list[str]
     return [word for word in settings if _key(word) not in named]
 
 
-def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) -> float | None:
+def run_job(
+    config: DictConfig, *, folder: Path, fixed: set[str], sweep: str, quiet: bool = False
+) -> float | None:
     """One job, in whatever process Hydra's launcher put it.
 
     Returns:
@@ -98,7 +122,7 @@ def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) ->
     from xtoken_jax.distill import distill
     from xtoken_jax.train.signals import Stopped, StopSignals
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(stderr=quiet, highlight=False, soft_wrap=True)
     # Of a key that is given twice, the last value holds.
     last = {_key(word): word.lstrip("+") for word in HydraConfig.get().overrides.task}
     overrides = [word for key, word in last.items() if key not in fixed]
@@ -174,9 +198,40 @@ def _installed(module: str) -> bool:
         return False
 
 
-def dump(words: Sequence[str]) -> str:
-    """The composed experiment as YAML."""
-    from xtoken_jax.config import load_experiment
+def dump(words: Sequence[str], *, sweep: bool = False) -> str:
+    """The composed experiment as YAML; of a sweep, a document for each job.
 
-    found: Any = OmegaConf.create(load_experiment(words).to_dict())
-    return OmegaConf.to_yaml(found)
+    Of a search, whose values Hydra's sweeper chooses as it goes, it is one document without the keys that are
+    searched, which a comment names. Hydra's own settings are not part of an experiment and are not looked at:
+    neither launcher nor sweeper has to be installed.
+
+    Raises:
+        UserError: as in `load_experiment`, in any of the jobs.
+    """
+    if not sweep:
+        return _yaml(load_experiment(words))
+    try:
+        fixed, swept = _parted(checked_words(words, sweep=True))
+        if not all(found.is_discrete_sweep() for found in swept):
+            searched = ", ".join(str(found.input_line).lstrip("+") for found in swept)
+            return f"# searched: {searched}\n{_yaml(_composed(fixed))}"
+        values = [
+            [f"{str(found.input_line).partition('=')[0]}={value}" for value in found.sweep_string_iterator()]
+            for found in swept
+        ]
+        folder = _folder(_composed(fixed, validate=False))
+        documents = [_document(folder, fixed, job) for job in itertools.product(*values)]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from error
+    return "---\n".join(documents)
+
+
+def _document(folder: Path, fixed: Sequence[str], job: Sequence[str]) -> str:
+    """The settings of one job of the sweep in `folder`."""
+    experiment = _composed([*fixed, *job])
+    experiment.run_dir = str(folder / _name([word.lstrip("+") for word in job]))
+    return _yaml(experiment)
+
+
+def _yaml(experiment: Experiment) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(experiment.to_dict()))

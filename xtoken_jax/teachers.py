@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.cache_contents import DAY, of_teacher
+from xtoken_jax.cache_contents import DAY, names_of, of_teacher
 from xtoken_jax.config import FIRST_TEACHER, Experiment, FurtherTeacherConfig
 from xtoken_jax.coverage.audit import audit
 from xtoken_jax.data.documents import Documents
@@ -155,7 +155,7 @@ def load_teachers(experiment: Experiment, pairs: Pairs, mesh: Mesh, console: Con
             cache = TeacherCache(
                 Path(config.cache).expanduser(), loss.logit_temperature, key=f"{group_of(name)}.cache"
             )
-            cache.check(of_teacher(experiment, name, pairs))
+            cache.check(of_teacher(experiment, name, pairs), names_of(experiment, name))
             console.print(f"cache    {config.cache}", markup=False)
             found.caches[name] = cache
         weight = f", weight {config.weight:g}" if len(configs) > 1 else ""

@@ -168,6 +168,15 @@ def test_what_it_is_made_of_is_compared(cache):
         reader.check({"data.train.a": "z"})
     with pytest.raises(UserError, match="has no 'c' text"):
         reader.check({"data.train.c": "x"})
+    # with names on both sides, these instead of fingerprints; lengths as they are
+    reader.index.names = {"teacher": "models/old", "data.train.a": "a.jsonl"}
+    names = {"teacher": "models/new", "data.train.a": "a.jsonl"}
+    for made_of, expected in (
+        ({"teacher.config": "2"}, r"another teacher\.config \(models/old there, models/new here\)"),
+        ({"data.train.a": "z"}, r"another data\.train\.a \(a\.jsonl has changed since\)"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            reader.check(made_of, names)
     with pytest.raises(UserError, match="made for temperature 1, 2, the loss has 3"):
         TeacherCache(folder, 3.0)
 

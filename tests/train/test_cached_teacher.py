@@ -125,6 +125,9 @@ def test_what_does_not_belong_together_is_refused(words, pair_folders, tmp_path)
     (other / "model.safetensors").write_bytes(weights)
     text = tmp_path / "other.jsonl"
     text.write_text(json.dumps({"text": "7+5=12, and more of it. " * 40}) + "\n")
+    assert read_index(out).names == {
+        "teacher": str(teacher), "student": str(student), "data.train.text": words[2].partition("=")[2],
+    }  # fmt: skip
     for change, differs in (
         ([f"teacher.path={other}"], "teacher.weights"),
         ([f"teacher.path={student}"], "teacher.config"),

@@ -12,6 +12,7 @@ import numpy as np
 
 from xtoken_jax.data.data_file import DataFile
 from xtoken_jax.errors import UserError, first_line
+from xtoken_jax.hub import UNREACHABLE, quiet_client
 
 _SAMPLED = 4096  # rows
 
@@ -92,7 +93,10 @@ def _load(path: str, subset: str | None, split: str) -> Any:
                 raise ValueError("it was saved without splits; leave split out")
             return loaded
         name, _, revision = path.partition("@")
-        return datasets.load_dataset(name, subset, split=split, revision=revision or None)
+        with quiet_client():
+            return datasets.load_dataset(name, subset, split=split, revision=revision or None)
+    except ConnectionError as error:  # also when offline
+        raise UserError(f"{path}: {UNREACHABLE}") from error
     except Exception as error:  # its own errors, the hub's, Arrow's: all mean the same to a user
         chosen = f" ({subset})" if subset else ""
         raise UserError(

@@ -42,6 +42,7 @@ _INDEX: dict[str, Check] = {
     "complete": FLAG,
     "figures": mapping(optional(number(-1e30, 1e30))),
     "held_out": mapping(TEXT),
+    "names": mapping(TEXT),
 }
 _KEEP = {
     "top_k": optional(whole(1, _MAX_TOKENS)),
@@ -112,7 +113,8 @@ def _disagreement(content: dict[str, Any]) -> str | None:
     """Return how two values of an index contradict each other, None if none do."""
     keep, shards, size, width = (content[name] for name in ("keep", "shards", "size", "width"))
     everything = keep["top_k"] is None and keep["top_p"] == 1
-    most = size if keep["top_k"] is None else min(keep["top_k"], size)
+    # The token that comes is kept in any case.
+    most = size if keep["top_k"] is None else min(keep["top_k"] + 1, size)
     if width > most:
         return f"width={width:,} is more than the {most:,} tokens that are kept"
     if content["complete"] and width == 0 and not everything and any(shard["tokens"] for shard in shards):

@@ -23,6 +23,7 @@ from xtoken_jax.data.shapes import Shape, Targets
 from xtoken_jax.data.text_files import TextFiles, TextLines
 from xtoken_jax.data.tfds import TfdsExamples, is_prepared
 from xtoken_jax.errors import UserError
+from xtoken_jax.hub import how_to_prepare
 
 
 class Markers(Enum):
@@ -339,7 +340,8 @@ def _files(path: str, kind: SourceKind) -> tuple[list[Path], SourceKind]:
         hint = (
             "; a dataset of the hub or of TFDS needs kind=hub or kind=tfds" if kind is SourceKind.auto else ""
         )
-        raise UserError(f"{path}: no such file or folder of {what}; correct the path{hint}")
+        hint = how_to_prepare(path) or f"; correct the path{hint}"
+        raise UserError(f"{path}: no such file or folder of {what}{hint}")
     if kind is not SourceKind.auto:
         return files, kind
     kinds = dict.fromkeys(kind_of(f) for f in files)

@@ -68,6 +68,7 @@ class Index:
         shards: those that are written.
         complete: whether that is all.
         figures: of the teacher on the held-out text, by name, and what that text was.
+        names: "teacher", "student" or data.train.NAME -> the path it was made from, for messages alone.
     """
 
     made_of: dict[str, str]
@@ -79,6 +80,7 @@ class Index:
     complete: bool = False
     figures: dict[str, float] = field(default_factory=dict)
     held_out: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def form(self) -> Form:
@@ -112,6 +114,7 @@ def read_index(folder: Path) -> Index | None:
     content = read_json(path, what="the index of a teacher cache", remedy="make the cache again")
     if (version := content.get("format", _FORMAT)) != _FORMAT:
         raise UserError(f"{path}: of format {shown(version)}, which is not {_FORMAT}; make the cache anew")
+    content.setdefault("names", {})  # which earlier versions did not write
     check_index(content, path)
     shards = [
         ShardInfo(**{**shard, "first": tuple(shard["first"]), "next": tuple(shard["next"])})
@@ -119,6 +122,18 @@ def read_index(folder: Path) -> Index | None:
     ]
     del content["format"]
     return Index(**content, shards=shards)
+
+
+def difference(
+    key: str, there: object, here: object, their_names: Mapping[str, str], our_names: Mapping[str, str]
+) -> str:
+    """Say how a cache and a run differ in a key of `Index.made_of`: by paths instead of fingerprints."""
+    part, _, last = key.rpartition(".")
+    subject = part if last in ("config", "weights", "tokenizer", "chat_template") else key
+    theirs, ours = their_names.get(subject), our_names.get(subject)
+    if theirs is None or ours is None:
+        return f"{there} there, {here} here"
+    return f"{ours} has changed since" if theirs == ours else f"{theirs} there, {ours} here"
 
 
 def add_shard(folder: Path, index: Index, number: int, entries: Sequence[Entry], **known: Any) -> ShardInfo:
@@ -195,20 +210,22 @@ class TeacherCache:
         """Whether it can be read for every temperature, because it stores every token."""
         return self._form.every_token
 
-    def check(self, made_of: Mapping[str, str]) -> None:
+    def check(self, made_of: Mapping[str, str], names: Mapping[str, str] | None = None) -> None:
         """Refuse a cache of another teacher, tokenizer, text or of other lengths, naming what differs.
 
         Args:
             made_of: what is known here; what the cache does not know, or here is not known, is not compared,
                 but for sources of text, all of which the cache must have.
+            names: as in `Index`, of what is here.
         """
         there = self.index.made_of
         for key, here in made_of.items():
             if key.startswith("data.train.") and key not in there:
                 raise UserError(f"{self._key}={self.folder}: has no {key.removeprefix('data.train.')!r} text")
             if there.get(key, here) != here:
+                values = difference(key, there[key], here, self.index.names, names or {})
                 raise UserError(
-                    f"{self._key}={self.folder}: made of another {key} ({there[key]} there, {here} here); "
+                    f"{self._key}={self.folder}: made of another {key} ({values}); "
                     "xtoken cache-teacher makes a cache of this one"
                 )
 

@@ -28,6 +28,12 @@ from xtoken_jax.train.step import Metrics, Step, TrainState
 from xtoken_jax.train.trackers import Trackers, WandbConfig, check_installed
 
 CHECKPOINT_FOLDER = "checkpoints"
+# What 0 means, or what to take instead.
+_ZERO = {
+    "evaluate_every": "; 0 evaluates at the start and at the end only",
+    "save_every": "; 0 saves at the end only",
+    "log_every": "; the last step is logged in any case",
+}
 
 
 @dataclass
@@ -69,7 +75,8 @@ class TrainConfig:
             ("keep", 1), ("max_skips", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
-                raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}")
+                zero = _ZERO.get(name, "")
+                raise UserError(f"train.{name}={getattr(self, name)}: must be at least {least}{zero}")
         check_installed(self.tensorboard, self.wandb)
 
     def logged(self, number: Any) -> Any:
