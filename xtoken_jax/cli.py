@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 2 for a mistake in the input, 130 on Ctrl-C.
 
     SIGTERM ends `xtoken distill` with 0, and a checkpoint. Of several processes, one that fails ends all.
+    Without `arguments` the process is the command's: an error or a signal ends it here, since XLA's threads
+    may still be busy, which the interpreter's shutdown does not survive.
     """
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -65,16 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"xtoken: {error}", markup=False, style="red"
         )
-        return 2
+        code = 2
     except KeyboardInterrupt as interrupt:
         print(f"xtoken: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return getattr(interrupt, "code", 130)
+        code = getattr(interrupt, "code", 130)
     except BaseException as error:
         if not is_panic(error):
             raise
         print(f"xtoken: a tokenizer fails on this text ({first_line(error)}); use another", file=sys.stderr)
-        return 2
-    return 0
+        code = 2
+    else:
+        return 0
+    if arguments is None:
+        from xtoken_jax.train.signals import end_process
+
+        end_process(code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
