@@ -51,6 +51,7 @@ from xtoken_jax.train.loop import train
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 from xtoken_jax.train.objective import Teacher
 from xtoken_jax.train.optimizer import make_optimizer, make_schedule
+from xtoken_jax.train.outputs import Models
 from xtoken_jax.train.signals import StopSignals
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
@@ -177,6 +178,12 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 console=console,
                 frozen=frozen,
                 records=made.records_of,
+                models=Models(
+                    student,
+                    tokenizer.size,
+                    {name: t.model for name, t in teachers.static.items() if t.model is not None},
+                    experiment.data.pack,
+                ),
                 stop=stop,
                 settings=experiment.to_dict(),
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
