@@ -204,14 +204,17 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
             {"loss": result.loss.value, "figures": result.figures, "student": str(result.student)}
         )
         return
+    from xtoken_jax.train.metrics import shown_figure
+
     names = list(result.figures["student, untouched"])
     table = Table(title=f"{experiment.name}: held-out figures after {experiment.train.steps} steps")
     table.add_column("model")
     for name in names:
         table.add_column(name, justify="right")
     for row, figures in result.figures.items():
-        cells = [f"{figures[n]:.1%}" if n.endswith("accuracy") else f"{figures[n]:.3f}" for n in names]
-        table.add_row(row, *cells, style="bold" if row == "distilled" else None)
+        table.add_row(
+            row, *(shown_figure(n, figures[n]) for n in names), style="bold" if row == "distilled" else None
+        )
     console.print(table)
     console.print(f"student  {result.student}   (an ordinary Hugging Face folder)")
     console.print(f"metrics  {result.metrics}")

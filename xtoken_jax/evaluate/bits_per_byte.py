@@ -61,8 +61,8 @@ def bits_per_byte(
         cost, finite = _nats(model, params, ids, mask, tokenizer.size)
         if not finite:
             raise NonFiniteOutputsError(
-                f"{tokenizer.name}: the model's outputs are not finite on this text; the checkpoint is damaged "
-                f"or it needs wider numbers than {model.compute_dtype}"
+                f"{tokenizer.name}: the model's outputs are not finite on this text; the checkpoint is "
+                f"damaged or needs wider numbers than {model.compute_dtype}"
             )
         nats += float(cost)
         count += int((tokenizer.token_bytes.lengths[ids] * mask)[:, 1:].sum())

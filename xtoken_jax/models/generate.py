@@ -255,8 +255,8 @@ class _Run:
             )
             if bad := [row.place for row, wrong in zip(rows, np.asarray(broken), strict=False) if wrong]:
                 raise NonFiniteOutputsError(
-                    f"the model's outputs are not finite after prompts[{bad[0]}]; the checkpoint is damaged or "
-                    f"it needs wider numbers than {self.model.compute_dtype}"
+                    f"the model's outputs are not finite after prompts[{bad[0]}]; the checkpoint is damaged "
+                    f"or needs wider numbers than {self.model.compute_dtype}"
                 )
             for row, ids in zip(rows, np.asarray(written).tolist(), strict=False):
                 self._take(row, ids)

@@ -12,7 +12,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xtoken_jax.data.batches import Batch, Batches, join_states
 from xtoken_jax.errors import NonFiniteOutputsError, UserError
@@ -22,7 +21,7 @@ from xtoken_jax.mesh import place_rows
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.checkpoint import Checkpoints
-from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog
+from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog, shown_figure
 from xtoken_jax.train.non_finite import (
     UPDATE_REMEDY,
     NonFinite,
@@ -32,6 +31,7 @@ from xtoken_jax.train.non_finite import (
     model_remedy,
 )
 from xtoken_jax.train.outputs import BadRows, Models
+from xtoken_jax.train.progress import Bar
 from xtoken_jax.train.signals import Stopped, StopSignals
 from xtoken_jax.train.step import Metrics, Step, TrainState
 from xtoken_jax.train.trackers import Trackers, WandbConfig, check_installed
@@ -154,10 +154,6 @@ def train(
         def due(number: int, every: int) -> bool:
             return number == config.steps or (every > 0 and number % every == 0)
 
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-        )  # fmt: skip
         started, tokens = time.perf_counter(), 0
         trackers = Trackers(
             folder,
@@ -167,9 +163,8 @@ def train(
             title=title,
             settings=settings,
         )
-        shown_on = Progress(*columns, console=console, disable=first >= config.steps)
-        with trackers, shown_on as progress, stop.held():
-            bar = progress.add_task(title, total=config.steps, completed=first, shown="")
+        bar = Bar(console, title, config.steps, completed=first, hidden=first >= config.steps)
+        with trackers, bar, stop.held():
 
             def write(number: int, values: dict[str, Any]) -> None:
                 log.write(number, values)
@@ -178,7 +173,7 @@ def train(
             def evaluate_at(number: int) -> None:
                 nonlocal started
                 begun = time.perf_counter()
-                progress.update(bar, completed=number, shown="evaluating")
+                bar.update(completed=number, shown="evaluating")
                 with stop.at_once():
                     try:
                         figures = evaluate(join_lora(state.params, frozen))
@@ -187,7 +182,8 @@ def train(
                             _untrained(error, models) if number == 0 else _diverged(error, number)
                         ) from error
                 write(number, {"validation": figures})
-                progress.update(bar, shown=shown)
+                bar.line(_shown_figures(figures))
+                bar.update(shown=shown)
                 started += time.perf_counter() - begun  # tokens per second are those of training
 
             def ended(fault: str) -> NonFiniteLossError:
@@ -222,7 +218,11 @@ def train(
                 batch: Batch = place_rows(own, mesh)
                 # of several processes, each counts its own rows and takes the others' for alike
                 tokens += int(own.student.mask.sum()) * len(batch.student.mask) // len(own.student.mask)
+                if number == first + 1:
+                    bar.begin("compiling the step")
                 state, metrics = step(state, teacher_params, tables, batch, frozen)
+                if number == first + 1:
+                    bar.update(completed=number, shown="")
                 # The step before has ended by now: reading its metrics does not hold up this one.
                 if pending is not None:
                     look_at(*pending)
@@ -243,7 +243,8 @@ def train(
                         console.print(_capped(number, values), style="yellow")
                     parts = [f"{k} {values[k]:.3f}" for k in ("ce", "kd") if k in values]
                     shown = "  ".join([*parts, f"{rate:,.0f} tokens/s"])
-                    progress.update(bar, completed=number, shown=shown)
+                    bar.line(shown, completed=number)
+                    bar.update(completed=number, shown=shown)
                 if due(number, config.evaluate_every):
                     with contextlib.suppress(Stopped):
                         evaluate_at(number)
@@ -257,6 +258,7 @@ def train(
                     position = join_states(states) if len(states) > 1 else states[0]
                     beside = {"position": position, "skips": [skips.total, skips.streak]}
                     checkpoints.save(number, state, beside)
+                    bar.line(f"saving {checkpoints.path(number)}", completed=number)
                 if leaving:
                     checkpoints.wait()
                     raise Stopped(
@@ -265,6 +267,11 @@ def train(
                         "the same command goes on from there",
                     )
     return state
+
+
+def _shown_figures(figures: Mapping[str, float]) -> str:
+    """Held-out figures by name, for a line."""
+    return "  ".join(f"{name} {shown_figure(name, value)}" for name, value in figures.items())
 
 
 def _untrained(error: NonFiniteOutputsError, models: Models | None) -> str:

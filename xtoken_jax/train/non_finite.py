@@ -129,7 +129,7 @@ class Skips:
         cause, of_models = _UNKNOWN, {}
         if self._models is not None and bad_rows is not None:
             bad = bad_rows(self._models)
-            cause = _cause(bad, self._models, updates, math.isfinite(float(metrics["ce"])))
+            cause = _cause(bad, self._models, updates, metrics)
             of_models = {"bad_rows": {"student": bad.student, "teachers": bad.teachers}}
         self._log.write(number, {"loss": loss, "gradient_norm": norm, **of_models, "rows": rows})
         self._hopeless = self._hopeless + 1 if cause.everywhere else 0
@@ -147,14 +147,14 @@ class Skips:
         return f"{what}, the last of {self.streak} in a row (train.max_skips={self._most}){whose}; {rest}"
 
 
-def _cause(bad: BadRows, models: Models, updates: int, ce_is_finite: bool) -> _Cause:
+def _cause(bad: BadRows, models: Models, updates: int, metrics: Metrics) -> _Cause:
     """Whose outputs are not finite.
 
     Args:
         bad: rows of the step's batch.
         models: student and teachers.
         updates: of the student before the step.
-        ce_is_finite: whether the student's own loss is.
+        metrics: of the step.
     """
     for name, count in bad.teachers.items():
         if count:
@@ -162,8 +162,9 @@ def _cause(bad: BadRows, models: Models, updates: int, ce_is_finite: bool) -> _C
             whose = f"{outputs_of(name)} are not finite in {count} of {bad.rows} rows"
             return _Cause(whose, model_remedy(group, models.teachers[name]), count == bad.rows)
     everywhere = bad.student == bad.rows
-    if bad.student or not ce_is_finite:
+    if bad.student or not math.isfinite(float(metrics["ce"])):
         when = f"after {updates} updates" if updates else "before any training"
         remedy = UPDATE_REMEDY if updates else model_remedy("student", models.student)
         return _Cause(f"the student's outputs are not finite {when}", remedy, everywhere)
-    return _Cause("the outputs of all models are finite", UPDATE_REMEDY, False)
+    what = "gradient" if math.isfinite(float(metrics["loss"])) else "distillation term"
+    return _Cause(f"all outputs are finite, the {what} is not", UPDATE_REMEDY, False)
