@@ -19,11 +19,10 @@ from xtoken_jax.cache_run import BINS, Part, TeacherRun
 from xtoken_jax.config import Experiment
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Document, cut_parts, encode
-from xtoken_jax.data.sources import read_sources
 from xtoken_jax.data.teacher_cache import Index, ShardInfo, add_shard, is_whole, read_index
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep
-from xtoken_jax.held_out import held_out_parts, read_held_out
+from xtoken_jax.held_out import describe_held_out, held_out_parts, read_texts
 from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.mesh import check_batch_size, make_mesh
 from xtoken_jax.models.load import open_model
@@ -98,9 +97,10 @@ def cache_teacher(
     if keep.top_k is not None and keep.top_k >= size:
         keep = keep._replace(top_k=None)
     with console.status("reading the text"):
-        train = read_sources(experiment.data.train)
-        validation = read_held_out(experiment)
+        train, validation = read_texts(experiment)
         texts = of_held_out(experiment, validation)
+    if (line := describe_held_out(experiment, train, validation)) is not None:
+        console.print(f"held out {line}", markup=False)
     made_of = of_teacher(experiment, teacher, pairs) | of_text(train)
     made_of |= chat_templates(student, pairs, [*train.values(), *validation.values()])
     agree_on(made_of | texts)

@@ -215,7 +215,8 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
         table.add_row(
             row, *(shown_figure(n, figures[n]) for n in names), style="bold" if row == "distilled" else None
         )
-    console.print(table)
+    if names:  # without held-out text there are no figures
+        console.print(table)
     console.print(f"student  {result.student}   (an ordinary Hugging Face folder)")
     console.print(f"metrics  {result.metrics}")
     console.print(f"curves   {result.picture}")

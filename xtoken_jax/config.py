@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -67,6 +68,7 @@ class FurtherTeacherConfig(TeacherConfig):
     loss: LossConfig = field(default_factory=LossConfig)
 
 
+NOT_MEASURED = "data.validation=none"  # a word for no held-out figures
 FIRST_TEACHER = "teacher"  # what the metrics call it
 # What `loss` says for all teachers together.
 _SHARED = ("dynamic_scaling", "max_scale", "kd_weight", "ce_weight", "block")
@@ -256,7 +258,8 @@ class Experiment:
 
     def sweep_rises(self) -> bool:
         """Whether more is better of the figure that a sweep is after."""
-        texts = any(s.kind is not SourceKind.arithmetic for s in self.data.validation.values())
+        sources = self.data.validation.values()
+        texts = not sources or any(s.kind is not SourceKind.arithmetic for s in sources)
         return rises(self.sweep.metric or ("bits/byte" if texts else "accuracy"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -290,6 +293,10 @@ def experiment_of(composed: DictConfig, *, validate: bool = True) -> Experiment:
     Raises:
         UserError: as in `load_experiment`.
     """
+    if OmegaConf.select(composed, "data.validation") == "none":
+        composed = copy.deepcopy(composed)
+        OmegaConf.set_struct(composed, False)
+        composed.data.update(validation={}, validation_share=0.0)
     try:
         # Merged into the schema only now: a named source may then be begun on the command line.
         typed = OmegaConf.merge(OmegaConf.structured(Experiment), composed)
@@ -334,6 +341,8 @@ def _checked(override: str, sweep: bool) -> str:
                 nearest = _nearest(one, options)
                 raise UserError(f"{key}={one}: no such {key}{nearest}; there is {', '.join(options)}")
         return override
+    if override == NOT_MEASURED:
+        return f"++{override}"
     kind = _type_of(key, key.split("."), Experiment)
     if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and value[:1] not in ("{", "$"):
         raise UserError(f"{override}: {key} is no single value; {_meant(key, kind, value)}")

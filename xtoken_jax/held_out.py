@@ -13,6 +13,7 @@ from xtoken_jax.data import arithmetic
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.encode import Part, read_parts, student_of
+from xtoken_jax.data.hold_out import hold_out
 from xtoken_jax.data.sources import SourceKind, read_sources
 from xtoken_jax.errors import NonFiniteOutputsError
 from xtoken_jax.evaluate.accuracy import exact_match
@@ -99,10 +100,35 @@ class HeldOut:
         return found
 
 
-def read_held_out(experiment: Experiment) -> dict[str, Documents]:
-    """The validation sources that are text; the others are problems."""
-    texts = {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
-    return read_sources(texts)
+def read_texts(experiment: Experiment) -> tuple[dict[str, Documents], dict[str, Documents]]:
+    """The training sources, and the held-out text: the validation sources or documents held out of training.
+
+    Validation sources of arithmetic are problems, and not read here.
+
+    Raises:
+        UserError: as `read_sources` and `hold_out`.
+    """
+    train, sources = read_sources(experiment.data.train), experiment.data.validation
+    if not sources:
+        return hold_out(train, experiment.data.validation_share)
+    return train, read_sources({n: s for n, s in sources.items() if s.kind is not SourceKind.arithmetic})
+
+
+def describe_held_out(
+    experiment: Experiment, train: Mapping[str, Documents], held_out: Mapping[str, Documents]
+) -> str | None:
+    """Line for the start of a run without validation sources; None for others."""
+    if experiment.data.validation:
+        return None
+    if not held_out:
+        return "nothing: data.validation=none, no held-out figures"
+    counts = [
+        f"{len(held_out[name]):,} of {len(held_out[name]) + len(documents):,} documents of {name}"
+        if name in held_out
+        else f"none of {len(documents)} of {name}"
+        for name, documents in train.items()
+    ]
+    return f"{', '.join(counts)}; not trained on (data.validation_share={experiment.data.validation_share:g})"
 
 
 def held_out_parts(

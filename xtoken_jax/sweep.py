@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from xtoken_jax.config import CONFIG_FOLDER, Experiment, checked_words, experiment_of, one_line
+from xtoken_jax.config import CONFIG_FOLDER, NOT_MEASURED, Experiment, checked_words, experiment_of, one_line
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import to_json, write_whole
 from xtoken_jax.ranking import JOB_FILE, Job, read_jobs
@@ -64,6 +64,8 @@ def run_sweep(words: Sequence[str], console: Console) -> tuple[Path, list[Job]]:
         fixed = [word for word in own if _key(word) not in swept]
         with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
             base = experiment_of(compose("distill", overrides=fixed), validate=False)
+        if not base.data.measured and any(word.startswith("hydra/sweeper") for word in words):
+            raise UserError(f"{NOT_MEASURED}: a search needs held-out figures; leave one of the two out")
         folder = Path(base.run_dir).expanduser().resolve() / SWEEP_FOLDER
         number = secrets.token_hex(4)
         job = partial(run_job, folder=folder, fixed={_key(word) for word in fixed}, sweep=number)
@@ -119,7 +121,10 @@ def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) ->
         else:
             console.print("[dim]finished before[/dim]")
         *_, figures = result["figures"].values()
-        name = experiment.sweep.metric or next(iter(figures))
+        name = experiment.sweep.metric or next(iter(figures), None)
+        if name is None:
+            _write(replace(job, status="finished", loss=result["loss"]))
+            return None
         if name not in figures:
             raise UserError(f"sweep.metric={name}: no such held-out figure; there is {', '.join(figures)}")
         _write(replace(job, status="finished", loss=result["loss"], figures=figures, metric=name))

@@ -70,7 +70,8 @@ def run(pair_folders, tmp_path):
         data = [f"data.train.text.path={text}", f"data.validation.text.path={held_out}"]
         return main([
             command, f"student.path={student}", f"teacher.path={teacher}", *data, *lengths,
-            "train.log_every=1", "train.steps=12", "loss=p_kl", "optimizer.warmup_steps=0", f"run_dir={tmp_path / 'run'}", *words,
+            "train.log_every=1", "train.steps=12", "loss=p_kl", "optimizer.warmup_steps=0",
+            f"run_dir={tmp_path / 'run'}", *words,
         ])  # fmt: skip
 
     return go

@@ -94,7 +94,7 @@ def train(
     *,
     teacher_params: dict[str, Params],
     tables: dict[str, LossTables],
-    evaluate: Callable[[Params], dict[str, float]],
+    evaluate: Callable[[Params], dict[str, float]] | None,
     config: TrainConfig,
     folder: Path,
     mesh: Mesh,
@@ -115,7 +115,7 @@ def train(
         step: the jitted step.
         batches: endless, of the rows that this process makes; its position is saved and restored.
         teacher_params, tables: by teacher.
-        evaluate: student parameters -> named figures on the validation text.
+        evaluate: student parameters -> named figures on the validation text; None where there is none.
         folder: gets metrics.jsonl, checkpoints/ and, after a loss that was not finite, non_finite.jsonl.
         title: of the progress bar.
         frozen: the student's parameters that do not train, as `split_lora` returns them.
@@ -172,6 +172,8 @@ def train(
 
             def evaluate_at(number: int) -> None:
                 nonlocal started
+                if evaluate is None:
+                    return
                 begun = time.perf_counter()
                 bar.update(completed=number, shown="evaluating")
                 with stop.at_once():
