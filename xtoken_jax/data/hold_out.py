@@ -90,9 +90,9 @@ class _Chosen:
         return self._records.keys()
 
     def read(
-        self, number: int, required: Sequence[str], optional: Sequence[str] = ()
+        self, number: int, keys: Sequence[str], optional: Sequence[str] = ()
     ) -> dict[str, Any] | str:
-        return self._records.read(int(self.numbers[number]), required, optional)
+        return self._records.read(int(self.numbers[number]), keys, optional)
 
     def where(self, number: int) -> str:
         return self._records.where(int(self.numbers[number]))
