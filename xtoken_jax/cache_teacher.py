@@ -27,7 +27,7 @@ from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.mesh import check_batch_size, make_mesh
 from xtoken_jax.models.load import open_model
 from xtoken_jax.runs import agree_on, agree_on_settings
-from xtoken_jax.teachers import chat_templates, group_of, open_tokenizers
+from xtoken_jax.teachers import chat_templates, group_of, model_warnings, open_tokenizers
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 from xtoken_jax.train.non_finite import model_remedy, outputs_of
 from xtoken_jax.train.progress import Bar
@@ -113,6 +113,8 @@ def cache_teacher(
     if not whole.complete or not measured:
         with jax.set_mesh(mesh):
             model, params = open_model(configs[teacher], size, mesh=mesh, key=jax.random.key(0))
+            for warning in model_warnings(experiment, teacher, model, pairs[teacher].teacher):
+                console.print(f"warning  {warning}", markup=False, style="yellow")
             if not whole.complete:
                 text = _Text(pairs, train, experiment.data, teacher)
                 run = TeacherRun(model, params, mesh, keep, index.form, experiment.data.batch_size)

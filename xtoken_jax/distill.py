@@ -20,6 +20,7 @@ from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.encode import Record
 from xtoken_jax.data.ends import learnt_ends
 from xtoken_jax.data.hold_out import number_in_source
+from xtoken_jax.data.length_ratio import length_warnings
 from xtoken_jax.data.markers import SAMPLE, spelled_markers
 from xtoken_jax.data.tally import Tally
 from xtoken_jax.export import check_replaceable
@@ -43,6 +44,7 @@ from xtoken_jax.teachers import (
     introduce,
     key_of,
     load_teachers,
+    model_warnings,
     open_tokenizers,
 )
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
@@ -51,7 +53,7 @@ from xtoken_jax.train.learnt import Learnt, make_projection_optimizer, projectio
 from xtoken_jax.train.loop import train
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 from xtoken_jax.train.objective import Teacher
-from xtoken_jax.train.optimizer import make_optimizer, make_schedule
+from xtoken_jax.train.optimizer import make_optimizer, make_schedule, warmup_warning
 from xtoken_jax.train.outputs import Models
 from xtoken_jax.train.signals import StopSignals
 from xtoken_jax.train.step import abstract_state, init_state, make_step
@@ -127,7 +129,15 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         console.print(f"text     documents: {counts}", markup=False)
         if (held := describe_held_out(experiment, train_text, held_out_text)) is not None:
             console.print(f"held out {held}", markup=False)
-        for line in _spelled({"train": train_text, "validation": held_out_text}, pairs):
+        warnings = [
+            *model_warnings(experiment, None, student, tokenizer),
+            *_teacher_warnings(experiment, teachers, pairs),
+            *length_warnings(pairs, train_text, experiment.data),
+            *_spelled({"train": train_text, "validation": held_out_text}, pairs),
+        ]
+        if (late := warmup_warning(experiment.optimizer, experiment.train.steps)) is not None:
+            warnings.append(late)
+        for line in warnings:
             console.print(f"warning  {line}", markup=False, style="yellow")
         for name, tally in tallies.items():
             sample = tally.records < len(train_text[name])
@@ -239,6 +249,16 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
 
     picture = Path(from_first(write))
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
+
+
+def _teacher_warnings(experiment: Experiment, teachers: Teachers, pairs: Pairs) -> list[str]:
+    """`model_warnings` of the teachers that are in memory."""
+    return [
+        line
+        for name, teacher in teachers.static.items()
+        if teacher.model is not None
+        for line in model_warnings(experiment, name, teacher.model, pairs[name].teacher)
+    ]
 
 
 def _spelled(texts: Mapping[str, Mapping[str, Documents]], pairs: Pairs) -> list[str]:
