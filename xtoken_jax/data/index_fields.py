@@ -112,7 +112,8 @@ def _disagreement(content: dict[str, Any]) -> str | None:
     """What does not fit, None where all does."""
     keep, shards, size, width = (content[name] for name in ("keep", "shards", "size", "width"))
     everything = keep["top_k"] is None and keep["top_p"] == 1
-    most = size if keep["top_k"] is None else min(keep["top_k"], size)
+    # The token that comes is kept as well, where it is not among the likeliest.
+    most = size if keep["top_k"] is None else min(keep["top_k"] + 1, size)
     if width > most:
         return f"width={width:,} is more than the {most:,} tokens that are kept"
     if content["complete"] and width == 0 and not everything and any(shard["tokens"] for shard in shards):
