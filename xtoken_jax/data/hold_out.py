@@ -89,9 +89,7 @@ class _Chosen:
     def keys(self) -> list[str] | None:
         return self._records.keys()
 
-    def read(
-        self, number: int, keys: Sequence[str], optional: Sequence[str] = ()
-    ) -> dict[str, Any] | str:
+    def read(self, number: int, keys: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any] | str:
         return self._records.read(int(self.numbers[number]), keys, optional)
 
     def where(self, number: int) -> str:
