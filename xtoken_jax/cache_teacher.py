@@ -13,24 +13,24 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xtoken_jax.cache_contents import DAY, names_of, of_held_out, of_teacher, of_text
 from xtoken_jax.cache_run import BINS, Part, TeacherRun
 from xtoken_jax.config import Experiment
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Document, cut_parts, encode
-from xtoken_jax.data.sources import read_sources
 from xtoken_jax.data.teacher_cache import Index, ShardInfo, add_shard, difference, is_whole, read_index
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep
-from xtoken_jax.held_out import held_out_parts, read_held_out
+from xtoken_jax.held_out import describe_held_out, held_out_parts, read_texts
 from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.mesh import check_batch_size, make_mesh
 from xtoken_jax.models.load import open_model
 from xtoken_jax.runs import agree_on, agree_on_settings
-from xtoken_jax.teachers import chat_templates, open_tokenizers
+from xtoken_jax.teachers import chat_templates, group_of, model_warnings, open_tokenizers
 from xtoken_jax.tokens.tokenizer import TokenizerPair
+from xtoken_jax.train.non_finite import model_remedy, outputs_of
+from xtoken_jax.train.progress import Bar
 
 SHARD_BYTES = 64 * 2**20  # about as many, before compression
 _AT_ONCE = 64  # documents encoded in one call
@@ -97,9 +97,10 @@ def cache_teacher(
     if keep.top_k is not None and keep.top_k >= size:
         keep = keep._replace(top_k=None)
     with console.status("reading the text"):
-        train = read_sources(experiment.data.train)
-        validation = read_held_out(experiment)
+        train, validation = read_texts(experiment)
         texts = of_held_out(experiment, validation)
+    if (line := describe_held_out(experiment, train, validation)) is not None:
+        console.print(f"held out {line}", markup=False)
     made_of = of_teacher(experiment, teacher, pairs) | of_text(train)
     made_of |= chat_templates(student, pairs, [*train.values(), *validation.values()])
     agree_on(made_of | texts)
@@ -113,6 +114,8 @@ def cache_teacher(
     if not whole.complete or not measured:
         with jax.set_mesh(mesh):
             model, params = open_model(configs[teacher], size, mesh=mesh, key=jax.random.key(0))
+            for warning in model_warnings(experiment, teacher, model, pairs[teacher].teacher):
+                console.print(f"warning  {warning}", markup=False, style="yellow")
             if not whole.complete:
                 text = _Text(pairs, train, experiment.data, teacher)
                 run = TeacherRun(model, params, mesh, keep, index.form, experiment.data.batch_size)
@@ -231,18 +234,13 @@ def _fill(
 ) -> float:
     """Write the shards that are not there or not whole; the teacher's tokens a second."""
     sizes = [len(texts) for texts in text.documents.values()]
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"),
-        TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
-    )  # fmt: skip
     place, number, done = (0, 0), 0, 0
     started = time.perf_counter()
 
     def count(place: tuple[int, int]) -> int:
         return sum(sizes[: place[0]]) + place[1]
 
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(1) as reader:
-        bar = progress.add_task("caching", total=sum(sizes), shown="")
+    with Bar(console, "caching", sum(sizes), unit="documents") as bar, ThreadPoolExecutor(1) as reader:
         coming: Future[tuple[list[Part], tuple[int, int]]] | None = None
         while place[0] < len(sizes):
             following = whole.behind(number, place)
@@ -257,15 +255,15 @@ def _fill(
                 made = run.shard(
                     parts,
                     text.length,
-                    lambda share, begin=begin, length=length: progress.update(  # type: ignore[misc]
-                        bar, completed=begin + int(share * length)
+                    lambda share, begin=begin, length=length: bar.update(  # type: ignore[misc]
+                        completed=begin + int(share * length)
                     ),
                 )
                 if not math.isfinite(made.lost["divergence"]["sum"]):
                     source = index.sources[place[0]]
                     raise UserError(
-                        f"the teacher's outputs are not finite somewhere from {source} document {place[1]} "
-                        "on; is teacher.compute_dtype too narrow for it?"
+                        f"{outputs_of(text.teacher)} are not finite somewhere from {source} document "
+                        f"{place[1]} on; {model_remedy(group_of(text.teacher), run.model)}"
                     )
                 if is_first():
                     index.width = max(index.width, made.width)
@@ -275,9 +273,10 @@ def _fill(
                     )  # fmt: skip
                 done += sum(len(part.ids) for part in parts)
                 rate = done / (time.perf_counter() - started)
-                progress.update(bar, shown=f"{rate:,.0f} tokens/s")
+                bar.line(f"{rate:,.0f} tokens/s", completed=count(following))
+                bar.update(shown=f"{rate:,.0f} tokens/s")
             place, number = following, number + 1
-            progress.update(bar, completed=count(place))
+            bar.update(completed=count(place))
     del index.shards[number:]
     return done / (time.perf_counter() - started)
 

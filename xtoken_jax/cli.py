@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 2 for a mistake in the input, 130 on Ctrl-C.
 
     SIGTERM ends `xtoken distill` with 0, and a checkpoint. Of several processes, one that fails ends all.
+    Without `arguments` the process is the command's: an error or a signal ends it here, since XLA's threads
+    may still be busy, which the interpreter's shutdown does not survive.
     """
     parser, commands = _parser()
     complete(parser)
@@ -82,16 +84,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"xtoken: {error}", markup=False, style="red"
         )
-        return 2
+        code = 2
     except KeyboardInterrupt as interrupt:
         print(f"xtoken: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return getattr(interrupt, "code", 130)
+        code = getattr(interrupt, "code", 130)
     except BaseException as error:
         if not is_panic(error):
             raise
         print(f"xtoken: a tokenizer fails on this text ({first_line(error)}); use another", file=sys.stderr)
-        return 2
-    return 0
+        code = 2
+    else:
+        return 0
+    if arguments is None:
+        from xtoken_jax.train.signals import end_process
+
+        end_process(code)
+    return code
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
@@ -228,15 +236,19 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
             {"loss": result.loss.value, "figures": result.figures, "student": str(result.student)}
         )
         return
+    from xtoken_jax.train.metrics import shown_figure
+
     names = list(result.figures["student, untouched"])
     table = Table(title=f"{experiment.name}: held-out figures after {experiment.train.steps} steps")
     table.add_column("model")
     for name in names:
         table.add_column(name, justify="right")
     for row, figures in result.figures.items():
-        cells = [f"{figures[n]:.1%}" if n.endswith("accuracy") else f"{figures[n]:.3f}" for n in names]
-        table.add_row(row, *cells, style="bold" if row == "distilled" else None)
-    console.print(table)
+        table.add_row(
+            row, *(shown_figure(n, figures[n]) for n in names), style="bold" if row == "distilled" else None
+        )
+    if names:  # without held-out text there are no figures
+        console.print(table)
     console.print(f"student  {result.student}   (an ordinary Hugging Face folder)")
     console.print(f"metrics  {result.metrics}")
     console.print(f"curves   {result.picture}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import typing
@@ -253,7 +254,8 @@ class Experiment:
 
     def sweep_rises(self) -> bool:
         """Whether more is better of the figure that a sweep is after."""
-        texts = any(s.kind is not SourceKind.arithmetic for s in self.data.validation.values())
+        sources = self.data.validation.values()
+        texts = not sources or any(s.kind is not SourceKind.arithmetic for s in sources)
         return rises(self.sweep.metric or ("bits/byte" if texts else "accuracy"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -287,6 +289,10 @@ def experiment_of(composed: DictConfig, *, validate: bool = True) -> Experiment:
     Raises:
         UserError: as in `load_experiment`.
     """
+    if OmegaConf.select(composed, "data.validation") == "none":
+        composed = copy.deepcopy(composed)
+        OmegaConf.set_struct(composed, False)
+        composed.data.update(validation={}, validation_share=0.0)
     try:
         # Merged into the schema only now: a named source may then be begun on the command line.
         typed = OmegaConf.merge(OmegaConf.structured(Experiment), composed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +17,15 @@ from xtoken_jax.config import FIRST_TEACHER, Experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.documents import Documents
+from xtoken_jax.data.encode import Record
 from xtoken_jax.data.ends import learnt_ends
+from xtoken_jax.data.hold_out import number_in_source
+from xtoken_jax.data.length_ratio import length_warnings
 from xtoken_jax.data.markers import SAMPLE, spelled_markers
-from xtoken_jax.data.sources import read_sources
 from xtoken_jax.data.tally import Tally
 from xtoken_jax.export import check_replaceable
 from xtoken_jax.files import to_json, write_whole, writing
-from xtoken_jax.held_out import Figures, held_out_parts, read_held_out
+from xtoken_jax.held_out import Figures, describe_held_out, held_out_parts, read_texts
 from xtoken_jax.hosts import from_first
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind
@@ -42,6 +44,7 @@ from xtoken_jax.teachers import (
     introduce,
     key_of,
     load_teachers,
+    model_warnings,
     open_tokenizers,
 )
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
@@ -50,7 +53,8 @@ from xtoken_jax.train.learnt import Learnt, make_projection_optimizer, projectio
 from xtoken_jax.train.loop import train
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 from xtoken_jax.train.objective import Teacher
-from xtoken_jax.train.optimizer import make_optimizer, make_schedule
+from xtoken_jax.train.optimizer import make_optimizer, make_schedule, warmup_warning
+from xtoken_jax.train.outputs import Models
 from xtoken_jax.train.signals import StopSignals
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 
@@ -110,8 +114,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         # Without a teacher the student's own boundaries are those that rows are cut at.
         pairs = pairs or {"student": TokenizerPair(tokenizer, tokenizer)}
         with console.status("reading the text"):
-            train_text = read_sources(experiment.data.train)
-            held_out_text = read_held_out(experiment)
+            train_text, held_out_text = read_texts(experiment)
             held_out = held_out_parts(experiment, tokenizer, pairs, held_out_text)
         templates = chat_templates(tokenizer, pairs, [*train_text.values(), *held_out_text.values()])
         if DAY in templates:
@@ -124,7 +127,17 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
         batches = training_batches(pairs, train_text, experiment.data, rows=rows, tallies=tallies)
         counts = ", ".join(f"{len(documents):,} of {name}" for name, documents in train_text.items())
         console.print(f"text     documents: {counts}", markup=False)
-        for line in _spelled({"train": train_text, "validation": held_out_text}, pairs):
+        if (held := describe_held_out(experiment, train_text, held_out_text)) is not None:
+            console.print(f"held out {held}", markup=False)
+        warnings = [
+            *model_warnings(experiment, None, student, tokenizer),
+            *_teacher_warnings(experiment, teachers, pairs),
+            *length_warnings(pairs, train_text, experiment.data),
+            *_spelled({"train": train_text, "validation": held_out_text}, pairs),
+        ]
+        if (late := warmup_warning(experiment.optimizer, experiment.train.steps)) is not None:
+            warnings.append(late)
+        for line in warnings:
             console.print(f"warning  {line}", markup=False, style="yellow")
         for name, tally in tallies.items():
             sample = tally.records < len(train_text[name])
@@ -162,6 +175,7 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 projection_optimizer=of_projections, logged=experiment.train.logged,
             )  # fmt: skip
             made = batches.anew(teachers.caches)
+            evaluate = partial(held_out.of_student, student, between=stop.check)
             state = train(
                 init_state(student, params, optimizer, mesh, learnt),
                 abstract_state(student, optimizer, mesh, learnt),
@@ -169,14 +183,20 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
                 made,
                 teacher_params=teachers.params,
                 tables=teachers.tables,
-                evaluate=partial(held_out.of_student, student, between=stop.check),
+                evaluate=evaluate if experiment.data.measured else None,
                 config=experiment.train,
                 folder=folder,
                 mesh=mesh,
                 title=title,
                 console=console,
                 frozen=frozen,
-                records=made.records_of,
+                records=lambda number: [_in_sources(row, train_text) for row in made.records_of(number)],
+                models=Models(
+                    student,
+                    tokenizer.size,
+                    {name: t.model for name, t in teachers.static.items() if t.model is not None},
+                    experiment.data.pack,
+                ),
                 stop=stop,
                 settings=experiment.to_dict(),
                 seconds_at_peak=_seconds_at_peak(experiment.data, student, teachers.static, mesh),
@@ -231,6 +251,16 @@ def distill(experiment: Experiment, console: Console, stop: StopSignals | None =
     return Result(kind, figures, out, run / METRICS_FILE, picture, time.perf_counter() - started)
 
 
+def _teacher_warnings(experiment: Experiment, teachers: Teachers, pairs: Pairs) -> list[str]:
+    """`model_warnings` of the teachers that are in memory."""
+    return [
+        line
+        for name, teacher in teachers.static.items()
+        if teacher.model is not None
+        for line in model_warnings(experiment, name, teacher.model, pairs[name].teacher)
+    ]
+
+
 def _spelled(texts: Mapping[str, Mapping[str, Documents]], pairs: Pairs) -> list[str]:
     """Warnings about sources whose texts spell control tokens; one for a file that is read twice."""
     tokenizers = [tokenizer for pair in pairs.values() for tokenizer in (pair.student, pair.teacher)]
@@ -253,10 +283,15 @@ def _check_student_folder(run: Path, experiment: Experiment) -> None:
     check_replaceable(run / STUDENT_FOLDER, folder, overwrite=True, keep=keep)
 
 
+def _in_sources(row: Sequence[Record], texts: Mapping[str, Documents]) -> list[Record]:
+    """Where the parts of a row come from, by the numbers of all records of their sources."""
+    return [replace(r, document=number_in_source(texts[r.source], r.document)) for r in row]
+
+
 def _ends(folder: Path) -> tuple[Figures, Figures]:
-    """The first and the last held-out figures of a run."""
+    """The first and the last held-out figures of a run; empty without held-out text."""
     rows = read_metrics(folder / METRICS_FILE)
-    measured = [row["validation"] for row in rows if "validation" in row]
+    measured = [row["validation"] for row in rows if "validation" in row] or [{}]
     return measured[0], measured[-1]
 
 

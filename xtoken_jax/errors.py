@@ -31,6 +31,10 @@ class KindError(UserError, TypeError):
     """
 
 
+class NonFiniteOutputsError(UserError):
+    """A model's outputs are NaN or infinite where they are needed."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a library's error says that is not blank, or else its type; 200 characters."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from xtoken_jax.alignment.spans import Side
 from xtoken_jax.config import Experiment
@@ -11,11 +13,15 @@ from xtoken_jax.data import arithmetic
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.documents import Documents
 from xtoken_jax.data.encode import Part, read_parts, student_of
+from xtoken_jax.data.hold_out import hold_out
 from xtoken_jax.data.sources import SourceKind, read_sources
+from xtoken_jax.errors import NonFiniteOutputsError
 from xtoken_jax.evaluate.accuracy import exact_match
 from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.models.decoder import Model, Params
+from xtoken_jax.teachers import group_of
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
+from xtoken_jax.train.non_finite import NonFinite, model_remedy, outputs_of
 
 _PROMPTS_AT_ONCE = 256
 
@@ -31,18 +37,25 @@ class HeldOut:
     pairs: Mapping[str, TokenizerPair]
     parts: dict[str, list[Part]]
     problems: dict[str, list[arithmetic.Problem]]
+    skips: bool = False  # a figure is NaN where outputs are not finite, instead of an error
 
     def of_student(
         self, model: Model, params: Params, *, between: Callable[[], None] | None = None
     ) -> Figures:
         """Figures of a model with the student's tokenizer; what `between` raises now and then breaks off."""
         rows = {name: [student_of(part) for part in parts] for name, parts in self.parts.items()}
-        return self._figures(model, params, self.student, rows, self.data.student_length, between)
+        return self._figures(
+            model, params, self.student, rows, self.data.student_length, "the student's outputs", between
+        )
 
     def of_teacher(self, teacher: str, model: Model, params: Params) -> Figures:
         """Figures of a model with a teacher's tokenizer."""
         rows = {name: [part[teacher].teacher for part in parts] for name, parts in self.parts.items()}
-        return self._figures(model, params, self.pairs[teacher].teacher, rows, self.data.length_of(teacher))
+        tokenizer, length = self.pairs[teacher].teacher, self.data.length_of(teacher)
+        try:
+            return self._figures(model, params, tokenizer, rows, length, outputs_of(teacher))
+        except NonFiniteOutputsError as error:
+            raise NonFiniteOutputsError(f"{error}; {model_remedy(group_of(teacher), model)}") from error
 
     def _figures(
         self,
@@ -51,11 +64,24 @@ class HeldOut:
         tokenizer: Tokenizer,
         texts: dict[str, list[Side]],
         length: int,
+        whose: str,
         between: Callable[[], None] | None = None,
     ) -> Figures:
-        """Bits per byte of each text and accuracy on each set of problems."""
-        found = {
-            f"{name} bits/byte": bits_per_byte(
+        """Bits per byte of each text and accuracy on each set of problems; `whose` is that of the model."""
+        found: Figures = {}
+
+        def measure(figure: str, source: str, value_of: Callable[[], float]) -> None:
+            try:
+                found[f"{source} {figure}"] = value_of()
+            except NonFiniteOutputsError as error:
+                if not self.skips:
+                    whose_on = f"{whose} are not finite on data.validation.{source}"
+                    raise NonFiniteOutputsError(whose_on) from error
+                found[f"{source} {figure}"] = math.nan
+
+        for name, rows in texts.items():
+            measure("bits/byte", name, partial(
+                bits_per_byte,
                 model,
                 params,
                 tokenizer,
@@ -64,21 +90,45 @@ class HeldOut:
                 length=length,
                 targets=[row.targets for row in rows],
                 between=between,
-            )
-            for name, rows in texts.items()
-        }
+            ))  # fmt: skip
         for name, problems in self.problems.items():
             if between is not None:
                 between()
-            accuracy = exact_match(model, params, tokenizer, problems, batch_size=_PROMPTS_AT_ONCE)
-            found[f"{name} accuracy"] = accuracy
+            measure("accuracy", name, partial(
+                exact_match, model, params, tokenizer, problems, batch_size=_PROMPTS_AT_ONCE
+            ))  # fmt: skip
         return found
 
 
-def read_held_out(experiment: Experiment) -> dict[str, Documents]:
-    """The validation sources that are text; the others are problems."""
-    texts = {n: s for n, s in experiment.data.validation.items() if s.kind is not SourceKind.arithmetic}
-    return read_sources(texts)
+def read_texts(experiment: Experiment) -> tuple[dict[str, Documents], dict[str, Documents]]:
+    """The training sources, and the held-out text: the validation sources or documents held out of training.
+
+    Validation sources of arithmetic are problems, and not read here.
+
+    Raises:
+        UserError: as `read_sources` and `hold_out`.
+    """
+    train, sources = read_sources(experiment.data.train), experiment.data.validation
+    if not sources:
+        return hold_out(train, experiment.data.validation_share)
+    return train, read_sources({n: s for n, s in sources.items() if s.kind is not SourceKind.arithmetic})
+
+
+def describe_held_out(
+    experiment: Experiment, train: Mapping[str, Documents], held_out: Mapping[str, Documents]
+) -> str | None:
+    """Line for the start of a run without validation sources; None for others."""
+    if experiment.data.validation:
+        return None
+    if not held_out:
+        return "nothing: data.validation=none, no held-out figures"
+    counts = [
+        f"{len(held_out[name]):,} of {len(held_out[name]) + len(documents):,} documents of {name}"
+        if name in held_out
+        else f"none of {len(documents)} of {name}"
+        for name, documents in train.items()
+    ]
+    return f"{', '.join(counts)}; not trained on (data.validation_share={experiment.data.validation_share:g})"
 
 
 def held_out_parts(
@@ -94,4 +144,5 @@ def held_out_parts(
         if s.kind is SourceKind.arithmetic
     }
     parts = read_parts(pairs, texts, experiment.data)
-    return HeldOut(experiment.data, student, pairs, parts, problems)
+    skips = experiment.train.non_finite is NonFinite.skip
+    return HeldOut(experiment.data, student, pairs, parts, problems, skips)

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from xtoken_jax.command_line.words import NOT_MEASURED
 from xtoken_jax.config import (
     CONFIG_FOLDER,
     Experiment,
@@ -69,6 +70,8 @@ def run_sweep(words: Sequence[str], *, quiet: bool = False) -> tuple[Path, list[
         fixed, _ = _parted(words)
         base = _composed(fixed, validate=False)
         folder = _folder(base)
+        if not base.data.measured and any(word.startswith("hydra/sweeper") for word in words):
+            raise UserError(f"{NOT_MEASURED}: a search needs held-out figures; leave one of the two out")
         number = secrets.token_hex(4)
         keys = {_key(word) for word in fixed}
         job = partial(run_job, folder=folder, fixed=keys, sweep=number, quiet=quiet)
@@ -143,7 +146,10 @@ def run_job(
         else:
             console.print("[dim]finished before[/dim]")
         *_, figures = result["figures"].values()
-        name = experiment.sweep.metric or next(iter(figures))
+        name = experiment.sweep.metric or next(iter(figures), None)
+        if name is None:
+            _write(replace(job, status="finished", loss=result["loss"]))
+            return None
         if name not in figures:
             raise UserError(f"sweep.metric={name}: no such held-out figure; there is {', '.join(figures)}")
         _write(replace(job, status="finished", loss=result["loss"], figures=figures, metric=name))

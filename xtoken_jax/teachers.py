@@ -22,8 +22,8 @@ from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossKind, TeachersConfig, TeachersMode, loss_tables
 from xtoken_jax.losses.objective import LossTables, VocabularySizes
 from xtoken_jax.mesh import place, replicated
-from xtoken_jax.models.decoder import Params
-from xtoken_jax.models.load import ModelConfig, open_model
+from xtoken_jax.models.decoder import Model, Params
+from xtoken_jax.models.load import ModelConfig, Start, foreign_tokenizer, open_model, untrained_positions
 from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.files import load_projection
 from xtoken_jax.projection.matrix import Projection
@@ -123,6 +123,27 @@ def group_of(name: str) -> str:
 def key_of(name: str, key: str) -> str:
     """What a key is called in the config that the experiment itself has for the first teacher."""
     return key if name == FIRST_TEACHER else f"{group_of(name)}.{key}"
+
+
+def model_warnings(experiment: Experiment, name: str | None, model: Model, tokenizer: Tokenizer) -> list[str]:
+    """Lines on a model that does not fit its tokenizer or the lengths of rows.
+
+    Args:
+        experiment: lengths.
+        name: of a teacher; None for the student.
+        model, tokenizer: the model and what is in its folder.
+    """
+    data = experiment.data
+    if name is None:
+        group, key, length = "student", "data.student_length", data.student_length
+        trained = experiment.student.init is Start.weights
+    else:
+        group, length, trained = group_of(name), data.length_of(name), True
+        key = f"data.teacher_lengths.{name}" if name in data.teacher_lengths else "data.teacher_length"
+    lines = [foreign_tokenizer(group, model.config, tokenizer)]
+    if trained:  # positions of a random start are all alike
+        lines.append(untrained_positions(group, key, length, model.config))
+    return [line for line in lines if line is not None]
 
 
 def _sizes(pair: TokenizerPair) -> LossTables:

@@ -2,11 +2,14 @@
 
     python experiments/survival/kill.py --kills 40
     python experiments/survival/kill.py --kills 10 --meshes mesh.data=8 "mesh.fsdp=4 mesh.tensor=2"
+    python experiments/survival/kill.py --kills 50 --each 25 --kinds term int --until 10 --cold \\
+        --words experiment=quickstart
 
 A round is a run's folder: killed some times, each time gone on with by the same command, at last let run
 to its end, and compared. A kill comes at a random moment of the process's life (`any`), or as soon as a
-checkpoint is being written and a moment more (`save`), or it is a SIGTERM at a random moment (`term`). Every
-start is a new process.
+checkpoint is being written and a moment more (`save`), or it is a SIGTERM or a Ctrl-C at a random moment
+(`term`, `int`). Every start is a new process. `--until` draws the moments from the first seconds alone, and
+`--cold` lets every start compile, which it otherwise takes from a cache.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ WORDS = (
     "data.validation.arithmetic.documents=8",
 )  # fmt: skip
 RUNS = {"distilled": Path(), "without a teacher": Path("no_teacher")}
-KINDS = ("any", "save", "term")
+SIGNALS = {"any": signal.SIGKILL, "save": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+CODES = {"term": 0, "int": 130}  # that a signal ends with
+EARLY = 2.0  # seconds after a start in which Python may not have run the command's first line yet
 AFTER = 0.15  # seconds behind the begin of a save, at most: some saves are over by then
 
 
@@ -43,6 +48,7 @@ class Found:
 
     Attributes:
         kills: kind -> how many.
+        early: signals that ended a process before Python ran the command's first line.
         in_save: kills that left a half-written checkpoint behind.
         steps_lost: of each kill, steps that had to be done again.
         faults: what differed, with the round it differed in; none is what is hoped for.
@@ -51,6 +57,7 @@ class Found:
     """
 
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
+    early: int = 0
     in_save: int = 0
     steps_lost: list[int] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -67,6 +74,8 @@ def study(
     seed: int,
     meshes: list[str],
     kinds: tuple[str, ...],
+    until: float | None = None,
+    cold: bool = False,
 ) -> Found:
     """Rounds until there were so many kills.
 
@@ -79,17 +88,18 @@ def study(
         meshes: words of the meshes, which the processes of a round take in turn; the untouched run has the
             first. With more than one, losses are compared to 1e-5, else all to the bit.
         kinds: of kills.
+        until: seconds after a start in which moments are drawn; None for the whole life of a process.
+        cold: every start compiles.
     """
     rng, found = random.Random(seed), Found()
-    environment = {
-        **os.environ,
+    environment = dict(os.environ)
+    if not cold:
         # Compiling takes most of a start; the untouched run fills the cache, and no one else writes it.
-        "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(work / "compiled")
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
     def command(folder: Path, mesh: str) -> list[str]:
-        return [sys.executable, "-m", "xtoken_jax.cli", "distill", *words, *mesh.split(), f"run_dir={folder}"]
+        return [sys.executable, "-m", "xtoken_jax", "distill", *words, *mesh.split(), f"run_dir={folder}"]
 
     def finish(folder: Path, mesh: str) -> float:
         begun = time.perf_counter()
@@ -104,20 +114,26 @@ def study(
     work.mkdir(parents=True)
     whole = work / "whole"
     seconds = max(finish(whole if i == 0 else work / f"warm-{i}", mesh) for i, mesh in enumerate(meshes))
-    seconds = min(seconds, finish(work / "again", meshes[0]))  # with all compiled
-    compare(whole, work / "again", found, exact=True)
+    if not cold:
+        seconds = min(seconds, finish(work / "again", meshes[0]))  # with all compiled
+        compare(whole, work / "again", found, exact=True)
+    seconds = seconds if until is None else until
     while sum(found.kills.values()) < kills and not found.faults:
         folder = work / f"round-{found.rounds}"
         for start in range(each):
             kind, mesh = rng.choice(kinds), meshes[start % len(meshes)]
             before = _half_written(folder)
             log = (work / "log").open("a")
+            begun = time.perf_counter()
             process = subprocess.Popen(command(folder, mesh), env=environment, stdout=log, stderr=log)
             ended = _kill(process, folder, kind, rng, seconds)
             if ended:
                 break
-            if kind == "term" and process.returncode not in (0, -signal.SIGTERM):
-                found.faults.append(f"{folder.name}: SIGTERM ended with {process.returncode}")
+            code = process.returncode
+            if kind in CODES and code == -SIGNALS[kind] and time.perf_counter() - begun < EARLY:
+                found.early += 1
+            elif kind in CODES and code != CODES[kind]:
+                found.faults.append(f"{folder.name}: {SIGNALS[kind].name} ended with {code}")
             found.kills[kind] += 1
             found.in_save += bool(_half_written(folder) - before)
             found.steps_lost.append(_lost(folder))
@@ -152,7 +168,7 @@ def _kill(
         time.sleep(0.001)
     if process.poll() is not None:
         return True
-    process.send_signal(signal.SIGTERM if kind == "term" else signal.SIGKILL)
+    process.send_signal(SIGNALS[kind])
     process.wait()
     return False
 
@@ -224,21 +240,24 @@ def main() -> None:
     parser.add_argument(
         "--meshes", nargs="+", default=[""], help="taken in turn; several need as many devices"
     )
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=SIGNALS, default=("any", "save", "term"))
     parser.add_argument(
         "--words", nargs="+", default=WORDS, help="of xtoken distill, instead of the quickstart's"
     )
+    parser.add_argument("--until", type=float, metavar="SECONDS", help="kills come within them after a start")
+    parser.add_argument("--cold", action="store_true", help="every start compiles")
     options = parser.parse_args()
     if len(options.meshes) > 1:
         os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
         os.environ.setdefault("NPROC", "32")  # threads for the collectives of 8 devices
     found = study(
         list(options.words), options.work.resolve(), options.kills, each=options.each, seed=options.seed,
-        meshes=options.meshes, kinds=tuple(options.kinds),
+        meshes=options.meshes, kinds=tuple(options.kinds), until=options.until, cold=options.cold,
     )  # fmt: skip
     lost = found.steps_lost
     summary = {
-        "kills": dict(found.kills), "in a save": found.in_save, "rounds": found.rounds,
+        "kills": dict(found.kills), "before the first line": found.early,
+        "in a save": found.in_save, "rounds": found.rounds,
         "steps done again": {"mean": round(sum(lost) / max(len(lost), 1), 2), "most": max(lost, default=0)},
         "largest relative difference of a loss": found.largest, "faults": found.faults,
     }  # fmt: skip

@@ -42,7 +42,10 @@ class Markers:
     def of(cls, tokenizer: Tokenizer) -> Markers:
         """The markers of one tokenizer."""
         id_of = tokenizer.backend.token_to_id
-        spelled, turns = ({id_of(text) for text in texts} - {None} for texts in (_ENDS, TURN_MARKERS))
+        spelled, turns = (
+            {number for text in texts if (number := id_of(text)) is not None}
+            for texts in (_ENDS, TURN_MARKERS)
+        )
         roles = tokenizer.roles
         inside = frozenset(roles[role] for role in _INSIDE_ROLES if role in roles)
         ends = frozenset(spelled | {roles[role] for role in _END_ROLES if role in roles}) - inside

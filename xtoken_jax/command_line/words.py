@@ -15,6 +15,8 @@ from xtoken_jax.command_line.groups import groups, options_of
 from xtoken_jax.command_line.spelling import KEYS
 from xtoken_jax.errors import UserError
 
+NOT_MEASURED = "data.validation=none"  # the word for no held-out figures
+
 # Of Hydra's grammar, in the values of a sweep.
 _FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a teacher or a source
@@ -53,6 +55,8 @@ def checked(override: str, schema: type, *, sweep: bool) -> str:
                 near = nearest(one, options)
                 raise UserError(f"{key}={one}: no such {key}{near}; there is {', '.join(options)}")
         return override
+    if override == NOT_MEASURED:
+        return f"++{override}"
     kind = _type_of(key, key.split("."), schema, schema)
     if (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict) and value[:1] not in ("{", "$"):
         raise UserError(f"{override}: {key} is no single value; {_meant(key, kind, value)}")

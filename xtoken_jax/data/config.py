@@ -14,8 +14,10 @@ class DataConfig:
     """What is trained on and measured on, and the shape of a batch.
 
     Attributes:
-        train, validation: sources of text; each a list or, so that single values can be
-            overridden, a mapping of name -> source.
+        train, validation: sources of text by name. Without a validation source, documents of the training
+            sources are held out.
+        validation_share: share of each training source's documents that are then held out, evenly spread,
+            at most 200 of each; 0, or data.validation=none, for no held-out figures.
         student_length, teacher_length: T_s and T_t, tokens a row.
         teacher_lengths: name of a teacher -> T_t of its own, such as a shorter one where its tokens are
             longer.
@@ -26,6 +28,7 @@ class DataConfig:
 
     train: dict[str, SourceConfig] = field(default_factory=dict)
     validation: dict[str, SourceConfig] = field(default_factory=dict)
+    validation_share: float = 0.02
     student_length: int = 1024
     teacher_length: int = 1024
     teacher_lengths: dict[str, int] = field(default_factory=dict)
@@ -42,14 +45,18 @@ class DataConfig:
                 raise UserError(f"data.{name}={length}: must be at least 2; the default is 1024")
         if self.batch_size < 1:
             raise UserError(f"data.batch_size={self.batch_size}: must be at least 1; the default is 8")
+        if not self.train:
+            raise UserError(
+                "data.train: name at least one source of text, such as data.train.text.path=FILE.jsonl"
+            )
         for part in ("train", "validation"):
-            sources = getattr(self, part)
-            if not sources:
-                raise UserError(
-                    f"data.{part}: name at least one source of text, such as data.{part}.text.path=FILE.jsonl"
-                )
-            for name, source in sources.items():
+            for name, source in getattr(self, part).items():
                 source.validate(f"data.{part}.{name}")
+        if not 0 <= self.validation_share <= 0.5:
+            raise UserError(
+                f"data.validation_share={self.validation_share}: must be between 0, for no held-out figures, "
+                "and 0.5"
+            )
         self._validate_weights()
 
     def _validate_weights(self) -> None:
@@ -74,6 +81,11 @@ class DataConfig:
         given = {name: source.weight for name, source in self.train.items() if source.weight is not None}
         total = sum(given.values())
         return {name: weight / total for name, weight in given.items()} if given else None
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are held-out figures."""
+        return bool(self.validation) or self.validation_share > 0
 
     def length_of(self, teacher: str) -> int:
         """T_t of a teacher."""

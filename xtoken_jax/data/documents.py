@@ -46,6 +46,7 @@ class Documents(Sequence[Document]):
     opened.
 
     Attributes:
+        records: where they come from, perhaps with more than these.
         shape: which keys hold what, and what is to be learnt.
         read_ahead: the number of first records that `look_ahead` read.
     """
@@ -57,7 +58,7 @@ class Documents(Sequence[Document]):
 
         With `marked`, special tokens that a text spells are these tokens.
         """
-        self._records = records
+        self.records = records
         self._name = name
         self._count = len(records) if limit is None else min(limit, len(records))
         self._marked = marked
@@ -75,7 +76,7 @@ class Documents(Sequence[Document]):
         if isinstance(number, slice):
             return [self[n] for n in range(self._count)[number]]
         number = range(self._count)[number]
-        record = self._records.read(number, self.shape.required, self.shape.optional)
+        record = self.records.read(number, self.shape.required, self.shape.optional)
         try:
             document = document_of(self.shape, record, lambda: self.where(number))
         except RecursionError as error:
@@ -84,9 +85,15 @@ class Documents(Sequence[Document]):
             ) from error
         return Marked(document) if self._marked and isinstance(document, str) else document
 
+    def replaced(self, records: Records) -> Documents:
+        """The documents of other records of the same source."""
+        found = Documents(records, self.shape, name=self._name, marked=self._marked)
+        found.read_ahead = min(self.read_ahead, len(found))
+        return found
+
     def where(self, number: int) -> str:
         """File and line of a document, or what its format has in their place."""
-        return self._records.where(number)
+        return self.records.where(number)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -98,7 +105,7 @@ class Documents(Sequence[Document]):
         count, so that a copy on another machine is the same data; another compression is not.
         """
         marked = ", markers read as tokens" if self._marked else ""
-        content = self._records.fingerprint(self.shape.keys)[:16]
+        content = self.records.fingerprint(self.shape.keys)[:16]
         return f"{self._count} documents, sha256 {content}{self.shape.describe()}{marked}"
 
     def look_ahead(self) -> None:

@@ -113,7 +113,7 @@ def _disagreement(content: dict[str, Any]) -> str | None:
     """Return how two values of an index contradict each other, None if none do."""
     keep, shards, size, width = (content[name] for name in ("keep", "shards", "size", "width"))
     everything = keep["top_k"] is None and keep["top_p"] == 1
-    # The token that comes is kept in any case.
+    # The token that comes is kept as well, where it is not among the likeliest.
     most = size if keep["top_k"] is None else min(keep["top_k"] + 1, size)
     if width > most:
         return f"width={width:,} is more than the {most:,} tokens that are kept"

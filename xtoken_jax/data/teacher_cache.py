@@ -233,7 +233,8 @@ class TeacherCache:
         """The rows of a part of a document, of which the teacher sees these ids, int32 [n].
 
         Raises:
-            UserError: none such there, other ids, or a damaged shard, which is named.
+            UserError: none such there, other ids, outputs that are not finite, or a damaged shard, which is
+                named.
         """
         name = f"{source} document {document} part {part}"
         number = self._numbers.get(source)
@@ -245,7 +246,14 @@ class TeacherCache:
             self._shards[where] = Shard(
                 self.folder / shard.file, shard.bytes, shard.tables_crc32, self.index.width
             )
-        return self._shards[where].read((number, document, part), ids, self._form, name)
+        rows = self._shards[where].read((number, document, part), ids, self._form, name)
+        # -inf is the logarithm of a probability of 0.
+        if not (np.isfinite(rows.normalizers).all() and all((x < np.inf).all() for x in rows[2:4])):
+            raise UserError(
+                f"{self._key}={self.folder}: the teacher's outputs are not finite in {name}; make the cache "
+                "again, with another checkpoint or teacher.compute_dtype=float32"
+            )
+        return rows
 
     def parts(self, row: Row, teacher: str) -> list[PartRows]:
         """The rows of each part of a row, as a teacher of this name reads it."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.alignment.align import pad
+from xtoken_jax.errors import NonFiniteOutputsError
 from xtoken_jax.evaluate.rows import in_batches
 from xtoken_jax.losses import next_token_cross_entropy
 from xtoken_jax.mesh import whole
@@ -45,6 +46,9 @@ def bits_per_byte(
 
     Returns:
         Bits per byte of text.
+
+    Raises:
+        NonFiniteOutputsError: at a token that is measured, logits are NaN or +inf, or all of them -inf.
     """
     nats, count = 0.0, 0
     if targets is None:
@@ -54,14 +58,25 @@ def bits_per_byte(
         if between is not None:
             between()
         ids, mask = pad(batch, length, tokenizer.pad_id), pad(measured, length, False)
-        nats += float(_nats(model, params, ids, mask, tokenizer.size))
+        cost, finite = _nats(model, params, ids, mask, tokenizer.size)
+        if not finite:
+            raise NonFiniteOutputsError(
+                f"{tokenizer.name}: the model's outputs are not finite on this text; the checkpoint is "
+                f"damaged or needs wider numbers than {model.compute_dtype}"
+            )
+        nats += float(cost)
         count += int((tokenizer.token_bytes.lengths[ids] * mask)[:, 1:].sum())
     return nats / math.log(2) / max(count, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size"))
-def _nats(model: Model, params: Params, ids: jax.Array, mask: jax.Array, size: int) -> jax.Array:
+def _nats(
+    model: Model, params: Params, ids: jax.Array, mask: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array]:
+    """The cost of all tokens in `mask`, and whether the logits that it is made of are finite."""
     scores = logits(*model(params, ids), softcap=model.config.logit_softcap)[..., :size]
     values, counted = next_token_cross_entropy(scores, ids, mask)
     # Added up by each device alone: an exchange between processes adds in another order.
-    return jnp.sum(whole(jnp.where(counted, values, 0.0)))
+    cost = jnp.sum(whole(jnp.where(counted, values, 0.0)))
+    finite = jnp.isfinite(scores[:, :-1].max(axis=-1))
+    return cost, whole(jnp.all(finite | ~counted))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from xtoken_jax.alignment.render import render
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import NonFiniteOutputsError, UserError
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.generate import cut_at_stop, generate
@@ -70,22 +70,25 @@ def complete(
         opening + tokenizer.encode_batch([prompt])[0].tolist() if isinstance(prompt, str) else list(prompt)
         for prompt in prompts
     ]
-    found = generate(
-        model,
-        params,
-        rows,
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids,
-        temperature=temperature,
-        top_p=top_p,
-        key=key,
-        size=tokenizer.size,
-        batch_size=batch_size,
-        stop=stop,
-        decode=lambda ids: tokenizer.decode(np.array(ids, np.int32)),
-        length_multiple=length_multiple,
-        console=console,
-    )
+    try:
+        found = generate(
+            model,
+            params,
+            rows,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            temperature=temperature,
+            top_p=top_p,
+            key=key,
+            size=tokenizer.size,
+            batch_size=batch_size,
+            stop=stop,
+            decode=lambda ids: tokenizer.decode(np.array(ids, np.int32)),
+            length_multiple=length_multiple,
+            console=console,
+        )
+    except NonFiniteOutputsError as error:
+        raise NonFiniteOutputsError(f"{tokenizer.name}: {error}") from error
     completions = []
     for tokens in found:
         whole = tokenizer.decode(np.array(tokens, np.int32))

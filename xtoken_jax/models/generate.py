@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import NonFiniteOutputsError, UserError
 from xtoken_jax.mesh import BATCH, constrain, whole
 from xtoken_jax.models.decoder import Model, Params, logits
 from xtoken_jax.models.network import Cache
@@ -85,6 +85,7 @@ def generate(
     Raises:
         UserError: an empty prompt, an id outside the vocabulary, a setting out of its range, sampling
             without a key, stop strings without `decode`.
+        NonFiniteOutputsError: logits that are NaN or +inf, or all of them -inf, where a token is chosen.
     """
     check_settings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop,
@@ -249,9 +250,14 @@ class _Run:
             begin = end
         while not all(row.ended or len(row.new) == row.limit for row in rows):
             step = _step(rows, size, beyond)
-            written, cache = _write(
+            written, broken, cache = _write(
                 self.model, self.params, cache, step, self.eos_ids, self.random, self.sampling
             )
+            if bad := [row.place for row, wrong in zip(rows, np.asarray(broken), strict=False) if wrong]:
+                raise NonFiniteOutputsError(
+                    f"the model's outputs are not finite after prompts[{bad[0]}]; the checkpoint is damaged "
+                    f"or needs wider numbers than {self.model.compute_dtype}"
+                )
             for row, ids in zip(rows, np.asarray(written).tolist(), strict=False):
                 self._take(row, ids)
 
@@ -307,22 +313,27 @@ def _write(
     eos_ids: jax.Array,
     random: Random,
     sampling: Sampling,
-) -> tuple[jax.Array, Cache]:
-    """A block of new tokens, int32 [B, block] with -1 from a row's end on, and the cache without the last."""
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """A block of new tokens, int32 [B, block] with -1 from a row's end on, and the cache without the last.
+
+    Between them bool [B]: rows with a token that was chosen from logits which are not finite.
+    """
     step = _Step(*(constrain(x, "B") for x in step))
     written = constrain(jnp.full((step.token.shape[0], _BLOCK), -1, jnp.int32), "B T")
 
     def wanted(carry: tuple) -> jax.Array:
-        place, step, _, _ = carry
+        place, step, *_ = carry
         return (place < _BLOCK) & ~jnp.all(step.done)
 
     def one(carry: tuple) -> tuple:
-        place, step, written, cache = carry
+        place, step, written, broken, cache = carry
         hidden, unembedding, cache = model.extend(
             params, step.token[:, None], cache, positions=step.position[:, None]
         )
         scores = logits(hidden, unembedding, softcap=model.config.logit_softcap)[:, 0]
         token = choose(scores, step.place, step.number, random, sampling)
+        highest = scores[:, : sampling.size].max(axis=-1)
+        broken = broken | (~jnp.isfinite(highest) & ~step.done)
         ends = jnp.any(token[:, None] == eos_ids[None, :], axis=-1)
         written = written.at[:, place].set(jnp.where(step.done | ends, -1, token))
         number = step.number + 1
@@ -330,10 +341,12 @@ def _write(
         # a row that is done stays where it is: a step further LongRoPE might take the batch for a long one
         position = jnp.where(done, step.position, step.position + 1)
         step = step._replace(token=token, position=position, number=number, done=done)
-        return place + 1, step, written, _laid_out(cache)
+        return place + 1, step, written, broken, _laid_out(cache)
 
-    _, _, written, cache = jax.lax.while_loop(wanted, one, (jnp.int32(0), step, written, cache))
-    return whole(written), cache  # each process reads all of it
+    broken = jnp.zeros_like(step.done)
+    start = jnp.int32(0), step, written, broken, cache
+    _, _, written, broken, cache = jax.lax.while_loop(wanted, one, start)
+    return whole(written), whole(broken), cache  # each process reads all of it
 
 
 def _laid_out(cache: Cache) -> Cache:

@@ -13,9 +13,14 @@ from jax.sharding import Mesh
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.models.attention import require_device
+from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_weights import init_model, load_model
 from xtoken_jax.models.lora import TARGETS, LoraConfig, add_lora
+from xtoken_jax.tokens.tokenizer import Tokenizer
+
+# Published embeddings have rows to spare, so that devices share them evenly: at most 2.3% of them.
+_SPARE_ROWS, _SPARE_SHARE = 64, 0.05
 
 
 class Start(Enum):
@@ -104,6 +109,58 @@ class ModelConfig:
     attention: AttentionKind = AttentionKind.auto
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     chat_template: str | None = None
+
+
+def foreign_tokenizer(group: str, config: DecoderConfig, tokenizer: Tokenizer) -> str | None:
+    """One line where a model's tokenizer looks like another model's.
+
+    Args:
+        group: config group of the model, such as student.
+        config: of the model.
+        tokenizer: from the same folder.
+    """
+    rows, size = config.vocab_size, tokenizer.size
+    reasons = []
+    if rows - size > max(_SPARE_ROWS, _SPARE_SHARE * rows):
+        reasons.append(f"it has {size:,} ids, and the embedding {rows:,} rows")
+    eos = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    for role, ids in (("bos", (config.bos_token_id,)), ("eos", eos)):
+        named = [token for token in ids if token is not None]
+        if named and role in tokenizer.roles and tokenizer.roles[role] not in named:
+            here = ", ".join(f"{token} ({_spelling(tokenizer, token)})" for token in named)
+            own = tokenizer.roles[role]
+            spelling = _spelling(tokenizer, own)
+            reasons.append(f"{role}_token_id is {here} in config.json, {own} ({spelling}) in the tokenizer")
+    if not reasons:
+        return None
+    return (
+        f"{group}.path: the tokenizer may be another model's: {'; '.join(reasons)}; put the tokenizer that "
+        "the model was trained with into its folder"
+    )
+
+
+def _spelling(tokenizer: Tokenizer, token: int) -> str:
+    spelling = tokenizer.backend.id_to_token(token)
+    return "no token" if spelling is None else spelling
+
+
+def untrained_positions(group: str, key: str, length: int, config: DecoderConfig) -> str | None:
+    """One line where rows are longer than the texts that a model was made for.
+
+    Args:
+        group: config group of the model, such as student.
+        key: config key of `length`.
+        length: tokens of a row.
+        config: of the model.
+    """
+    most = config.max_position_embeddings
+    if length <= most:
+        return None
+    return (
+        f"{key}={length}: rows of {length:,} tokens, and the model in {group}.path was made for texts of up "
+        f"to {most:,} (max_position_embeddings in config.json); take {key}={most}, or expect worse outputs "
+        "after that"
+    )
 
 
 def open_model(

@@ -6,23 +6,32 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xtoken_jax.data.batches import Batch, Batches, join_states
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import NonFiniteOutputsError, UserError
 from xtoken_jax.hosts import from_first, gather
 from xtoken_jax.losses.objective import LossTables
 from xtoken_jax.mesh import place_rows
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.checkpoint import Checkpoints
-from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog
-from xtoken_jax.train.non_finite import NonFinite, NonFiniteLossError, RecordsOf, Skips
+from xtoken_jax.train.metrics import METRICS_FILE, MetricsLog, shown_figure
+from xtoken_jax.train.non_finite import (
+    UPDATE_REMEDY,
+    NonFinite,
+    NonFiniteLossError,
+    RecordsOf,
+    Skips,
+    model_remedy,
+)
+from xtoken_jax.train.outputs import BadRows, Models
+from xtoken_jax.train.progress import Bar
 from xtoken_jax.train.signals import Stopped, StopSignals
 from xtoken_jax.train.step import Metrics, Step, TrainState
 from xtoken_jax.train.trackers import Trackers, WandbConfig, check_installed
@@ -92,7 +101,7 @@ def train(
     *,
     teacher_params: dict[str, Params],
     tables: dict[str, LossTables],
-    evaluate: Callable[[Params], dict[str, float]],
+    evaluate: Callable[[Params], dict[str, float]] | None,
     config: TrainConfig,
     folder: Path,
     mesh: Mesh,
@@ -100,6 +109,7 @@ def train(
     console: Console,
     frozen: Params | None = None,
     records: RecordsOf | None = None,
+    models: Models | None = None,
     stop: StopSignals | None = None,
     seconds_at_peak: float | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -112,11 +122,12 @@ def train(
         step: the jitted step.
         batches: endless, of the rows that this process makes; its position is saved and restored.
         teacher_params, tables: by teacher.
-        evaluate: student parameters -> named figures on the validation text.
+        evaluate: student parameters -> named figures on the validation text; None where there is none.
         folder: gets metrics.jsonl, checkpoints/ and, after a loss that was not finite, non_finite.jsonl.
         title: of the progress bar.
         frozen: the student's parameters that do not train, as `split_lora` returns them.
         records: step, from 1 -> where the parts of each row of its batch come from, for non_finite.jsonl.
+        models: student and teachers, to say whose outputs are not finite.
         stop: signals to leave at, with a checkpoint.
         seconds_at_peak: what a step would take if the devices did nothing but its models' arithmetic, at
             their peak; None where that is not known.
@@ -145,15 +156,11 @@ def train(
             console.print(f"[dim]{title}: goes on from step {int(state.step)}[/dim]")
         first = int(state.step)
         log = MetricsLog(folder / METRICS_FILE, first)
-        skips = Skips(folder, first, config.non_finite, config.max_skips, records, *skipped)
+        skips = Skips(folder, first, config.non_finite, config.max_skips, records, *skipped, models)
 
         def due(number: int, every: int) -> bool:
             return number == config.steps or (every > 0 and number % every == 0)
 
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-        )  # fmt: skip
         started, tokens = time.perf_counter(), 0
         trackers = Trackers(
             folder,
@@ -163,9 +170,8 @@ def train(
             title=title,
             settings=settings,
         )
-        shown_on = Progress(*columns, console=console, disable=first >= config.steps)
-        with trackers, shown_on as progress, stop.held():
-            bar = progress.add_task(title, total=config.steps, completed=first, shown="")
+        bar = Bar(console, title, config.steps, completed=first, hidden=first >= config.steps)
+        with trackers, bar, stop.held():
 
             def write(number: int, values: dict[str, Any]) -> None:
                 log.write(number, values)
@@ -173,25 +179,39 @@ def train(
 
             def evaluate_at(number: int) -> None:
                 nonlocal started
+                if evaluate is None:
+                    return
                 begun = time.perf_counter()
-                progress.update(bar, completed=number, shown="evaluating")
+                bar.update(completed=number, shown="evaluating")
                 with stop.at_once():
-                    figures = evaluate(join_lora(state.params, frozen))
+                    try:
+                        figures = evaluate(join_lora(state.params, frozen))
+                    except NonFiniteOutputsError as error:
+                        raise ended(
+                            _untrained(error, models) if number == 0 else _diverged(error, number)
+                        ) from error
                 write(number, {"validation": figures})
-                progress.update(bar, shown=shown)
+                bar.line(_shown_figures(figures))
+                bar.update(shown=shown)
                 started += time.perf_counter() - begun  # tokens per second are those of training
 
-            def look_at(number: int, metrics: Metrics | None) -> None:
+            def ended(fault: str) -> NonFiniteLossError:
+                checkpoints.wait()
+                good = checkpoints.latest
+                kept = (
+                    "there is no checkpoint yet"
+                    if good is None
+                    else f"the last good checkpoint is {checkpoints.path(good)}"
+                )
+                return NonFiniteLossError(f"{fault}; {kept}")
+
+            def bad_rows(models: Models, batch: Batch) -> BadRows:
+                return models.bad_rows(state.params, frozen, teacher_params, batch)
+
+            def look_at(number: int, metrics: Metrics, batch: Batch) -> None:
                 """Each step's metrics, once, as soon as they are there."""
-                if metrics is not None and (fault := skips.look_at(number, metrics)):
-                    checkpoints.wait()
-                    good = checkpoints.latest
-                    kept = (
-                        "there is no checkpoint yet"
-                        if good is None
-                        else f"the last good checkpoint is {checkpoints.path(good)}"
-                    )
-                    raise NonFiniteLossError(f"{fault}; {kept}")
+                if fault := skips.look_at(number, metrics, partial(bad_rows, batch=batch)):
+                    raise ended(fault)
 
             shown = ""
             # One that a signal broke off is made up for.
@@ -200,19 +220,24 @@ def train(
             )
             if not evaluated and (first == 0 or due(first, config.evaluate_every)):
                 evaluate_at(first)
-            pending: Metrics | None = None
+            pending: tuple[int, Metrics, Batch] | None = None
             warned = False
             for number in range(first + 1, config.steps + 1):
                 own: Batch = next(batches)
                 batch: Batch = place_rows(own, mesh)
                 # of several processes, each counts its own rows and takes the others' for alike
                 tokens += int(own.student.mask.sum()) * len(batch.student.mask) // len(own.student.mask)
+                if number == first + 1:
+                    bar.begin("compiling the step")
                 state, metrics = step(state, teacher_params, tables, batch, frozen)
+                if number == first + 1:
+                    bar.update(completed=number, shown="")
                 # The step before has ended by now: reading its metrics does not hold up this one.
-                look_at(number - 1, pending)
-                pending = metrics
+                if pending is not None:
+                    look_at(*pending)
+                pending = number, metrics, batch
                 if config.logged(number):
-                    look_at(number, metrics)
+                    look_at(*pending)
                     pending = None
                     values = {name: float(value) for name, value in metrics.items() if name != "finite"}
                     elapsed = time.perf_counter() - started
@@ -227,19 +252,22 @@ def train(
                         console.print(_capped(number, values), style="yellow")
                     parts = [f"{k} {values[k]:.3f}" for k in ("ce", "kd") if k in values]
                     shown = "  ".join([*parts, f"{rate:,.0f} tokens/s"])
-                    progress.update(bar, completed=number, shown=shown)
+                    bar.line(shown, completed=number)
+                    bar.update(completed=number, shown=shown)
                 if due(number, config.evaluate_every):
                     with contextlib.suppress(Stopped):
                         evaluate_at(number)
                 leaving = stop.agreed(now=number == config.steps)
                 if due(number, config.save_every) or leaving:
-                    look_at(number, pending)
-                    pending = None
+                    if pending is not None:
+                        look_at(*pending)
+                        pending = None
                     log.sync()
                     states = gather(batches.get_state())
                     position = join_states(states) if len(states) > 1 else states[0]
                     beside = {"position": position, "skips": [skips.total, skips.streak]}
                     checkpoints.save(number, state, beside)
+                    bar.line(f"saving {checkpoints.path(number)}", completed=number)
                 if leaving:
                     checkpoints.wait()
                     raise Stopped(
@@ -248,6 +276,20 @@ def train(
                         "the same command goes on from there",
                     )
     return state
+
+
+def _shown_figures(figures: Mapping[str, float]) -> str:
+    """Held-out figures by name, for a line."""
+    return "  ".join(f"{name} {shown_figure(name, value)}" for name, value in figures.items())
+
+
+def _untrained(error: NonFiniteOutputsError, models: Models | None) -> str:
+    remedy = UPDATE_REMEDY if models is None else model_remedy("student", models.student)
+    return f"before any training, {error}; {remedy}"
+
+
+def _diverged(error: NonFiniteOutputsError, number: int) -> str:
+    return f"after step {number}, {error}; {UPDATE_REMEDY}"
 
 
 def _capped(number: int, values: dict[str, float]) -> str:

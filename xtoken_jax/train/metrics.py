@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ class MetricsLog:
             f"{self._path}: cannot be written ({error.strerror}); once it can, the same command goes on from "
             "the last checkpoint"
         )
+
+
+def shown_figure(name: str, value: float | None) -> str:
+    """A held-out figure as people read it; None for one that is not finite."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:.1%}" if name.endswith("accuracy") else f"{value:.3f}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -94,6 +94,16 @@ class OptimizerConfig:
 _DEFAULTS = OptimizerConfig()
 
 
+def warmup_warning(config: OptimizerConfig, steps: int) -> str | None:
+    """One line where the learning rate rises over the whole run of `steps` steps."""
+    if config.warmup_steps < steps:
+        return None
+    return (
+        f"optimizer.warmup_steps={config.warmup_steps} is not below train.steps={steps}: the learning rate "
+        f"rises until the last step and never falls; take optimizer.warmup_steps={steps // 10}"
+    )
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> learning rate, over a run of `steps` steps."""
     warmup, peak = min(config.warmup_steps, steps), config.learning_rate

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import jax
@@ -119,6 +119,28 @@ class StopSignals:
         elif number == signal.SIGINT:
             _say(f"ended; {self._what}")
             os._exit(130)
+
+
+def end_at_once(number: int, _: FrameType | None = None) -> NoReturn:
+    """Handle a signal while nothing is being written: say so and exit as `Stopped` does."""
+    stopped = Stopped("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+    _say(str(stopped))
+    end_process(stopped.code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Flush what was printed and exit without the interpreter's shutdown.
+
+    The shutdown crashes (SIGSEGV) while native threads of XLA still compile or compute. Files and trackers
+    have to be closed before.
+    """
+    if (multiprocessing := sys.modules.get("multiprocessing")) is not None:
+        for child in multiprocessing.active_children():  # the shutdown would have ended them
+            child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(code)
 
 
 def _several() -> bool:
