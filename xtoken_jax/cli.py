@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
 from xtoken_jax import __version__, cli_cache, cli_copies, cli_generate, cli_tokenizers
-from xtoken_jax.errors import UserError, first_line, is_panic
+from xtoken_jax.display.terminal import Terminal
+from xtoken_jax.errors import UserError, first_line, is_panic, printable
+from xtoken_jax.files.trust import UntrustedFileWarning
 
+_python_warning = warnings.showwarning
 _DISTILL_HELP = """\
 arguments are key=value pairs:
 
@@ -52,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    console = Console(stderr=options.command != "distill", highlight=False, soft_wrap=True)
+    sys.excepthook = lambda *error: print(
+        printable("".join(traceback.format_exception(*error))), end="", file=sys.stderr
+    )
+    warnings.showwarning = _show_warning
+    console = Terminal(stderr=options.command != "distill")
     try:
         if takes_settings:
             options.overrides += [word for word in rest if not word.startswith("-")]
@@ -62,9 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"unknown option {unknown[0]}; settings are key=value, {see}")
         options.run(options, console)
     except (UserError, OSError) as error:  # a full disk or a read-only folder is no fault of the program
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"xtoken: {error}", markup=False, style="red"
-        )
+        Terminal(stderr=True).print(f"xtoken: {error}", style="red")
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"xtoken: {str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -72,9 +79,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if not is_panic(error):
             raise
-        print(f"xtoken: a tokenizer fails on this text ({first_line(error)}); use another", file=sys.stderr)
+        reason = printable(first_line(error))
+        print(f"xtoken: a tokenizer fails on this text ({reason}); use another", file=sys.stderr)
         return 2
     return 0
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning about files in one line, and others as Python does."""
+    if issubclass(category, UntrustedFileWarning):
+        Terminal(stderr=True).print(f"warning: {message}", style="yellow")
+    else:
+        _python_warning(message, category, filename, lineno, file, line)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,7 +210,7 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
             from xtoken_jax.distill import distill
 
             first = is_first()  # which alone shows anything
-            shown = Console(stderr=options.json, highlight=False, soft_wrap=True, quiet=not first)
+            shown = Terminal(stderr=options.json, quiet=not first)
             result = distill(experiment, shown, stop)
     if not first:
         return
@@ -262,7 +285,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
-    from xtoken_jax.runs import export_checkpoint
+    from xtoken_jax.runs.student import export_checkpoint
 
     step, ends = export_checkpoint(
         options.run_folder,
@@ -281,7 +304,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.sweep import run_sweep
 
     folder, jobs = run_sweep(options.overrides, console)
-    _rank(folder, Console(stderr=options.json, highlight=False, soft_wrap=True))
+    _rank(folder, Terminal(stderr=options.json))
     if options.json:
         cli_tokenizers.print_json([job.to_dict() for job in jobs])
     failed = [job for job in jobs if job.status == "failed"]
@@ -296,11 +319,14 @@ def _rank(folder: Path, console: Console) -> None:
     from xtoken_jax.ranking import ranking_table, read_jobs, write_ranking
     from xtoken_jax.report import draw_sweep
 
-    jobs = read_jobs(folder)
+    def tell(line: str) -> None:
+        console.print(f"warning  {line}", style="yellow")
+
+    jobs = read_jobs(folder, tell)
     write_ranking(folder, jobs)
     console.print(ranking_table(folder, jobs))
     console.print(f"ranking  {folder / 'sweep.json'}, {folder / 'sweep.csv'}")
-    if (picture := draw_sweep(folder, jobs)) is not None:
+    if (picture := draw_sweep(folder, jobs, tell)) is not None:
         console.print(f"curves   {picture}")
 
 
@@ -309,9 +335,12 @@ def _report(options: argparse.Namespace, console: Console) -> None:
     from xtoken_jax.report import draw_curves
 
     if is_sweep(options.run_folder):
-        _rank(options.run_folder, Console(highlight=False, soft_wrap=True))
+        _rank(options.run_folder, Terminal())
     else:
-        console.print(f"curves   {draw_curves(options.run_folder)}")
+        picture = draw_curves(
+            options.run_folder, lambda line: console.print(f"warning  {line}", style="yellow")
+        )
+        console.print(f"curves   {picture}")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from xtoken_jax.config import CONFIG_FOLDER, Experiment, checked_words, experiment_of, one_line
-from xtoken_jax.errors import UserError
+from xtoken_jax.display.terminal import Terminal
+from xtoken_jax.errors import UserError, printable
 from xtoken_jax.files import to_json, write_whole
+from xtoken_jax.files.folders import refuse_links
 from xtoken_jax.ranking import JOB_FILE, Job, read_jobs
-from xtoken_jax.runs import SWEEP_FOLDER, finished
+from xtoken_jax.runs.folder import finished
+from xtoken_jax.runs.run_file import SWEEP_FOLDER
 
 _HYDRA_FOLDER = "hydra"  # Hydra's own files, and the logs of a scheduler
 _LONGEST = 120  # characters of a job's folder
@@ -65,6 +68,8 @@ def run_sweep(words: Sequence[str], console: Console) -> tuple[Path, list[Job]]:
         with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
             base = experiment_of(compose("distill", overrides=fixed), validate=False)
         folder = Path(base.run_dir).expanduser().resolve() / SWEEP_FOLDER
+        if folder.parent.is_dir():
+            refuse_links(folder.parent)
         number = secrets.token_hex(4)
         job = partial(run_job, folder=folder, fixed={_key(word) for word in fixed}, sweep=number)
         with initialize_config_dir(str(CONFIG_FOLDER.resolve()), version_base="1.3"):
@@ -98,12 +103,12 @@ def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) ->
     from xtoken_jax.distill import distill
     from xtoken_jax.train.signals import Stopped, StopSignals
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     # Of a key that is given twice, the last value holds.
     last = {_key(word): word.lstrip("+") for word in HydraConfig.get().overrides.task}
     overrides = [word for key, word in last.items() if key not in fixed]
     run = folder / _name(overrides)
-    console.print(f"[bold]{run.name}[/bold]")
+    console.print(run.name, style="bold")
     job = Job(run, overrides, sweep, "running")
     begun = time.perf_counter()
     try:
@@ -117,7 +122,7 @@ def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) ->
             result = finished(run, experiment)
             assert result is not None
         else:
-            console.print("[dim]finished before[/dim]")
+            console.print("finished before", style="dim")
         *_, figures = result["figures"].values()
         name = experiment.sweep.metric or next(iter(figures))
         if name not in figures:
@@ -128,7 +133,7 @@ def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) ->
         _write(replace(job, status="stopped"))
         raise
     except Exception as error:  # whatever it is, the other jobs are not to suffer
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = printable((str(error).strip().splitlines() or [""])[0])
         told = first if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {first}"
         console.print(f"failed   {told}", markup=False, style="red")
         _write(replace(job, status="failed", error=told))
@@ -137,7 +142,7 @@ def run_job(config: DictConfig, *, folder: Path, fixed: set[str], sweep: str) ->
         return None
     finally:
         _forget_programs()
-        console.print(f"[dim]{time.perf_counter() - begun:.0f} s[/dim]")
+        console.print(f"{time.perf_counter() - begun:.0f} s", style="dim")
 
 
 def _write(job: Job) -> None:

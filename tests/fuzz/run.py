@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fuzz.frame import BAD, GOOD, Outcome, Parser, Tally, fuzz, intact_folders, run_case, spoiled_copy
 
 # Each has a list PARSERS.
-MODULES = ("model_files", "tokenizer_files", "cache_files")
+MODULES = ("model_files", "tokenizer_files", "cache_files", "run_folders")
 
 
 def all_parsers() -> list[Parser]:
