@@ -378,7 +378,7 @@ def test_ordinary_variables_are_not_hidden(monkeypatch):
     ("text", "expected"),
     [
         ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
-        ("\r\x08\x7f", r"\x0d\x08\x7f"),
+        ("\x08\x7f", r"\x08\x7f"),
         ("\x9b31m", r"\x9b31m"),
         ("a\u202eb\u2066", r"a\u202eb\u2066"),
         ("[red]:smile:[/] \u200f日本", "[red]:smile:[/] \u200f日本"),
