@@ -3,11 +3,16 @@
 import json
 import shutil
 import signal
+import sys
 
 import pytest
 from full_disk import files_of_at_most
+from rich.table import Table
+from rich.text import Text
 
 from xtoken_jax.cli import main
+from xtoken_jax.display.terminal import Terminal
+from xtoken_jax.errors import printable
 from xtoken_jax.evaluate.completions import chat_prompt
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
@@ -318,3 +323,93 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "xtoken: a tokenizer fails on this text (index out of bounds); use another\n"
     )
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_AbCdEfGhIjKlMnOp",
+    "OPENAI_API_KEY": "sk-proj-1234567890-abcdefghijklmnop",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG",
+    "PGPASSWORD": "hunter2hunter2",
+    "GITHUB_TOKEN": "first-line-1234\nsecond-line-5678",
+    "SIGNING_SECRET": "[/red]\x1b[2J secret",
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_of_the_environment_is_not_printed(name, capsys, monkeypatch, run, tmp_path):
+    for one, value in SECRETS.items():
+        monkeypatch.setenv(one, value)
+    value = SECRETS[name]
+    pieces = [value, *value.splitlines()] if "\n" in value else [value, value[:16]]
+    for word in (f"train.steps=${{oc.env:{name}}}", f"teacher.path=${{oc.env:{name}}}"):
+        assert main([*run, word]) == 2
+        said = "".join(capsys.readouterr())
+        assert said.startswith("xtoken: ")
+        assert not any(piece in said for piece in pieces)
+    assert main(["report", value]) == 2
+    assert not any(piece in "".join(capsys.readouterr()) for piece in pieces)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_traceback_hides_secrets(monkeypatch, capsys, run):
+    monkeypatch.setenv("HF_TOKEN", "hf_AbCdEfGhIjKlMnOp")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back at the end
+
+    def fail(*_):
+        raise RuntimeError("401 for hf_AbCdEfGhIjKlMnOp/x \x1b[31m")
+
+    monkeypatch.setattr("xtoken_jax.report.draw_curves", fail)
+    with pytest.raises(RuntimeError) as error:
+        main(["report", "x"])
+    sys.excepthook(error.type, error.value, error.tb)
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == r"RuntimeError: 401 for [HF_TOKEN] \x1b[31m"
+    assert "Traceback" in said
+
+
+def test_ordinary_variables_are_not_hidden(monkeypatch):
+    monkeypatch.setenv("XTOKEN_CACHE", "/scratch/cache")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "disabled")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token")
+    monkeypatch.setenv("HF_TOKEN", "none")
+    text = "/scratch/cache disabled /var/run/token none\n\tx"
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("\x08\x7f", r"\x08\x7f"),
+        ("\x9b31m", r"\x9b31m"),
+        ("a\u202eb\u2066", r"a\u202eb\u2066"),
+        ("[red]:smile:[/] \u200f日本", "[red]:smile:[/] \u200f日本"),
+    ],
+)
+def test_control_characters_are_printed_as_escapes(text, expected, capsys, tmp_path):
+    assert printable(text) == expected
+    Terminal().print(text)
+    table = Table()
+    table.add_column(text)
+    table.add_row(text)
+    Terminal().print(table)
+    out = capsys.readouterr().out
+    assert out.count(expected) == 3
+    Terminal().print(Text(text))
+    assert printable(out := capsys.readouterr().out) == out
+    fails(capsys, ["report", tmp_path / text.replace("/", "")], expected.replace("/", ""))
+
+
+def test_a_planted_link_is_named_by_report_and_export(capsys, tmp_path):
+    run, precious = tmp_path / "run", tmp_path / "bashrc"
+    run.mkdir()
+    precious.write_text("mine")
+    (run / "metrics.jsonl").write_text('{"step": 1, "ce": 1.0}\n')
+    (run / ".curves.png.partial").symlink_to("../bashrc")
+    said = f"{run / '.curves.png.partial'}: is a link to ../bashrc, outside of {run}"
+    fails(capsys, ["report", run], said)
+    (run / "run.json").write_text("{}")
+    fails(capsys, ["export", run, "--out", tmp_path / "out"], said)
+    (run / ".curves.png.partial").unlink()
+    assert main(["report", str(run)]) == 0
+    assert precious.read_text() == "mine"

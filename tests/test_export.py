@@ -1,5 +1,6 @@
 """An exported folder: whole or not there, readable again, and never in place of something else."""
 
+import errno
 import functools
 import itertools
 import json
@@ -15,7 +16,8 @@ from models import tiny
 
 from xtoken_jax import export
 from xtoken_jax.errors import UserError
-from xtoken_jax.export import export_hf
+from xtoken_jax.export import check_replaceable, export_hf
+from xtoken_jax.files.new_files import new_folder
 from xtoken_jax.models import load_model
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
@@ -287,17 +289,17 @@ def test_a_kill_at_any_moment_leaves_the_old_export_or_the_new_one(at_once, stud
     for moment in itertools.count():
         shutil.copytree(tmp_path / "old", work / "out")
         ended = killed(moment, again)
-        place = "out" if (work / "out").exists() else ".out.old"
+        place = "out" if (work / "out").exists() else next(n for n in os.listdir(work) if n.endswith(".old"))
         found = contents(work / place)
         assert found in (old, new)
-        seen.append(("new" if found == new else "old", place))
+        seen.append(("new" if found == new else "old", place[-4:]))
         again()
         assert contents(work / "out") == new
         assert os.listdir(work) == ["out"]
         shutil.rmtree(work)
         if not ended:
             break
-    between = [] if at_once else [("old", ".out.old")]
+    between = [] if at_once else [("old", ".old")]
     assert [state for state, _ in itertools.groupby(seen)] == [("old", "out"), *between, ("new", "out")]
 
 
@@ -313,11 +315,12 @@ def test_an_export_behind_a_link_is_replaced_there(student, tmp_path):
 
 def test_what_a_killed_export_left_behind_is_not_mixed_in(student, tmp_path):
     model, params = load_model(student)
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "generation_config.json").write_text("stale")
+    left = tmp_path / ".out.0123456789abcdef.partial"
+    left.mkdir()
+    (left / "generation_config.json").write_text("stale")
     out = export_hf(tmp_path / "out", model, params, student)
     assert not (out / "generation_config.json").exists()
-    assert not (tmp_path / ".out.partial").exists()
+    assert not left.exists()
 
 
 def test_a_missing_tokenizer_folder_is_refused_before_anything_is_written(tmp_path):
@@ -325,3 +328,77 @@ def test_a_missing_tokenizer_folder_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(UserError, match="no such tokenizer folder"):
         export_hf(tmp_path / "out", model, params, tmp_path / "nowhere")
     assert os.listdir(tmp_path) == []
+
+
+def test_links_planted_next_to_the_folder_are_not_followed(student, tmp_path):
+    """Under the names of working folders of earlier versions, and under names like those of today."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "config.json").write_text("mine")
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in (".out.partial", ".out.old", f".out.{'0' * 16}.partial", f".out.{'0' * 16}.old"):
+        (work / name).symlink_to(precious)
+    model, params = load_model(student)
+    for _ in range(2):
+        export_hf(work / "out", model, params, student)
+        assert os.listdir(precious) == ["config.json"]
+        assert (precious / "config.json").read_text() == "mine"
+    assert sum(path.is_symlink() for path in work.iterdir()) == 4
+    assert (work / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "chat_template.jinja", "tokenizer.model", "tokenizer.json"])
+def test_a_link_out_of_the_students_folder_is_not_copied(name, student, tmp_path):
+    read = *load_model(student), student
+    secret = tmp_path / "id_rsa"
+    secret.write_text("private")
+    (student / name).unlink(missing_ok=True)
+    (student / name).symlink_to("../id_rsa")
+    words = rf"^{student}/{name}: is a link to \.\./id_rsa, outside of the model's folder"
+    with pytest.raises(UserError, match=words):
+        export_hf(tmp_path / "out", *read)
+    with pytest.raises(UserError, match=words):  # before training
+        check_replaceable(tmp_path / "out", student)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_within_the_students_folder_and_into_the_hubs_cache_are_copied(student, tmp_path):
+    read = load_model(student)
+    (student / "vocab.txt").symlink_to("tokenizer.json")
+    (tmp_path / "link").symlink_to(student)
+    export_hf(tmp_path / "out", *read, tmp_path / "link")
+    assert (tmp_path / "out" / "vocab.txt").read_text() == '{"model": {}}'
+    hub = tmp_path / "hub" / "models--org--name"
+    snapshot = hub / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    for path in list(student.iterdir()):
+        if not path.is_symlink():
+            path.rename(hub / "blobs" / path.name)
+            (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    export_hf(tmp_path / "other", *read, snapshot)
+    assert (tmp_path / "other" / "tokenizer.json").read_text() == '{"model": {}}'
+    assert not (tmp_path / "other" / "tokenizer.json").is_symlink()
+
+
+def test_what_cannot_be_removed_is_an_error(student, tmp_path, monkeypatch):
+    read = *load_model(student), student
+    export_hf(tmp_path / "out", *read)
+
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    with pytest.raises(UserError, match=r"\.out\..*: left over, and cannot be removed \(Permission denied\)"):
+        export_hf(tmp_path / "out", *read)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_two_exports_at_once_do_not_take_each_other_s_files(student, tmp_path):
+    read = *load_model(student), student
+    with new_folder(tmp_path / "out") as other:
+        (other / "config.json").write_text("being written by another process")
+        export_hf(tmp_path / "out", *read)
+        assert (other / "config.json").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["out", "student"]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from xtoken_jax.config import load_experiment
 from xtoken_jax.data.sources import read_sources
 from xtoken_jax.errors import UserError
 from xtoken_jax.mesh import single_device_mesh
+from xtoken_jax.models import load_model
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
-from xtoken_jax.runs import claim, contents
+from xtoken_jax.report import draw_curves
+from xtoken_jax.runs import claim, contents, export_checkpoint, export_student, finished
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 WEIGHTS = "model.safetensors"
@@ -202,7 +205,7 @@ def test_settings_that_came_up_since_are_as_by_default(words, tmp_path):
 
 def test_a_start_that_was_killed_leaves_a_folder_that_can_be_taken(words, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".run.json.partial").write_text('{"name"')
+    (tmp_path / "run" / ".run.json.0123456789abcdef.partial").write_text('{"name"')
     assert claimed(words) == []
     (tmp_path / "run" / "run.json").write_text('{"name"')
     with pytest.raises(UserError, match=r"run.json: not the file of a run"):
@@ -220,3 +223,107 @@ def test_a_folder_that_cannot_be_written_is_one_line(words, tmp_path, monkeypatc
     assert list((tmp_path / "run").iterdir()) == []  # nothing half-written is left
     monkeypatch.undo()
     assert claim(tmp_path / "run", experiment, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("student.path", "${oc.env:SOME_SECRET}"),
+        ("data.train.text.path", "x${oc.decode:${oc.env:SOME_SECRET}}"),
+        ("name", "${embedded:x}"),
+        ("changes", ["${oc.env:SOME_SECRET}"]),
+        ("contents.${oc.env:SOME_SECRET}", "1"),
+    ],
+)
+def test_nothing_in_a_run_file_is_looked_up(key, value, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_SECRET", "do not print me")
+    claimed(words)
+    path = tmp_path / "run" / "run.json"
+    content = json.loads(path.read_text())
+    *groups, last = re.split(r"\.(?![^{]*\})", key)
+    part = content
+    for group in groups:
+        part = part[group]
+    part[last] = value
+    path.write_text(json.dumps(content))
+    for read in (lambda: claimed(words), lambda: export_checkpoint(tmp_path / "run", None, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"run\.json: .* holds \$\{\.\.\.\}") as refusal:
+            read()
+        assert "do not print me" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "checkpoints", "no_teacher", "tensorboard"])
+def test_a_run_with_a_link_that_leads_out_is_refused(name, words, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("mine")
+    claimed(words)
+    link = tmp_path / "run" / name
+    link.unlink(missing_ok=True)
+    link.symlink_to(precious / "file" if "." in name else precious)
+    expected = rf"run/{name}: is a link to {precious}.*, outside of"
+    for act in (
+        lambda: claimed(words),
+        lambda: export_checkpoint(tmp_path / "run", None, tmp_path / "out"),
+        lambda: draw_curves(tmp_path / "run"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            act()
+    assert [path.name for path in precious.iterdir()] == ["file"]
+    assert (precious / "file").read_text() == "mine"
+
+
+def test_a_run_below_a_link_is_the_same_run(words, tmp_path):
+    claimed(words)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").rename(tmp_path / "scratch" / "run")
+    (tmp_path / "run").symlink_to(tmp_path / "scratch" / "run")
+    assert claimed(words) == []
+
+
+def test_the_exported_template_is_the_run_s_copy(words, tmp_path):
+    """A path in a stranger's run.json could name any file of the user's."""
+    template, secret = tmp_path / "t.jinja", tmp_path / "id_rsa"
+    template.write_text("{{ messages }}")
+    secret.write_text("private")
+    words = [*words, f"student.chat_template={template}"]
+    claimed(words)
+    copy = tmp_path / "run" / "chat_template.jinja"
+    assert copy.read_text() == "{{ messages }}"
+    edit_json(
+        tmp_path / "run" / "run.json",
+        student=json.loads((tmp_path / "run" / "run.json").read_text())["student"]
+        | {"chat_template": str(secret)},
+    )
+    model, params = load_model(tmp_path / "student")
+    export_student(tmp_path / "run", tmp_path / "out", model, params)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    copy.unlink()
+    with pytest.raises(UserError, match=r"has no chat_template\.jinja, the copy of "):
+        export_student(tmp_path / "run", tmp_path / "other", model, params)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"figures": 3}', '{"figures": {}}', '{"figures"', "\x80", '{"figures": {"x": NaN}}'],
+)
+def test_a_run_with_a_broken_result_is_not_finished(content, words, tmp_path):
+    experiment = load_experiment(words)
+    claim(tmp_path / "run", experiment, {})
+    (tmp_path / "run" / "result.json").write_text(json.dumps({"figures": {"distilled": {"x": 1.0}}}))
+    assert finished(tmp_path / "run", experiment) is not None
+    (tmp_path / "run" / "result.json").write_text(content)
+    assert finished(tmp_path / "run", experiment) is None
+
+
+def test_a_secret_in_a_setting_is_refused_without_its_value(words, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "sk-0123456789abcdef")
+    for value in ("${oc.env:MY_API_KEY}", "s3://${oc.env:MY_API_KEY}@here", "sk-0123456789abcdef"):
+        with pytest.raises(
+            UserError, match=r"^data\.train\.text\.path: holds the value of MY_API_KEY"
+        ) as error:
+            load_experiment([*words, f"data.train.text.path={value}"])
+        assert "sk-0123456789abcdef" not in str(error.value)
+    monkeypatch.setenv("HERE", "text.jsonl")
+    assert load_experiment([*words, "name=${oc.env:HERE}"]).name == "text.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import time
@@ -22,11 +23,12 @@ from xtoken_jax.data.encode import Document, cut_parts, encode
 from xtoken_jax.data.teacher_cache import Index, ShardInfo, add_shard, difference, is_whole, read_index
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep
+from xtoken_jax.files.folders import locked
 from xtoken_jax.held_out import describe_held_out, held_out_parts, read_texts
 from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.mesh import check_batch_size, make_mesh
 from xtoken_jax.models.load import open_model
-from xtoken_jax.runs import agree_on, agree_on_settings
+from xtoken_jax.runs.agreement import agree_on, agree_on_settings
 from xtoken_jax.teachers import chat_templates, group_of, model_warnings, open_tokenizers
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 from xtoken_jax.train.non_finite import model_remedy, outputs_of
@@ -83,9 +85,23 @@ def cache_teacher(
         What the folder holds, on process 0; None on others.
 
     Raises:
-        UserError: whatever is wrong with what the experiment names; a folder of another cache; a teacher
-            whose outputs are not finite; processes that were started otherwise, or read other content.
+        UserError: whatever is wrong with what the experiment names; a folder of another cache, or one that
+            another process is writing; a teacher whose outputs are not finite; processes that were started
+            otherwise, or read other content.
     """
+    with contextlib.ExitStack() as locks:
+        return _cache_teacher(experiment, teacher, keep, out, console, shard_bytes, locks)
+
+
+def _cache_teacher(
+    experiment: Experiment,
+    teacher: str,
+    keep: Keep,
+    out: Path,
+    console: Console,
+    shard_bytes: int,
+    locks: contextlib.ExitStack,
+) -> Summary | None:
     configs = experiment.every_teacher()
     if teacher not in configs:
         raise UserError(f"--teacher {teacher}: no such teacher; there is {', '.join(configs) or 'none'}")
@@ -107,6 +123,7 @@ def cache_teacher(
     index = Index(made_of, {**keep._asdict(), "temperatures": list(keep.temperatures)}, size, list(train))
     index.names = names_of(experiment, teacher)
     if is_first():  # an error in which ends all
+        locks.enter_context(locked(out, "--out"))
         index = _begin(out, index)
     whole = _Whole(*from_first(lambda: _whole(out, index)))
     measured = from_first(lambda: index.held_out == texts)
@@ -167,7 +184,9 @@ class _Whole:
 
 def _whole(out: Path, index: Index) -> list[Any]:
     """The fields of `_Whole`; a cache with a damaged shard is not complete."""
-    shards = [[shard.first, shard.next] if is_whole(out, shard) else None for shard in index.shards]
+    shards = [
+        [shard.first, shard.next] if is_whole(out, shard) and shard.lost else None for shard in index.shards
+    ]
     index.complete = index.complete and None not in shards
     return [shards, index.complete]
 
@@ -186,11 +205,7 @@ def _begin(out: Path, mine: Index) -> Index:
                 what = "choose another --out, or delete that folder"
                 raise UserError(f"{out}: holds another teacher cache ({found}); {what}")
         return there
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        mine.write(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    mine.write(out)
     return mine
 
 

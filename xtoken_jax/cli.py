@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +20,11 @@ from xtoken_jax.command_line.memory import memory_errors
 from xtoken_jax.command_line.parser import Parser
 from xtoken_jax.command_line.spelling import as_settings
 from xtoken_jax.command_line.words import keys
-from xtoken_jax.errors import UserError, first_line, is_panic
+from xtoken_jax.display.terminal import Terminal
+from xtoken_jax.errors import UserError, first_line, is_panic, printable
+from xtoken_jax.files.trust import UntrustedFileWarning
 
+_python_warning = warnings.showwarning
 _DISTILL_HELP = """\
 arguments are key=value pairs:
 
@@ -70,7 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = [folder] if "=" in folder and not Path(folder).exists() else []
         if unplaced := [*rest, *setting]:
             command.exit(2, f"xtoken: {command.advice(unplaced)}\n")
-    console = Console(stderr=options.command != "distill", highlight=False, soft_wrap=True)
+    sys.excepthook = lambda *error: print(
+        printable("".join(traceback.format_exception(*error))), end="", file=sys.stderr
+    )
+    warnings.showwarning = _show_warning
+    console = Terminal(stderr=options.command != "distill")
     try:
         if command.settings is not None:
             options.overrides += [word for word in rest if not word.startswith("-")]
@@ -81,9 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with memory_errors(options.command):
             options.run(options, console)
     except (UserError, OSError) as error:  # a full disk or a read-only folder is no fault of the program
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"xtoken: {error}", markup=False, style="red"
-        )
+        Terminal(stderr=True).print(f"xtoken: {error}", style="red")
         code = 2
     except KeyboardInterrupt as interrupt:
         print(f"xtoken: {str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -91,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if not is_panic(error):
             raise
-        print(f"xtoken: a tokenizer fails on this text ({first_line(error)}); use another", file=sys.stderr)
+        reason = printable(first_line(error))
+        print(f"xtoken: a tokenizer fails on this text ({reason}); use another", file=sys.stderr)
         code = 2
     else:
         return 0
@@ -100,6 +108,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         end_process(code)
     return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning about files in one line, and others as Python does."""
+    if issubclass(category, UntrustedFileWarning):
+        Terminal(stderr=True).print(f"warning: {message}", style="yellow")
+    else:
+        _python_warning(message, category, filename, lineno, file, line)
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
@@ -227,7 +250,7 @@ def _distill(options: argparse.Namespace, console: Console) -> None:
             from xtoken_jax.distill import distill
 
             first = is_first()  # which alone shows anything
-            shown = Console(stderr=options.json, highlight=False, soft_wrap=True, quiet=not first)
+            shown = Terminal(stderr=options.json, quiet=not first)
             result = distill(experiment, shown, stop)
     if not first:
         return
@@ -322,7 +345,7 @@ def _row_length(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
-    from xtoken_jax.runs import export_checkpoint
+    from xtoken_jax.runs.student import export_checkpoint
 
     step, ends = export_checkpoint(
         options.run_folder,
@@ -341,7 +364,7 @@ def _sweep(options: argparse.Namespace) -> None:
     from xtoken_jax.sweep import run_sweep
 
     folder, jobs = run_sweep(options.overrides, quiet=options.json)
-    _rank(folder, Console(stderr=options.json, highlight=False, soft_wrap=True))
+    _rank(folder, Terminal(stderr=options.json))
     if options.json:
         cli_tokenizers.print_json([job.to_dict() for job in jobs])
     failed = [job for job in jobs if job.status == "failed"]
@@ -356,11 +379,14 @@ def _rank(folder: Path, console: Console) -> None:
     from xtoken_jax.ranking import ranking_table, read_jobs, write_ranking
     from xtoken_jax.report import draw_sweep
 
-    jobs = read_jobs(folder)
+    def tell(line: str) -> None:
+        console.print(f"warning  {line}", style="yellow")
+
+    jobs = read_jobs(folder, tell)
     write_ranking(folder, jobs)
     console.print(ranking_table(folder, jobs))
     console.print(f"ranking  {folder / 'sweep.json'}, {folder / 'sweep.csv'}")
-    if (picture := draw_sweep(folder, jobs)) is not None:
+    if (picture := draw_sweep(folder, jobs, tell)) is not None:
         console.print(f"curves   {picture}")
 
 
@@ -370,9 +396,10 @@ def _report(options: argparse.Namespace, console: Console) -> None:
 
     for folder in runs_and_sweeps(options.run_folder):
         if is_sweep(folder):
-            _rank(folder, Console(highlight=False, soft_wrap=True))
+            _rank(folder, Terminal())
         else:
-            console.print(f"curves   {draw_curves(folder)}", markup=False)
+            picture = draw_curves(folder, lambda line: console.print(f"warning  {line}", style="yellow"))
+            console.print(f"curves   {picture}")
 
 
 if __name__ == "__main__":

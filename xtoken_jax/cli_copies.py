@@ -33,6 +33,7 @@ def run(options: argparse.Namespace, _: Console) -> None:
     """Prints what is there or, with --clean, what has been removed."""
     from xtoken_jax.cli_tokenizers import print_json
     from xtoken_jax.data.copies import clear, copies
+    from xtoken_jax.errors import printable
     from xtoken_jax.hub import cache_folder
 
     found = clear() if options.clean else copies()
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace, _: Console) -> None:
         return
     done = "removed from" if options.clean else "kept in"
     for copy in found:
-        source = copy.path if copy.source is None else copy.source
+        source = printable(str(copy.path if copy.source is None else copy.source))
         print(f"{copy.size / 1e6:10,.1f} MB  {copy.age / 86400:6,.1f} days  {source}: {copy.state.value}")
     print(f"{done} {cache_folder()}: {len(found)} files, {sum(copy.size for copy in found) / 1e6:,.1f} MB")
     useless = [copy for copy in found if copy.useless]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from xtoken_jax.cli_tokenizers import print_json
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import UserError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,5 +110,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
         print_json(rows)
         return
     for prompt, completion in zip(options.prompt, found, strict=True):
-        print(completion.text if options.chat else prompt + completion.text, flush=True)
+        text = completion.text if options.chat else prompt + completion.text
+        print(printable(text) if sys.stdout.isatty() else text, flush=True)
         console.print(f"{len(completion.tokens)} tokens, {_ENDS[completion.finish]}", style="dim")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,8 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.console import Console
 from rich.table import Table
 
+from xtoken_jax.display.terminal import Terminal
 from xtoken_jax.errors import UserError, first_line
 from xtoken_jax.files import parse_json, to_json
+
+_CONTROLS = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 if TYPE_CHECKING:
     from xtoken_jax.data.sources import SourceConfig
@@ -143,7 +147,7 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
     if options.json:
         print_json(found.to_dict())
     else:
-        show_audit(found, Console(highlight=False, soft_wrap=True))
+        show_audit(found, Terminal())
     if options.picture:
         from xtoken_jax.display.audit_pictures import draw_audit, draw_row
 
@@ -237,7 +241,7 @@ def _project(options: argparse.Namespace, console: Console) -> None:
     ):
         if counts[kind] or kind != "similar":
             table.add_row(text, f"{counts[kind]:,}")
-    Console(highlight=False, soft_wrap=True).print(table)
+    Terminal().print(table)
     console.print(f"built in {seconds:.2f} s -> {options.out}")
 
 
@@ -270,9 +274,10 @@ def _align(options: argparse.Namespace, console: Console) -> None:
     if options.json:
         print_json([asdict(column) for column in columns(pair, spans)])
     else:
-        show_alignment(pair, spans, Console(highlight=False))
+        show_alignment(pair, spans, Terminal())
 
 
 def print_json(content: Any) -> None:
-    """On stdout, indented."""
-    print(to_json(content, indent=2, ensure_ascii=False))
+    """On stdout, indented; control characters beyond ASCII, of which terminals make commands, as escapes."""
+    text = to_json(content, indent=2, ensure_ascii=False)
+    print(_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from xtoken_jax.command_line.groups import CONFIG_FOLDER, options_of
 from xtoken_jax.command_line.words import checked, nearest
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.sources import SourceKind
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import UserError, secret_in
 from xtoken_jax.hosts import HostsConfig
 from xtoken_jax.losses import LossConfig, LossKind, Score, TeachersConfig, TeachersMode
 from xtoken_jax.mesh import MeshConfig
@@ -299,9 +299,32 @@ def experiment_of(composed: DictConfig, *, validate: bool = True) -> Experiment:
         experiment = typing.cast(Experiment, OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
+    for key, text in strings_in(dataclasses.asdict(experiment)):
+        if "${" in text:
+            raise UserError(
+                f"{key}={text}: ${{...}} in what an interpolation gave is not read; write the value"
+            )
+        if (name := secret_in(text)) is not None:
+            raise UserError(
+                f"{key}: holds the value of {name}, which the run's folder would show; what needs a secret "
+                "reads its variable itself"
+            )
     if validate:
         experiment.validate()
     return experiment
+
+
+def strings_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All strings below a value of a configuration, by key; names of keys are among them."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield key or "a key", str(name)
+            yield from strings_in(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from strings_in(part, key)
 
 
 def checked_words(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:

@@ -35,7 +35,9 @@ from xtoken_jax.models.load import Start, open_model
 from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
 from xtoken_jax.projection.files import save_projection
 from xtoken_jax.report import BASELINE_FOLDER, RESULT_FILE, draw_curves
-from xtoken_jax.runs import agree, agree_on, claim, contents, day_of, export_student, folders_to_keep
+from xtoken_jax.runs.agreement import agree, agree_on
+from xtoken_jax.runs.folder import claim, contents, day_of
+from xtoken_jax.runs.student import export_student, folders_to_keep
 from xtoken_jax.teachers import (
     Pairs,
     Teachers,

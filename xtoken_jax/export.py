@@ -4,18 +4,18 @@ import ctypes
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import read_json, to_disk, writing
+from xtoken_jax.files import read_json, to_disk, write_whole, writing
+from xtoken_jax.files.new_files import hidden, new_folder, remove_partials
 from xtoken_jax.hosts import from_first, is_first
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_files import INDEX, WEIGHTS
 from xtoken_jax.models.hf_saving import MAX_SHARD_SIZE, is_weights, save_weights, stored_dtypes
-from xtoken_jax.models.hf_side_files import COPIED, side_files
+from xtoken_jax.models.hf_side_files import COPIED, refuse_links, side_files
 from xtoken_jax.models.lora import merge_lora
 
 CONFIG = "config.json"
@@ -72,7 +72,6 @@ def export_hf(
     dtypes: str | Mapping[str, str] = dtype
     if dtype == SOURCE:
         dtypes = stored_dtypes(source, dataclasses.replace(model, lora=None))
-    partial = out.parent / f".{out.name}.partial"
 
     config = model.config.to_hf()
     identity = {"run": run} if run is not None else {"student": str(source.resolve())}
@@ -81,7 +80,7 @@ def export_hf(
         check_replaceable(out, source, run=run, overwrite=overwrite, keep=keep)
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+            remove_partials(out.parent, lambda name: name == out.name)  # of exports that were killed
 
     from_first(begin)
     if model.lora is not None:
@@ -92,29 +91,21 @@ def export_hf(
     def write() -> None:
         files, _ = side_files(source, config, ends, chat_template)
         files[MARKER] = (json.dumps({"exported_by": "xtoken", **identity}) + "\n").encode()
-        with writing(out):
-            write_beside(files)
-
-    def write_beside(files: dict[str, bytes]) -> None:
-        save_weights(partial, model, params, dtype=dtypes, max_shard_size=max_shard_size)
         if dtype != SOURCE:
             # in the spelling that it has: two of them might disagree
             spellings = [key for key in ("dtype", "torch_dtype") if key in config]
             config.update(dict.fromkeys(spellings or ["torch_dtype"], dtype))
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
-        for path in [*partial.iterdir(), partial]:
-            to_disk(path)
-        _swap_in(partial, out)
+        files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+        with writing(out), new_folder(out) as partial:
+            save_weights(partial, model, params, dtype=dtypes, max_shard_size=max_shard_size)
+            for name, content in files.items():
+                write_whole(partial / name, content)
+            to_disk(partial)
+            _swap_in(partial, out)
 
     if not is_first():
-        save_weights(partial, model, params, dtype=dtypes, max_shard_size=max_shard_size, writes=False)
-    try:
-        from_first(write)
-    finally:
-        if is_first():
-            shutil.rmtree(partial, ignore_errors=True)
+        save_weights(out, model, params, dtype=dtypes, max_shard_size=max_shard_size, writes=False)
+    from_first(write)
     return Path(out_dir)
 
 
@@ -129,9 +120,11 @@ def check_replaceable(
     """Check that an export may take the place of what is at `out_dir`; the arguments are `export_hf`'s.
 
     Raises:
-        UserError: a file is there, a folder that must be kept, or one that is not an earlier export of the
-            same run and `overwrite` is false.
+        UserError: a file of the student's folder is a link to one outside; or at `out_dir` is a file, a
+            folder that must be kept, or one that is not an earlier export of the same run and `overwrite` is
+            false.
     """
+    refuse_links(source)
     out = Path(out_dir).resolve()
     if not out.exists():
         return
@@ -170,16 +163,14 @@ def _foreign(out: Path, names: set[str], source: Path, run: str | None) -> str |
 
 def _swap_in(partial: Path, out: Path) -> None:
     """Put the new folder into its place; an earlier export ends up at `partial`, or is gone."""
-    old = out.parent / f".{out.name}.old"
     if not out.exists():
         os.rename(partial, out)
     elif not _exchange(partial, out):
         # a kill between these two leaves the earlier export whole, beside its place, until the next one
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(out, old)
+        os.rename(out, hidden(out, "old"))
         os.rename(partial, out)
     to_disk(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_partials(out.parent, lambda name: name == out.name, "old")
 
 
 def _exchange(a: Path, b: Path) -> bool:

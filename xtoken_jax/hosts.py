@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import UserError, printable
 from xtoken_jax.lifeline import Lifeline
 
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
@@ -109,15 +109,15 @@ def joined(config: HostsConfig) -> Iterator[None]:
         yield
         gather(None)
     except (UserError, OSError) as error:
-        lifeline.end(2, str(error))
+        lifeline.end(2, printable(str(error)))
     except KeyboardInterrupt as interrupt:
         lifeline.end(getattr(interrupt, "code", 130), str(interrupt) or "interrupted")
     except BaseException as error:
         lines = (str(error) or "no message").splitlines()
         of_jax = isinstance(error, jax.errors.JaxRuntimeError)
         if not of_jax:
-            traceback.print_exc()
-        lifeline.end(1, f"{type(error).__name__}: {lines[0]}", of_jax=of_jax)
+            print(printable(traceback.format_exc()), file=sys.stderr)
+        lifeline.end(1, printable(f"{type(error).__name__}: {lines[0]}"), of_jax=of_jax)
     lifeline.close()
     jax.distributed.shutdown()
 

@@ -34,6 +34,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xtoken-jax"
 
 
+def private_folder(name: str) -> Path:
+    """Make a folder in the cache folder; new ones can be read by their user only.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    root = cache_folder()
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = root / name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def resolve_folder(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model: the path itself, or a download where it is a hub id.
 

@@ -5,17 +5,32 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import UserError, printable
+from xtoken_jax.fields import TEXT, Check, check_fields, listing, mapping, number, one_of, optional, shown
 from xtoken_jax.files import read_json, to_json, write_whole
+from xtoken_jax.files.folders import refuse_links
 
 JOB_FILE = ".job.json"  # behind the name of the job's folder
+_COLUMNS = 8  # of a table in a terminal
+_OVERRIDE = Check("KEY=VALUE", lambda value: isinstance(value, str) and "=" in value)
+_JOB = {
+    "folder": TEXT,
+    "overrides": listing(_OVERRIDE, 10_000),
+    "sweep": TEXT,
+    "status": one_of("running", "finished", "stopped", "failed"),
+    "loss": optional(TEXT),
+    "figures": mapping(optional(number(-1e100, 1e100))),
+    "metric": optional(TEXT),
+    "error": optional(TEXT),
+}
 
 
 @dataclass(frozen=True)
@@ -62,29 +77,46 @@ def is_sweep(folder: Path) -> bool:
     return any(folder.glob(f"*{JOB_FILE}"))
 
 
-def read_jobs(folder: Path) -> list[Job]:
+def read_jobs(folder: Path, tell: Callable[[str], None] = lambda line: None) -> list[Job]:
     """All jobs of a sweep's folder, the best first; those without a figure behind, by name.
 
+    Args:
+        folder: the sweep's.
+        tell: gets a line for each file that is no job's and is left out.
+
     Raises:
-        UserError: a folder without jobs, or a file that is none of a job's.
+        UserError: a folder without jobs, or one in which a link leads out of it.
     """
-    jobs = []
-    for path in sorted(folder.glob(f"*{JOB_FILE}")):
-        try:
-            content = read_json(path, what="the job of a sweep")
-            jobs.append(Job(**(content | {"folder": folder / content["folder"]})))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: is no job of a sweep ({error})") from error
-    if not jobs:
+    paths = sorted(folder.glob(f"*{JOB_FILE}"))
+    if not paths:
         raise UserError(f"{folder}: not a sweep, it has no file that ends in {JOB_FILE}")
+    refuse_links(folder)
+    jobs, faults = [], []
+    for path in paths:
+        try:
+            jobs.append(_read_job(path))
+        except UserError as error:
+            faults.append(error)
+    if not jobs:
+        raise faults[0]
+    for fault in faults:
+        tell(f"{fault}; it is left out")
 
     def place(job: Job) -> float:
         value = job.figures.get(job.metric or "")
-        return (
-            math.inf if value is None or math.isnan(value) else -value if rises(job.metric or "") else value
-        )
+        return math.inf if value is None else -value if rises(job.metric or "") else value
 
     return sorted(jobs, key=place)
+
+
+def _read_job(path: Path) -> Job:
+    remedy = "run the sweep again"
+    content = read_json(path, what="the file of a sweep's job", remedy=remedy)
+    check_fields(content, _JOB, f"{path}: not the file of a sweep's job", remedy=remedy, complete=True)
+    folder = path.name.removesuffix(JOB_FILE)
+    if content["folder"] != folder:
+        raise UserError(f"{path}: folder={shown(content['folder'])} is not {shown(folder)}; {remedy}")
+    return Job(**content | {"folder": path.with_name(folder)})
 
 
 def write_ranking(folder: Path, jobs: Sequence[Job]) -> None:
@@ -103,28 +135,35 @@ def write_ranking(folder: Path, jobs: Sequence[Job]) -> None:
 
 
 def ranking_table(folder: Path, jobs: Sequence[Job]) -> Table:
-    """For the terminal."""
+    """For the terminal: the first figures and swept keys, all of which are in sweep.csv."""
     keys, figures = swept_keys(jobs), figure_names(jobs)
+    shown_keys, shown_figures = keys[:_COLUMNS], figures[:_COLUMNS]
     after = next((job.metric for job in jobs if job.metric), None)
     by = f", by {after}" if after else ""
-    table = Table(title=f"{len(jobs)} jobs in {folder}{by}")
+    hidden = [
+        f"{len(every) - _COLUMNS} more {name}" for every, name in ((keys, "keys"), (figures, "figures"))
+        if len(every) > _COLUMNS
+    ]  # fmt: skip
+    caption = f"{' and '.join(hidden)}: see sweep.csv" if hidden else None
+    table = Table(title=Text(f"{len(jobs)} jobs in {folder}{by}"), caption=caption)
     table.add_column("", justify="right")
-    for key in keys:
-        table.add_column(key)
+    for key in shown_keys:
+        table.add_column(Text(printable(key)))
     if "loss" not in keys:
         table.add_column("loss")
-    for name in figures:
-        table.add_column(name, justify="right")
+    for name in shown_figures:
+        table.add_column(Text(printable(name)), justify="right")
     table.add_column("")
     for rank, job in enumerate(jobs, 1):
-        cells = [job.values.get(key, "") for key in keys]
+        cells = [job.values.get(key, "") for key in shown_keys]
         if "loss" not in keys:
             cells.append(job.loss or "")
-        for name in figures:
+        for name in shown_figures:
             value = job.figures.get(name)
             cells.append("" if value is None else f"{value:.1%}" if rises(name) else f"{value:.3f}")
         note = "" if job.status == "finished" else job.error or job.status
-        table.add_row(str(rank), *cells, note, style="bold" if rank == 1 and job.figures else None)
+        style = "bold" if rank == 1 and job.figures else None
+        table.add_row(*(Text(printable(cell)) for cell in (str(rank), *cells, note)), style=style)
     return table
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from xtoken_jax.errors import UserError
+from xtoken_jax.errors import UserError, printable
+from xtoken_jax.fields import OBJECT, mapping, number
 from xtoken_jax.files import read_json, write_whole, writing
+from xtoken_jax.files.folders import refuse_links
 from xtoken_jax.ranking import Job, is_sweep
 from xtoken_jax.train.metrics import METRICS_FILE, read_metrics
 
@@ -29,6 +33,10 @@ _SHARES = {
     "projection_moved": ("W has moved", "-."),
 }
 _COLUMNS = 4  # panels side by side, at most
+_PANELS = 24  # of a picture
+_LINES = 16  # of a panel
+_LONGEST = 60  # characters of a name
+_FIGURE = number(-1e100, 1e100)  # axes need room around what they show
 
 Rows = list[dict[str, Any]]
 
@@ -82,35 +90,89 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
-def draw_curves(run: Path) -> Path:
+def draw_curves(run: Path, tell: Callable[[str], None] = lambda line: None) -> Path:
     """Draw training and validation figures of a run, and of its baseline, over the steps.
 
     Args:
         run: the run's folder. Where its result is there too, the teachers' figures are drawn as levels.
+        tell: gets a line for each thing that is left out of the picture.
 
     Returns:
         The path of the PNG.
 
     Raises:
-        UserError: a folder without metrics.
+        UserError: a folder without metrics, or one in which a link leads out of it.
     """
-    rows = {sub: read_metrics(path) for sub in _RUNS if (path := run / sub / METRICS_FILE).is_file()}
+    refuse_links(run)
+    rows = {
+        sub: [_cleaned(row) for row in read_metrics(path, tell)]
+        for sub in _RUNS
+        if (path := run / sub / METRICS_FILE).is_file()
+    }
     if not rows.get(""):
-        raise UserError(f"{run}: not a run, it has no {METRICS_FILE}")
-    result = run / RESULT_FILE
-    figures = read_json(result, what="the result of a run")["figures"] if result.is_file() else {}
-    teachers = {row: values for row, values in figures.items() if row.split()[0] == "teacher"}
-    panels = [panel for panel in _training(rows) if panel.lines] + _held_out(rows, teachers)
+        raise UserError(f"{run}: not a run, it has no {METRICS_FILE}, or one without metrics")
+    teachers = _teachers(run / RESULT_FILE, tell)
+    panels = [panel for panel in [*_training(rows), *_held_out(rows, teachers)] if panel.lines]
+    if not panels:
+        raise UserError(f"{run / METRICS_FILE}: holds no figures that can be drawn")
+    if len(panels) > _PANELS:
+        tell(f"{run}: {len(panels)} panels are too many for a picture; it has the first {_PANELS}")
+    panels = panels[:_PANELS]
+    crowded = [panel.title for panel in panels if len(panel.lines) + len(panel.levels) > _LINES]
+    if crowded:
+        tell(f"{run}: more than {_LINES} lines under {crowded[0]!r}; it has the first {_LINES}")
     high = -(-len(panels) // _COLUMNS)
     grid = high, -(-len(panels) // high)
-    figure = Figure(figsize=(4.2 * grid[1], 3.4 * grid[0]), layout="constrained", dpi=110)
-    every = figure.subplots(*grid, squeeze=False).flat
-    for panel, axes in zip_longest(panels, every):
-        if panel is None:
-            axes.axis("off")
-        else:
-            _draw(panel, axes)
-    return _save(figure, run / PICTURE)
+    with _plain_text():
+        figure = Figure(figsize=(4.2 * grid[1], 3.4 * grid[0]), layout="constrained", dpi=110)
+        every = figure.subplots(*grid, squeeze=False).flat
+        for panel, axes in zip_longest(panels, every):
+            if panel is None:
+                axes.axis("off")
+            else:
+                _draw(panel, axes)
+        return _save(figure, run / PICTURE)
+
+
+@contextlib.contextmanager
+def _plain_text() -> Iterator[None]:
+    """Within, names are drawn as they are: matplotlib takes what stands between two dollar signs for TeX."""
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
+
+
+def _cleaned(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics with its figures alone, under names that can be drawn."""
+    figures: dict[str, Any] = {_name(name): value for name, value in row.items() if _FIGURE.holds(value)}
+    validation = row.get("validation")
+    if isinstance(validation, dict):
+        figures["validation"] = {_name(name): v for name, v in validation.items() if _FIGURE.holds(v)}
+    return figures
+
+
+def _name(text: str) -> str:
+    """A name from a file in one line, without its end where it is long."""
+    shown = printable(" ".join(text.split()))
+    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
+
+
+def _teachers(path: Path, tell: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """The teachers' held-out figures in a result.json, by row of its table."""
+    if not path.is_file():
+        return {}
+    try:
+        figures = read_json(path, what="the result of a run", remedy="resume the run, which writes it again")
+        figures = figures.get("figures")
+        if not mapping(OBJECT).holds(figures):
+            raise UserError(f"{path}: has no table of figures")
+    except UserError as error:
+        tell(f"{error}; the teachers' figures are left out")
+        return {}
+    return {
+        _name(row): {_name(name): value for name, value in values.items() if _FIGURE.holds(value)}
+        for row, values in figures.items()
+        if row.split(" ")[0] == "teacher"
+    }
 
 
 def _training(rows: dict[str, Rows]) -> list[_Panel]:
@@ -157,20 +219,16 @@ def _held_out(rows: dict[str, Rows], teachers: dict[str, dict[str, float]]) -> l
         for sub, part in rows.items():
             found = [{"step": row["step"], **row["validation"]} for row in part if "validation" in row]
             lines.append(_Line(*_RUNS[sub], _points(found, name)))
-        levels = [
-            (row, colors[row], values[name])
-            for row, values in teachers.items()
-            if values.get(name) is not None
-        ]
+        levels = [(row, colors[row], values[name]) for row, values in teachers.items() if name in values]
         panels.append(_Panel(f"held-out {name}", [line for line in lines if line.points], levels, "o"))
     return panels
 
 
 def _draw(panel: _Panel, axes: Axes) -> None:
-    for label, color, points, style in panel.lines:
+    for label, color, points, style in panel.lines[:_LINES]:
         look: dict[str, Any] = {"color": color, "linestyle": style, "marker": panel.marker, "markersize": 3}
         axes.plot(*zip(*points, strict=True), label=label, **look)
-    for label, color, value in panel.levels:
+    for label, color, value in panel.levels[: _LINES - len(panel.lines)] if len(panel.lines) < _LINES else ():
         axes.axhline(value, color=color, linestyle=":", label=label)
     axes.set(title=panel.title, xlabel="step", ylim=panel.bounds)
     axes.title.set_fontsize(10)
@@ -187,42 +245,62 @@ def _points(rows: Rows, name: str) -> list[tuple[int, float]]:
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
-def draw_sweep(folder: Path, jobs: Sequence[Job]) -> Path | None:
+def draw_sweep(
+    folder: Path, jobs: Sequence[Job], tell: Callable[[str], None] = lambda line: None
+) -> Path | None:
     """Draw the held-out figures of a sweep's jobs over the steps, the best ones in colour.
 
     Args:
         folder: the sweep's.
         jobs: the best first.
+        tell: gets a line for each thing that is left out of the picture.
 
     Returns:
         The path of the PNG; None where no job has a figure yet.
     """
-    rows = {job.folder.name: _validations(job.folder) for job in jobs}
+    rows = {job.folder.name: _validations(job.folder, tell) for job in jobs}
     rows = {name: found for name, found in rows.items() if found}
     names = list(dict.fromkeys(name for found in rows.values() for _, values in found for name in values))
     if not names:
         return None
-    size = 4.6 * len(names), 3.8 + 0.2 * min(len(rows), _COLOURED)
-    figure = Figure(figsize=size, layout="constrained", dpi=110)
-    lines: dict[str, Any] = {}
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for place, (job, found) in enumerate(rows.items()):
-            points = [(step, values[name]) for step, values in found if values.get(name) is not None]
-            color = f"C{place}" if place < _COLOURED else "lightgray"
-            look: dict[str, Any] = {"color": color, "zorder": 3 - place / len(rows), "marker": "o"}
-            (line,) = axes.plot(*zip(*points, strict=True), markersize=3, **look)
-            lines.setdefault(job if place < _COLOURED else "others", line)
-        axes.set(title=f"held-out {name}", xlabel="step")
-        axes.title.set_fontsize(10)
-        axes.grid(alpha=0.3)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", fontsize=8)
-    return _save(figure, folder / PICTURE)
+    if len(names) > _PANELS:
+        tell(
+            f"{folder}: {len(names)} held-out figures are too many for a picture; it has the first {_PANELS}"
+        )
+    names = names[:_PANELS]
+    high = -(-len(names) // _COLUMNS)
+    wide = -(-len(names) // high)
+    with _plain_text():
+        size = 4.6 * wide, 3.8 * high + 0.2 * min(len(rows), _COLOURED)
+        figure = Figure(figsize=size, layout="constrained", dpi=110)
+        lines: dict[str, Any] = {}
+        for axes, name in zip_longest(figure.subplots(high, wide, squeeze=False).flat, names):
+            if name is None:
+                axes.axis("off")
+                continue
+            for place, (job, found) in enumerate(rows.items()):
+                points = [(step, values[name]) for step, values in found if name in values]
+                if not points:
+                    continue
+                color = f"C{place}" if place < _COLOURED else "lightgray"
+                look: dict[str, Any] = {"color": color, "zorder": 3 - place / len(rows), "marker": "o"}
+                (line,) = axes.plot(*zip(*points, strict=True), markersize=3, **look)
+                lines.setdefault(_name(job) if place < _COLOURED else "others", line)
+            axes.set(title=f"held-out {name}", xlabel="step")
+            axes.title.set_fontsize(10)
+            axes.grid(alpha=0.3)
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", fontsize=8)
+        return _save(figure, folder / PICTURE)
 
 
-def _validations(run: Path) -> list[tuple[int, dict[str, float]]]:
+def _validations(run: Path, tell: Callable[[str], None]) -> list[tuple[int, dict[str, float]]]:
     path = run / METRICS_FILE
-    rows = read_metrics(path) if path.is_file() else []
-    return [(row["step"], row["validation"]) for row in rows if "validation" in row]
+    try:
+        rows = read_metrics(path, tell) if path.is_file() else []
+    except UserError as error:
+        tell(f"{error}; its curve is left out")
+        return []
+    return [(row["step"], row["validation"]) for row in map(_cleaned, rows) if row.get("validation")]
 
 
 def _save(figure: Figure, path: Path) -> Path:

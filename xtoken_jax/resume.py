@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from xtoken_jax.errors import printable
+
 # Where a run is, how it is spread over devices and how often it saves changes no number in it, and how it
 # meets a loss that is not finite none before that.
 FREE = (
@@ -59,5 +61,5 @@ def covers(allow: list[str], key: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = printable(str(value))
     return text if len(text) <= 80 else text[:77] + "..."

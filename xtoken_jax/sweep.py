@@ -22,7 +22,6 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 from xtoken_jax.command_line.words import NOT_MEASURED
 from xtoken_jax.config import (
@@ -33,10 +32,13 @@ from xtoken_jax.config import (
     load_experiment,
     one_line,
 )
-from xtoken_jax.errors import UserError
+from xtoken_jax.display.terminal import Terminal
+from xtoken_jax.errors import UserError, printable
 from xtoken_jax.files import to_json, write_whole
+from xtoken_jax.files.folders import refuse_links
 from xtoken_jax.ranking import JOB_FILE, Job, read_jobs
-from xtoken_jax.runs import SWEEP_FOLDER, finished
+from xtoken_jax.runs.folder import finished
+from xtoken_jax.runs.run_file import SWEEP_FOLDER
 
 _HYDRA_FOLDER = "hydra"  # Hydra's own files, and the logs of a scheduler
 _LONGEST = 120  # characters of a job's folder
@@ -72,6 +74,8 @@ def run_sweep(words: Sequence[str], *, quiet: bool = False) -> tuple[Path, list[
         folder = _folder(base)
         if not base.data.measured and any(word.startswith("hydra/sweeper") for word in words):
             raise UserError(f"{NOT_MEASURED}: a search needs held-out figures; leave one of the two out")
+        if folder.parent.is_dir():
+            refuse_links(folder.parent)
         number = secrets.token_hex(4)
         keys = {_key(word) for word in fixed}
         job = partial(run_job, folder=folder, fixed=keys, sweep=number, quiet=quiet)
@@ -125,12 +129,12 @@ def run_job(
     from xtoken_jax.distill import distill
     from xtoken_jax.train.signals import Stopped, StopSignals
 
-    console = Console(stderr=quiet, highlight=False, soft_wrap=True)
+    console = Terminal(stderr=quiet)
     # Of a key that is given twice, the last value holds.
     last = {_key(word): word.lstrip("+") for word in HydraConfig.get().overrides.task}
     overrides = [word for key, word in last.items() if key not in fixed]
     run = folder / _name(overrides)
-    console.print(f"[bold]{run.name}[/bold]")
+    console.print(run.name, style="bold")
     job = Job(run, overrides, sweep, "running")
     begun = time.perf_counter()
     try:
@@ -144,7 +148,7 @@ def run_job(
             result = finished(run, experiment)
             assert result is not None
         else:
-            console.print("[dim]finished before[/dim]")
+            console.print("finished before", style="dim")
         *_, figures = result["figures"].values()
         name = experiment.sweep.metric or next(iter(figures), None)
         if name is None:
@@ -158,7 +162,7 @@ def run_job(
         _write(replace(job, status="stopped"))
         raise
     except Exception as error:  # whatever it is, the other jobs are not to suffer
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = printable((str(error).strip().splitlines() or [""])[0])
         told = first if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {first}"
         console.print(f"failed   {told}", markup=False, style="red")
         _write(replace(job, status="failed", error=told))
@@ -167,7 +171,7 @@ def run_job(
         return None
     finally:
         _forget_programs()
-        console.print(f"[dim]{time.perf_counter() - begun:.0f} s[/dim]")
+        console.print(f"{time.perf_counter() - begun:.0f} s", style="dim")
 
 
 def _write(job: Job) -> None:

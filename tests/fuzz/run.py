@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fuzz.frame import BAD, GOOD, Outcome, Parser, Tally, fuzz, intact_folders, run_case, spoiled_copy
 
 # Each has a list PARSERS.
-MODULES = ("model_files", "tokenizer_files", "cache_files", "data_files")
+MODULES = ("model_files", "tokenizer_files", "cache_files", "data_files", "run_folders")
 
 
 def all_parsers(modules: Sequence[str] = MODULES) -> list[Parser]:

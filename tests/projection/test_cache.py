@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import stat
 
 import numpy as np
 import pytest
 from tokens import trained
 
 from xtoken_jax.errors import UserError
+from xtoken_jax.files.trust import UntrustedFileWarning
 from xtoken_jax.projection import cache
 from xtoken_jax.projection.build import ProjectionOptions, build_projection
 from xtoken_jax.projection.cache import cache_path, cached_projection
@@ -120,3 +122,25 @@ def test_two_processes_at_once(builds, tmp_path):
     same(cached_projection(pair), build_projection(pair))
     assert builds == []  # what they left is whole
     assert len(list((tmp_path / "cache" / "projections").iterdir())) == 1
+
+
+def test_files_of_others_are_built_again_with_a_word(builds, tmp_path):
+    pair = trained.pair(*PAIR)
+    cached_projection(pair)
+    path = cache_path(pair, ProjectionOptions())
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o666)
+    with pytest.warns(UntrustedFileWarning, match="can be written by other users; it is not read"):
+        same(cached_projection(pair), build_projection(pair))
+    assert len(builds) == 2
+    cached_projection(pair)  # now it is the user's
+    assert len(builds) == 2
+    elsewhere = tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.warns(UntrustedFileWarning, match="is a link to"):
+        cached_projection(pair)
+    assert len(builds) == 3
+    assert not path.is_symlink()

@@ -1,11 +1,14 @@
 """W on disk, and the files that are refused."""
 
 import dataclasses
+import itertools
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from kills import killed
 from tokens import trained
 
 from xtoken_jax.errors import UserError
@@ -224,7 +227,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch)
     def refuse(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         save_projection(saved, build_projection(pair, entries=2), pair)
     assert saved.read_bytes() == before
@@ -248,3 +251,23 @@ def test_two_writers_at_once(tmp_path):
         for writer in writers:
             writer.result()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_save_leaves_nothing_once_it_is_given_again(saved):
+    pair, before = trained.pair(*PAIR), saved.read_bytes()
+    other = build_projection(pair, entries=2)
+    for moment in itertools.count():
+        if not killed(moment, lambda: save_projection(saved, other, pair)):
+            break
+        assert saved.read_bytes() in (before, reference(other, pair, saved.with_name("reference")))
+        save_projection(saved, build_projection(pair), pair, ProjectionOptions())
+        assert sorted(p.name for p in saved.parent.iterdir()) == [saved.name]
+    assert moment >= 2
+
+
+def reference(projection, pair, path):
+    """The bytes of a W; leaves no file."""
+    save_projection(path, projection, pair)
+    content = path.read_bytes()
+    path.unlink()
+    return content

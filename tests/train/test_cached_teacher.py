@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import files_of_at_most
 from kills import killed
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from xtoken_jax.data.teacher_cache import INDEX_FILE, read_index
 from xtoken_jax.distill import distill
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.distributions import Keep, _of_logits
+from xtoken_jax.files.folders import locked
 from xtoken_jax.losses.blockwise_teacher import stored_likeliest
 from xtoken_jax.models.load import open_model
 from xtoken_jax.train.metrics import read_metrics
@@ -191,3 +193,28 @@ def test_the_command(words, tmp_path, capsys):
         assert main(["cache-teacher", *words, "--out", str(tmp_path / "new"), *words_]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_second_process_in_the_folder_is_refused(words, tmp_path):
+    out = tmp_path / "cache"
+    with (
+        locked(out, "--out"),
+        pytest.raises(UserError, match=rf"^{out}: (another )?process.* is writing there; .* another --out$"),
+    ):
+        cached(words, out)
+    assert contents(out) == {}
+    cached(words, out)
+
+
+def test_a_full_disk_names_the_place_and_the_same_command_resumes(words, tmp_path):
+    options = {"keep": SOME, "shard_bytes": 24 * 4 * 700}
+    cached(words, tmp_path / "whole", **options)
+    whole = contents(tmp_path / "whole")
+    out = tmp_path / "cache"
+    for size, name in ((10, INDEX_FILE), (2000, "shard-00000.safetensors")):
+        words_of = rf"^{out}/{name}: cannot be written \(File too large\)"
+        with files_of_at_most(size), pytest.raises(UserError, match=words_of):
+            cached(words, out, **options)
+    assert list(contents(out)) == [INDEX_FILE]
+    cached(words, out, **options)
+    assert contents(out) == whole

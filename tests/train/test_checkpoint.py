@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 import zlib
@@ -171,7 +172,7 @@ def test_a_folder_has_one_writer_and_readers_change_nothing(folder):
         assert (folder / "4.orbax-checkpoint-tmp").is_dir()
         with Checkpoints(folder) as writer:
             assert writer.latest == 2
-            with pytest.raises(UserError, match="another process is writing there"):
+            with pytest.raises(UserError, match=rf"process {os.getpid()} is writing there"):
                 Checkpoints(folder)
             writer.save(3, state_of(3), {})  # cleared away in the background, and by now
             assert not (folder / "4.orbax-checkpoint-tmp").exists()

@@ -16,8 +16,10 @@ from typing import BinaryIO
 
 from xtoken_jax.data.data_file import DataFile
 from xtoken_jax.errors import UserError
-from xtoken_jax.hub import cache_folder
+from xtoken_jax.files.trust import is_trusted
+from xtoken_jax.hub import cache_folder, private_folder
 
+_FOLDER = "data"
 NOTE = ".source"  # behind a copy's name: a file with the path of what it was made of
 _COPY = re.compile(
     r".*-([0-9a-f]{16})(\.jsonl|\.lines\.npy|-[0-9a-f]{8}\.offsets\.npy|-[0-9a-f]{8}\.parquet)", re.DOTALL
@@ -78,7 +80,7 @@ def keep(file: DataFile, name: str, write: Callable[[BinaryIO], object]) -> Path
     """
     stem = file.path.name.split(".")[0][:_STEM]
     path = _folder() / f"{stem}-{file.key}{name}"
-    if not path.is_file():
+    if not is_trusted(path):
         for part in filter(_is_part, path.parent.glob(".*")):
             with contextlib.suppress(OSError):
                 _remove_leftover(part)
@@ -92,7 +94,7 @@ def keep(file: DataFile, name: str, write: Callable[[BinaryIO], object]) -> Path
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(_FOLDER)
         number, name = _locked_file(path)
         with open(number, "wb") as out:
             try:
@@ -183,7 +185,7 @@ def clear() -> list[Copy]:
 
 
 def _folder() -> Path:
-    return cache_folder() / "data"
+    return cache_folder() / _FOLDER
 
 
 def _read(path: Path) -> Copy | None:

@@ -23,7 +23,9 @@ from xtoken_jax.data.index_fields import check_index
 from xtoken_jax.data.lanes import Row
 from xtoken_jax.errors import UserError
 from xtoken_jax.fields import shown
-from xtoken_jax.files import partial_path, read_json, to_json, write_whole
+from xtoken_jax.files import read_json, to_json, write_whole, writing
+from xtoken_jax.files.folders import refuse_links
+from xtoken_jax.files.new_files import partial_of
 
 INDEX_FILE = "index.json"
 _FORMAT = 1
@@ -96,8 +98,13 @@ class Index:
         return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
     def write(self, folder: Path) -> None:
-        """To disk, whole or not at all."""
-        write_whole(folder / INDEX_FILE, to_json({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
+        """Write it into its folder, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with writing(folder / INDEX_FILE):
+            write_whole(folder / INDEX_FILE, to_json({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
 
 
 def read_index(folder: Path) -> Index | None:
@@ -107,8 +114,10 @@ def read_index(folder: Path) -> Index | None:
         UserError: a folder that holds something else, or an index that cannot be read.
     """
     path = folder / INDEX_FILE
+    if folder.is_dir():
+        refuse_links(folder)
     if not path.is_file():
-        if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {partial_path(path)}):
+        if folder.exists() and not (folder.is_dir() and all(map(_is_leftover, folder.iterdir()))):
             raise UserError(f"{folder}: exists and is not a teacher cache, it has no {INDEX_FILE}")
         return None
     content = read_json(path, what="the index of a teacher cache", remedy="make the cache again")
@@ -136,6 +145,10 @@ def difference(
     return f"{ours} has changed since" if theirs == ours else f"{theirs} there, {ours} here"
 
 
+def _is_leftover(path: Path) -> bool:
+    return partial_of(path.name) == INDEX_FILE
+
+
 def add_shard(folder: Path, index: Index, number: int, entries: Sequence[Entry], **known: Any) -> ShardInfo:
     """Write shard `number` and say so in the index; a kill leaves the cache as before or with it.
 
@@ -147,7 +160,8 @@ def add_shard(folder: Path, index: Index, number: int, entries: Sequence[Entry],
         known: `first`, `next`, `raw_bytes` and `lost`.
     """
     name = f"shard-{number:05d}.safetensors"
-    content, tables = write_shard(folder / name, entries)
+    with writing(folder / name):
+        content, tables = write_shard(folder / name, entries)
     info = ShardInfo(
         file=name,
         bytes=len(content),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from xtoken_jax.coverage.audit import Audit, ClassCoverage
 from xtoken_jax.coverage.token_classes import SCRIPTS, class_names
 from xtoken_jax.coverage.token_rows import TokenRow, find_token, row_of, short_name, token_text, visible
 from xtoken_jax.errors import UserError
+from xtoken_jax.files import write_whole
 from xtoken_jax.projection.matrix import Partition, Projection
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
@@ -229,6 +231,8 @@ def _label(text: str) -> str:
 def _save(figure: Figure, path: str | Path) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=Path(path).suffix[1:] or "png")
+        write_whole(Path(path), picture.getvalue())
     except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
         raise UserError(f"{path}: the picture cannot be written ({error})") from error

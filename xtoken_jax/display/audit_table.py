@@ -18,7 +18,9 @@ def show_audit(audit: Audit, console: Console) -> None:
     """Print coverage by class, what falls out and where W sends it, the text's share, the loss."""
     console.print(_coverage(audit))
     console.print(
-        "[bold]●[/bold] critical; common: one to one with a teacher token; H-KL: with its relaxed set"
+        Text.assemble(
+            ("●", "bold"), " critical; common: one to one with a teacher token; H-KL: with its relaxed set"
+        )
     )
     reserved = sum(c.empty for c in audit.classes if c.name == UNUSED)
     note = f", {reserved:,} of them kept in reserve" if reserved else ""
@@ -29,8 +31,8 @@ def show_audit(audit: Audit, console: Console) -> None:
         often = "   ".join(f"{visible(text, _LONGEST)} ({n:,})" for text, n in audit.sample[0].frequent)
         if often:
             console.print(Text(f"most often outside: {often}\n"))
-    console.print(f"recommended loss: [bold]{audit.recommended_loss}[/bold]", end="")
-    console.print(Text(f"; {audit.reason}"))
+    loss = audit.recommended_loss, "bold"
+    console.print(Text.assemble("recommended loss: ", loss, f"; {audit.reason}"))
 
 
 def _table(title: str, *numbers: str) -> Table:

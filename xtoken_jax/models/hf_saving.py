@@ -3,11 +3,11 @@
 The files are written here directly, because the library's writer takes all tensors of a file at once.
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import partial_path, to_disk
+from xtoken_jax.files import to_disk
+from xtoken_jax.files.new_files import NewFile, remove_partials
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf_files import DTYPES, INDEX, WEIGHTS, TensorFiles
 from xtoken_jax.models.hf_layout import Layout, flat, layouts, own_name, pieces, tensor_shapes
@@ -80,27 +81,26 @@ def save_weights(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(sizes, limit, folder)
-    _remove_partials(folder)
-    try:
+    remove_partials(folder, is_weights)  # of any number of files
+    with contextlib.ExitStack() as stack:
+        new = {}
         for file, names in shards.items():
-            with open(partial_path(folder / file), "wb") as out:
-                out.write(_header({name: shapes[name] for name in names}, dtypes))
-                for name in names:
-                    for layout, layer in by_name[name]:
-                        for rows in _gathered(by_path[layout.path], layout, layer):
-                            tensor = _narrowed(layout.to_file(rows), dtypes[name], name)
-                            # as bytes, because bfloat16 has no buffer interface of its own
-                            out.write(tensor.reshape(-1).view(np.uint8).data)
-            to_disk(partial_path(folder / file))
+            new[file] = out = stack.enter_context(NewFile(folder / file))
+            out.write(_header({name: shapes[name] for name in names}, dtypes))
+            for name in names:
+                for layout, layer in by_name[name]:
+                    for rows in _gathered(by_path[layout.path], layout, layer):
+                        tensor = _narrowed(layout.to_file(rows), dtypes[name], name)
+                        # as bytes, because bfloat16 has no buffer interface of its own
+                        out.write(tensor.reshape(-1).view(np.uint8).data)
+            out.finish()
         if len(shards) > 1:
             where = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            partial_path(folder / INDEX).write_text(text, encoding="utf-8")
-            to_disk(partial_path(folder / INDEX))
-        _swap_in(folder, list(shards))
-    finally:
-        _remove_partials(folder)
+            new[INDEX] = stack.enter_context(NewFile(folder / INDEX))
+            new[INDEX].write((json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+            new[INDEX].finish()
+        _swap_in(folder, new)
     return folder / (INDEX if len(shards) > 1 else WEIGHTS)
 
 
@@ -144,30 +144,25 @@ def _shards(sizes: dict[str, int], limit: int, folder: Path) -> dict[str, list[s
     return dict(zip(files, groups, strict=True))
 
 
-def _swap_in(folder: Path, files: list[str]) -> None:
+def _swap_in(folder: Path, new: Mapping[str, NewFile]) -> None:
     """Rename the written files into place and remove older ones; one step of it changes what readers find.
 
     They look for model.safetensors first, then for the index; files that it does not name are nothing.
     """
-    for name in files:
-        os.replace(partial_path(folder / name), folder / name)
+    for name, file in new.items():
+        if name != INDEX:
+            file.take_place()
     to_disk(folder)
-    if files == [WEIGHTS]:
-        (folder / INDEX).unlink(missing_ok=True)
-    else:
-        os.replace(partial_path(folder / INDEX), folder / INDEX)
+    if INDEX in new:
+        new[INDEX].take_place()
         to_disk(folder)
         (folder / WEIGHTS).unlink(missing_ok=True)
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
     to_disk(folder)
     for path in list(folder.iterdir()):
-        if _SHARD.fullmatch(path.name) and path.name not in files:
+        if _SHARD.fullmatch(path.name) and path.name not in new:
             path.unlink()
-
-
-def _remove_partials(folder: Path) -> None:
-    """Those of this save, or of one that was killed."""
-    for path in folder.glob(".model*.partial"):
-        path.unlink(missing_ok=True)
 
 
 def _header(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,25 @@ def side_files(
     if GENERATION in files and (added or begun is config):
         files[GENERATION] = _json(generation | {_EOS: both})
     return files, list(dict.fromkeys([*added, *added_to_config]))
+
+
+def refuse_links(source: Path) -> None:
+    """Refuse a folder in which a file that exports copy is a link to a file outside.
+
+    Links into the cache of huggingface_hub are accepted.
+
+    Raises:
+        UserError: names the link and its target.
+    """
+    inside = Path(os.path.realpath(source))
+    for path in (source / name for name in COPIED):
+        target = Path(os.path.realpath(path))
+        blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if path.is_symlink() and not (target.is_relative_to(inside) or blob):
+            raise UserError(
+                f"{path}: is a link to {os.readlink(path)}, outside of the model's folder, which exports "
+                "would copy; put a copy in its place, or delete the link"
+            )
 
 
 def _extended(ids: int | list[int] | None, ends: Sequence[int]) -> tuple[int | list[int], list[int]]:

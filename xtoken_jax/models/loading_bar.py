@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from xtoken_jax.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -38,9 +40,14 @@ class LoadingBar:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+        )
         progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        progress.add_task(self._title, total=self._total)
+        progress.add_task(printable(self._title), total=self._total)
         progress.start()
         return progress
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import parse_json
+from xtoken_jax.files import parse_json, write_whole
 from xtoken_jax.projection.build import ProjectionOptions
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.tokens.tokenizer import TokenizerPair
@@ -25,7 +23,12 @@ _AGAIN = "build it again with `xtoken project`"
 
 
 def save_projection(
-    path: str | Path, projection: Projection, pair: TokenizerPair, options: ProjectionOptions | None = None
+    path: str | Path,
+    projection: Projection,
+    pair: TokenizerPair,
+    options: ProjectionOptions | None = None,
+    *,
+    mode: int = 0o666,
 ) -> None:
     """Write W with the names, sizes and fingerprints of its pair; equal W give equal files.
 
@@ -37,6 +40,7 @@ def save_projection(
         projection: W.
         pair: whose.
         options: how it was built. None: not known, for example because it was trained.
+        mode: permissions of the file, which the umask reduces.
 
     Raises:
         OSError: it cannot be written.
@@ -52,13 +56,7 @@ def save_projection(
     # One key, so that the header's order cannot vary between two builds.
     content = save(tensors, metadata={"xtoken": json.dumps(metadata, sort_keys=True)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    write_whole(path, content, mode=mode)
 
 
 def load_projection(

@@ -14,8 +14,11 @@ from typing import Any
 import tokenizers
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import read_json
-from xtoken_jax.hub import cache_folder
+from xtoken_jax.files import read_json, to_json, write_whole
+from xtoken_jax.files.trust import is_trusted
+from xtoken_jax.hub import cache_folder, private_folder
+
+_FOLDER = "auto_tokenizer"
 
 # Text on which a rebuilt pre-tokenizer, normalizer or merge table shows.
 _PROBES = [
@@ -54,19 +57,16 @@ def compare_auto_tokenizer(
         return None  # loading the model says what is wrong
     settings = json.dumps(config, sort_keys=True).encode() + (model.read_bytes() if model.is_file() else b"")
     key = hashlib.sha256(f"{fingerprint} {version} ".encode() + settings).hexdigest()
-    kept = cache_folder() / "auto_tokenizer" / f"{key}.json"
-    with contextlib.suppress(UserError):
-        answer = read_json(kept, what="a comparison of tokenizers")
-        if isinstance(said := answer.get("difference", kept), str | None):
-            return said
+    kept = cache_folder() / _FOLDER / f"{key}.json"
+    if is_trusted(kept):
+        with contextlib.suppress(UserError):
+            answer = read_json(kept, what="a comparison of tokenizers").get("difference", kept)
+            if isinstance(answer, str | None):
+                return answer
     difference = _difference(folder, backend, named)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_name(f"{kept.name}.{os.getpid()}.part")
-        part.write_text(json.dumps({"difference": difference}), encoding="utf-8")
-        os.replace(part, kept)
-    except OSError:
-        pass  # compared again next time
+    with contextlib.suppress(UserError, OSError):  # otherwise it is compared again next time
+        private_folder(_FOLDER)
+        write_whole(kept, to_json({"difference": difference}), mode=0o600)
     return difference
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 from xtoken_jax.checksum import checksum
 from xtoken_jax.errors import UserError
 from xtoken_jax.fields import OBJECT, check_fields, optional, whole
+from xtoken_jax.files.folders import lock_folder
 from xtoken_jax.hosts import from_first, gather, is_first
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.train.quiet import without_orbax_reports
@@ -62,7 +62,7 @@ class Checkpoints:
         """
         self.folder = folder
         self._frozen = checksum(frozen) if frozen else None
-        lock = None if read_only else from_first(lambda: _lock(folder))
+        lock = None if read_only else from_first(lambda: lock_folder(folder, "run_dir=..."))
         self._lock = lock if is_first() else None
         without_orbax_reports()
         options = ocp.CheckpointManagerOptions(
@@ -271,25 +271,6 @@ class Checkpoints:
                 self._manager.close()
             if self._lock is not None:
                 os.close(self._lock)
-
-
-def _lock(folder: Path) -> int:
-    """A lock on the folder itself, which ends with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise UserError(
-            f"{folder}: another process is writing there; end it, or choose another run_dir=..."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    return lock
 
 
 def _crc(content: dict[str, Any]) -> int:

@@ -153,9 +153,11 @@ def train(
             state = replace(restored, projections={**state.projections, **restored.projections})
             batches.set_state(beside["position"])
             skipped = beside["skips"]
-            console.print(f"[dim]{title}: goes on from step {int(state.step)}[/dim]")
+            console.print(f"{title}: goes on from step {int(state.step)}", markup=False, style="dim")
         first = int(state.step)
         log = MetricsLog(folder / METRICS_FILE, first)
+        for line in log.faults:
+            console.print(f"warning  {line}", markup=False, style="yellow")
         skips = Skips(folder, first, config.non_finite, config.max_skips, records, *skipped, models)
 
         def due(number: int, every: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -15,10 +16,11 @@ from typing import Any
 import jax
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.files import write_whole
+from xtoken_jax.files import write_whole, writing
 
 TENSORBOARD_FOLDER = "tensorboard"
 _WANDB_ID_FILE = "wandb_id"
+_WANDB_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 @dataclass
@@ -79,7 +81,9 @@ class Trackers:
     def _open_tensorboard(self, folder: Path, kept: Iterable[Mapping[str, Any]]) -> None:
         writer_of: Any = importlib.import_module("tensorboardX").SummaryWriter
         # Anew from what stays: rows past the checkpoint that a run goes on from are in the old files.
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            with writing(folder):
+                shutil.rmtree(folder)
         writer = writer_of(str(folder))
 
         def write(step: int, values: dict[str, float]) -> None:
@@ -96,9 +100,12 @@ class Trackers:
         path = folder / _WANDB_ID_FILE
         if not path.is_file():
             write_whole(path, secrets.token_hex(8))
+        number = path.read_text(errors="replace")
+        if not _WANDB_ID.fullmatch(number):
+            raise UserError(f"{path}: no id of a Weights & Biases run; delete it for a new one")
         try:
             run = wandb.init(
-                project=project, name=name, id=path.read_text(), resume="allow", dir=str(folder),
+                project=project, name=name, id=number, resume="allow", dir=str(folder),
                 config=dict(settings or {}),
             )  # fmt: skip
         except Exception as error:  # whatever it came upon, on the way to a server

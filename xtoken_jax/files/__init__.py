@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xtoken_jax.errors import UserError, first_line
+from xtoken_jax.files.new_files import NewFile
 
 MAX_JSON_BYTES = (
     64 << 20
@@ -209,26 +210,20 @@ def _finite(value: Any) -> Any:
     return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def partial_path(path: Path) -> Path:
-    """Where the content of a file is until it is whole."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
     """Write a file, or replace it, so that a kill at any moment leaves the earlier or the new content.
 
+    Args:
+        path: the file. A link there is replaced, and never followed.
+        content: what to write; a text becomes UTF-8.
+        mode: permissions of the file, which the umask reduces.
+
     Raises:
-        OSError: it cannot be written; what was there before is as it was.
+        OSError: the file cannot be written; what was there before is unchanged.
     """
-    partial = partial_path(path)
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        to_disk(partial)  # else a machine that dies may keep the name without the content
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with NewFile(path, mode=mode) as new:
+        new.write(content.encode() if isinstance(content, str) else content)
+        new.take_place()
 
 
 @contextlib.contextmanager
