@@ -10,8 +10,8 @@ class UserError(ValueError):
     """A mistake in what the user gave: a path, a key, a file, a pair that does not fit.
 
     The message is one line that says what was wrong, with which value, and what to do.
-    The `xtoken` command prints it without a traceback and exits with code 2. Control characters in a value, such as
-    the name of a tensor, are shown as escapes, and the middle of a very long message is left out.
+    The `xtoken` command prints it without a traceback and exits with code 2. Control characters in a value,
+    such as the name of a tensor, are shown as escapes, and the middle of a very long message is left out.
     """
 
     def __str__(self) -> str:
