@@ -5,15 +5,15 @@ import os
 import re
 
 _LONGEST = 1500  # characters of a message
-_LINE_BREAK = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+_LINE_BREAK = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # and other control characters
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: a path, a key, a file, a pair that does not fit.
 
     The message is one line that says what was wrong, with which value, and what to do.
-    The `xtoken` command prints it without a traceback and exits with code 2. Line breaks in a value, such as
-    the name of a tensor, are shown as escapes, and the middle of a very long message is left out.
+    The `xtoken` command prints it without a traceback and exits with code 2. Control characters in a value,
+    such as the name of a tensor, are shown as escapes, and the middle of a very long message is left out.
     """
 
     def __str__(self) -> str:

@@ -33,8 +33,8 @@ def _refused():
     raise UserError("a/b.json: not a model; get it again")
 
 
-def _control_characters():
-    raise UserError("a\x1b[2Jb")
+def _turned_text():
+    raise UserError("a\u202eb")
 
 
 def _fault():
@@ -52,7 +52,7 @@ def _noise():
 READERS = [
     ("ok", lambda: None),
     ("refused", _refused),
-    ("message", _control_characters),
+    ("message", _turned_text),
     ("traceback", _fault),
     ("traceback", _panic),
     ("hang", lambda: time.sleep(60)),

@@ -58,6 +58,7 @@ def added(**changes):
 
 
 CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+SHORT_CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "//////////8="}
 TEMPLATE = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
@@ -88,6 +89,7 @@ DEFINITIONS = {
     "unknown normalizer": (put("normalizer", {"type": "Rot13"}), "not a tokenizer that can be read"),
     # The library panics on these.
     "charsmap": (put("normalizer", CHARSMAP), "library fails on it"),
+    "short charsmap": (put("normalizer", SHORT_CHARSMAP), "8 bytes and says"),
     "template": (put("post_processor", TEMPLATE), "library fails on it"),
     "prefix": (put("model", "continuing_subword_prefix", "##"), "("),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import tempfile
@@ -114,8 +115,25 @@ def read_definition(path: Path) -> tuple[str, dict[str, Any]]:
         if missing := [key for key in ("id", "content", "special") if key not in token]:
             raise UserError(f"{where} lacks {missing[0]}; {REMEDY}")
         check_fields(token, _ADDED, where, remedy=REMEDY)
+    _check_charsmaps(path, definition.get("normalizer"))
     _check_ids(path, definition["model"]["vocab"], added)
     return content.decode("utf-8-sig"), definition
+
+
+def _check_charsmaps(path: Path, node: Any) -> None:
+    """Refuse a Precompiled map that is shorter than it says: the library reserves memory for all of it."""
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for child in children:
+        _check_charsmaps(path, child)
+    encoded = node.get("precompiled_charsmap") if isinstance(node, dict) else None
+    if isinstance(encoded, str):
+        content = b""
+        with contextlib.suppress(ValueError):  # the library says what is wrong with other text
+            content = base64.b64decode(encoded)
+        size = int.from_bytes(content[:4], "little")
+        if len(content) >= 4 and size > len(content) - 4:
+            where = f"{path}: normalizer: precompiled_charsmap"
+            raise UserError(f"{where} holds {len(content):,} bytes and says {size:,}; {REMEDY}")
 
 
 def _check_ids(path: Path, vocabulary: Any, added: list[dict[str, Any]]) -> None:
