@@ -168,6 +168,24 @@ def test_a_run_ends_with_a_table_and_refuses_another_run_in_its_folder(capsys, r
 
     assert main(["evaluate", str(folder / "student"), "--json", "--length", "32"]) == 0
     assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
+    (tmp_path / "a.txt").write_text("100 and 20")
+    (tmp_path / "a.json").write_text('{"data": [{"body": "100 and 20"}]}')
+    (tmp_path / "a.csv").write_text('n,body\n1,"100 and 20"\n')
+    found = []
+    for words in (
+        ["a.txt"],
+        ["a.json", "--source", "records=data", "field=body"],
+        ["a.csv", "--source", "field=body"],
+    ):
+        data = ["--data", str(tmp_path / words[0]), *words[1:]]
+        assert main(["evaluate", str(folder / "student"), "--json", "--length", "32", *data]) == 0
+        found.append(json.loads(capsys.readouterr().out)["bits_per_byte"])
+    assert found[1:] == found[:1] * 2
+    fails(
+        capsys,
+        ["evaluate", folder / "student", "--source", "field=body"],
+        "--source: sets how --data is read",
+    )
     assert main(["export", str(folder), "--out", str(tmp_path / "out")]) == 0
     ours, theirs = (tmp_path / "out" / "model.safetensors", folder / "student" / "model.safetensors")
     assert ours.read_bytes() == theirs.read_bytes()

@@ -155,6 +155,19 @@ def test_the_lines_of_large_files_are_found_once(tmp_path, monkeypatch):
     assert list(read(tmp_path)) == TEXTS
 
 
+@pytest.mark.parametrize("damage", [b"", b"x" * 200, (1 << 60).to_bytes(8, "little"), b"\xff" * 8])
+def test_damaged_offsets_are_found_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(record_files, "_KEPT", 1)
+    monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
+    assert list(read(tmp_path / "a.jsonl")) == TEXTS
+    (kept,) = (tmp_path / "cache" / "data").glob("*.offsets.npy")
+    content = kept.read_bytes()
+    kept.write_bytes(content[:140] + damage + content[140 + len(damage) :] if len(damage) == 8 else damage)
+    assert list(read(tmp_path / "a.jsonl")) == TEXTS
+    assert kept.read_bytes() == content
+
+
 def test_a_parquet_file_with_large_groups_is_read_through_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "_LARGEST_GROUP", 100)
     monkeypatch.setattr(parquet, "_GROUP_ROWS", 4)

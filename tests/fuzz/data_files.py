@@ -126,7 +126,7 @@ def _packed(ending: str) -> Parser:
             return spoiled_bytes(rng, content)
         if kind < 0.6:  # small, and large when it is decompressed
             inner = rng.choice((b" ", b"\n", b"\0", b"[", b'{"text": "x"}\n', b'"')) * (1 << 20)
-            return pack(rng.choice((b"", b'{"text": "', b"[")) + inner) * rng.choice((1, 99))
+            return pack(rng.choice((b"", b'{"text": "', b"[")) + inner) * rng.choice((1, 70))
         if kind < 0.7:
             return rng.choice(
                 (content * 2, content + b"\0" * 99, content + b"x", b"\0" * 64, content[:5] * 300)
@@ -183,7 +183,7 @@ def _write_array_record(folder: Path) -> None:
         content = LINES.encode() if number < 0 else _spoil_records(rng, LINES.encode())
         name = "a.array_record" if number < 0 else f"{number}.variant"
         writer = ArrayRecordWriter(str(folder / name), "group_size:1")
-        for record in content.split(b"\n"):
+        for record in content.splitlines():
             writer.write(record)
         writer.close()
 

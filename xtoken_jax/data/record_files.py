@@ -116,8 +116,14 @@ def _load(path: Path, size: int) -> np.ndarray | None:
         offsets = np.load(path, mmap_mode="r")
     except Exception:  # numpy's reader of headers raises errors of Python's own parser, too
         return None
-    right = offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) and 0 <= offsets[-1] <= size
-    return offsets if right else None
+    right = offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) and offsets[-1] <= size
+    return offsets if right and offsets[0] >= 0 and _rising(offsets) else None
+
+
+def _rising(offsets: np.ndarray) -> bool:
+    """Whether no offset is below the one before it; a block at a time, since the file is mapped."""
+    blocks = range(0, len(offsets), PIECE)
+    return all(bool((np.diff(offsets[block : block + PIECE + 1]) >= 0).all()) for block in blocks)
 
 
 def line_number(file: DataFile, offset: int) -> int:
