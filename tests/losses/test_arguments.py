@@ -166,12 +166,12 @@ CALLS = {
 CALLS |= {f"distillation_loss, {kind.value}": (term, of_kind(kind)) for kind in CONFIGS}
 CALLS |= {f"blockwise_loss, {kind.value}": (losses.blockwise_loss, blockwise_of(kind)) for kind in CONFIGS}
 CALLS["blockwise_loss, stored"] = (losses.blockwise_loss, blockwise_of(LossKind.h_kl, stored=True))
-WITHOUT_ARGUMENTS_TO_CHECK = {"distillation_loss", "loss_tables"}  # below, and by what they return
+WITHOUT_A_ROW = {"distillation_loss", "loss_tables", "blockwise_teacher_scores"}  # tests of their own
 
 
 def test_every_public_loss_is_called():
     public = {name for name in losses.__all__ if callable(getattr(losses, name)) and name[0].islower()}
-    assert public - WITHOUT_ARGUMENTS_TO_CHECK <= {name.split(",")[0] for name in CALLS}
+    assert public - WITHOUT_A_ROW <= {name.split(",")[0] for name in CALLS}
 
 
 FLOATS = (
@@ -366,6 +366,27 @@ def test_a_kind_that_names_no_term_has_no_tables(kind):
 def test_tables_are_made_of_w(value):
     with pytest.raises(ValueError, match=r"projection: .* but Projection or LearnableProjection is needed"):
         losses.loss_tables(LossKind.h_kl, value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"teacher": logits(T_T, D)}, "teacher: float32"),
+        ({"teacher": (logits(T_T, D), np.ones((V_T, D + 1)))}, r"teacher\[1\]: float64 \[17, 5\]"),
+        ({"teacher": (logits(T_T, D), np.ones((V_S, D)))}, r"teacher\[1\]: .* size is for 17 tokens"),
+        ({"teacher": (logits(T_S, D), np.ones((V_T, D)))}, r"teacher\[0\]: .* same B and T"),
+        ({"teacher": (logits(T_T, D).astype(int), np.ones((V_T, D)))}, r"teacher\[0\]: int64"),
+        ({"token_ids": IDS["teacher_ids"] + 9}, "token_ids: int32"),
+        ({"token_mask": IDS["teacher_ids"]}, "token_mask: int32"),
+        ({"token_mask": MASK["teacher_mask"][:, 1:]}, r"token_mask: bool \[2, 6\]"),
+        ({"size": 0}, "size=0"), ({"size": V_S}, "token_ids: .*"), ({"block": 0}, "block=0"),
+    ],
+)  # fmt: skip
+def test_scores_from_hidden_states(changes, word):
+    good = {"teacher": (logits(T_T, D), np.ones((V_T, D))), "token_ids": np.full((B, T_T), V_T - 1, np.int32)}
+    good |= {"token_mask": MASK["teacher_mask"], "size": V_T}
+    with pytest.raises(ValueError, match=word):
+        losses.blockwise_teacher_scores(**good | changes)
 
 
 def test_mistakes_are_seen_under_every_transformation():

@@ -74,7 +74,7 @@ def check_teacher(
         check_width("teacher_unembedding", unembedding, len(unembedding), size, "tables")
         name, rows = "teacher_hidden", hidden
     else:
-        _check_stored(stored, size)
+        check_stored("teacher_stored", stored, size)
         name, rows, size = "teacher_stored.others", stored.others, stored.size
     check_alignment(alignment)
     check_rows("student_ids", student_ids, "alignment.student_chunks", alignment.student_chunks)
@@ -85,15 +85,15 @@ def check_teacher(
         check_array("teacher_mask", mask, "bool", *rows.shape[:2])
 
 
-def _check_stored(stored: Any, size: int | None) -> None:
+def check_stored(name: str, stored: Any, size: int | None) -> None:
     """Raise unless stored rows agree with themselves and with V_t of the tables."""
     if not isinstance(stored, StoredRows):
-        raise KindError(f"teacher_stored: {described(stored)}, but StoredRows are needed")
+        raise KindError(f"{name}: {described(stored)}, but StoredRows are needed")
     if size not in (None, stored.size):
-        raise ValueError(f"teacher_stored: rows of {stored.size} tokens, but the tables are for {size}")
-    check_array("teacher_stored.log_probabilities", stored.log_probabilities, "float", "B", "T_t", "k")
+        raise ValueError(f"{name}: rows of {stored.size} tokens, but the tables are for {size}")
+    check_array(f"{name}.log_probabilities", stored.log_probabilities, "float", "B", "T_t", "k")
     shape = stored.log_probabilities.shape
     if stored.ids is not None:
-        check_array("teacher_stored.ids", stored.ids, "int", *shape)
-    check_array("teacher_stored.others", stored.others, "float", *shape[:2])
-    check_array("teacher_stored.normalizers", stored.normalizers, "float", *shape[:2])
+        check_array(f"{name}.ids", stored.ids, "int", *shape)
+    check_array(f"{name}.others", stored.others, "float", *shape[:2])
+    check_array(f"{name}.normalizers", stored.normalizers, "float", *shape[:2])

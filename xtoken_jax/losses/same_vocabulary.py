@@ -115,8 +115,8 @@ def same_vocabulary_kl(
     teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits[..., :size], jnp.float32))
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student logits {student.shape} and teacher logits {teacher.shape} differ in shape; with one "
-            "tokenizer, give its size to cut padded columns off"
+            f"student_logits: {described(student_logits)} and teacher_logits: {described(teacher_logits)} "
+            "differ in shape; with one tokenizer, give its size to cut padded columns off"
         )
     check_array("token_mask", token_mask, "bool", *student.shape[:2])
     if teacher_mask is not None:

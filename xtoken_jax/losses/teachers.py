@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from xtoken_jax.alignment.batch import StoredRows
+from xtoken_jax.errors import KindError
+from xtoken_jax.losses.blockwise_checks import check_stored
 from xtoken_jax.losses.blockwise_teacher import HiddenStates, Stored
-from xtoken_jax.losses.checks import check_array, check_choice, check_count, check_logits, check_scalar
+from xtoken_jax.losses.checks import (
+    check_array,
+    check_choice,
+    check_count,
+    check_ids,
+    check_logits,
+    check_rows,
+    check_scalar,
+    check_settings,
+    check_sizes,
+    check_width,
+)
 from xtoken_jax.losses.reduce import masked_mean
 from xtoken_jax.losses.same_vocabulary import check_labels
 from xtoken_jax.mesh import BATCH
+from xtoken_jax.projection.readable import described
 
 SCORES = ("negative_ce", "negative_entropy", "max_probability")
 
@@ -110,8 +124,10 @@ def blockwise_teacher_scores(
         TeacherScores.
 
     Raises:
-        ValueError: stored rows of another temperature.
+        ValueError: stored rows of another temperature; an argument that does not fit.
     """
+    _check_scored(teacher, token_ids, token_mask, size)
+    check_settings(block=block)
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     axes = tuple(axis for axis in data_axes if mesh.shape.get(axis, 1) > 1)
     rows: jax.Array | StoredRows
@@ -175,6 +191,25 @@ def _highest(log_p: jax.Array, chosen: jax.Array) -> jax.Array:
     A maximum alone may drop NaN, depending on XLA's flags.
     """
     return jnp.where(jnp.isnan(chosen), chosen, jnp.exp(log_p.max(-1, keepdims=True)))
+
+
+def _check_scored(teacher: Any, token_ids: jax.Array, token_mask: jax.Array, size: int) -> None:
+    check_sizes(size=size)
+    if isinstance(teacher, StoredRows):
+        check_stored("teacher", teacher, size)
+        name, rows = "teacher.others", teacher.others
+    else:
+        if not isinstance(teacher, tuple) or len(teacher) != 2:
+            raise KindError(
+                f"teacher: {described(teacher)}, but (hidden states, unembedding) or StoredRows are needed"
+            )
+        name, rows = "teacher[0]", teacher[0]
+        check_array(name, rows, "float", "B", "T", "D")
+        check_array("teacher[1]", teacher[1], "float", "V", rows.shape[-1])
+        check_width("teacher[1]", teacher[1], len(teacher[1]), size, "size")
+    check_ids("token_ids", token_ids, ("B", "T"), size)
+    check_rows(name, rows, "token_ids", token_ids)
+    check_array("token_mask", token_mask, "bool", *token_ids.shape)
 
 
 def combine_teachers(
