@@ -70,7 +70,12 @@ def align_chats(
 
 
 def _with_template(tokenizer: Tokenizer, template: str | None, argument: str) -> Tokenizer:
-    return replace(tokenizer, chat_template=template, template_file=argument) if template else tokenizer
+    if not template:
+        return tokenizer
+    changed = replace(tokenizer, chat_template=template, template_file=argument)
+    # Building this backend again takes seconds for a large vocabulary.
+    vars(changed)["markup_backend"] = tokenizer.markup_backend
+    return changed
 
 
 def align_chats_together(
