@@ -107,11 +107,11 @@ def align_chats_together(
         located = join_borders(student.located, teacher.located, student.borders, teacher.borders)
         rows = []
         for b, spans in enumerate(align_located(pair, *located)):
-            sides = (
+            own, other = (
                 replace(tokens, targets=side.targets[b], endless=side.endless[b])
                 for side, tokens in ((student, spans.student), (teacher, spans.teacher))
             )
-            rows.append(replace(spans, **dict(zip(("student", "teacher"), sides, strict=True))))
+            rows.append(replace(spans, student=own, teacher=other))
         by_pair.append(rows)
     return list(zip(*by_pair, strict=True))
 

@@ -42,7 +42,9 @@ class Markers:
     def of(cls, tokenizer: Tokenizer) -> Markers:
         """The markers of one tokenizer."""
         id_of = tokenizer.backend.token_to_id
-        spelled, turns = ({id_of(text) for text in texts} - {None} for texts in (_ENDS, TURN_MARKERS))
+        spelled, turns = (
+            {token for token in map(id_of, texts) if token is not None} for texts in (_ENDS, TURN_MARKERS)
+        )
         roles = tokenizer.roles
         inside = frozenset(roles[role] for role in _INSIDE_ROLES if role in roles)
         ends = frozenset(spelled | {roles[role] for role in _END_ROLES if role in roles}) - inside
