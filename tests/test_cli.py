@@ -376,7 +376,7 @@ def test_a_traceback_hides_secrets(monkeypatch, capsys, run):
     def fail(*_):
         raise RuntimeError("401 for hf_AbCdEfGhIjKlMnOp/x \x1b[31m")
 
-    monkeypatch.setattr("xtoken_jax.report.draw_curves", fail)
+    monkeypatch.setattr("xtoken_jax.report.runs_and_sweeps", fail)
     with pytest.raises(RuntimeError) as error:
         main(["report", "x"])
     sys.excepthook(error.type, error.value, error.tb)

@@ -114,7 +114,11 @@ def test_targets_are_the_tokens_with_a_byte_that_the_model_writes(name, kind):
 def with_template(name, family):
     """A tokenizer with its own template, or with a family's, whose markers are text to most tokenizers."""
     tokenizer = load(name)
-    return tokenizer if family is None else replace(tokenizer, chat_template=FAMILIES[family].template)
+    if family is None:
+        return tokenizer
+    changed = replace(tokenizer, chat_template=FAMILIES[family].template)
+    vars(changed)["markup_backend"] = tokenizer.markup_backend  # seconds to build again
+    return changed
 
 
 OWN = [(name, None) for name in ("qwen3", "smollm2", "llama3_1", "gemma3", "deepseek_v3")]
@@ -122,7 +126,7 @@ OTHERS = [(name, family) for name in NAMES if name not in ("bert", "claude") for
 SIDES = st.one_of(st.sampled_from(OWN), st.sampled_from(OTHERS))
 
 
-@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+@settings(derandomize=True, max_examples=40, deadline=None, database=None)
 @given(SIDES, SIDES, chats())
 def test_any_conversation(student, teacher, chat):
     check_chat(TokenizerPair(with_template(*student), with_template(*teacher)), chat)

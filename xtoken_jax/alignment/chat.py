@@ -18,7 +18,6 @@ from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets, to
 from xtoken_jax.alignment.render import Conversation, render
 from xtoken_jax.alignment.spans import Spans, align_located
 from xtoken_jax.errors import UserError
-from xtoken_jax.tokens.arguments import check_list, check_pair
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 
@@ -51,8 +50,7 @@ def align_chats(
             model has none.
 
     Returns:
-        One Spans a conversation. BOS is what the template makes of it; nothing is added. `to_batch`
-        makes ids, masks, targets and the alignment of them.
+        One Spans a conversation. BOS is what the template makes of it; nothing is added.
 
     Raises:
         UserError: no chat template; a template that refuses the conversation, exceeds the limits of a
@@ -63,10 +61,7 @@ def align_chats(
     Example:
         rows = align_chats(pair, [[{"role": "user", "content": "12 + 189?"},
                                    {"role": "assistant", "content": "201"}]])
-        batch = to_batch(pair, rows, student_length=64, teacher_length=64)
     """
-    check_pair(pair)
-    conversations = check_list("conversations", conversations, (list, tuple), "list of messages")
     pair = TokenizerPair(
         _with_template(pair.student, student_template, "student_template"),
         _with_template(pair.teacher, teacher_template, "teacher_template"),
@@ -75,7 +70,12 @@ def align_chats(
 
 
 def _with_template(tokenizer: Tokenizer, template: str | None, argument: str) -> Tokenizer:
-    return replace(tokenizer, chat_template=template, template_file=argument) if template else tokenizer
+    if not template:
+        return tokenizer
+    changed = replace(tokenizer, chat_template=template, template_file=argument)
+    # Building this backend again takes seconds for a large vocabulary.
+    vars(changed)["markup_backend"] = tokenizer.markup_backend
+    return changed
 
 
 def align_chats_together(
@@ -107,11 +107,11 @@ def align_chats_together(
         located = join_borders(student.located, teacher.located, student.borders, teacher.borders)
         rows = []
         for b, spans in enumerate(align_located(pair, *located)):
-            of_student, of_teacher = (
+            own, other = (
                 replace(tokens, targets=side.targets[b], endless=side.endless[b])
                 for side, tokens in ((student, spans.student), (teacher, spans.teacher))
             )
-            rows.append(replace(spans, student=of_student, teacher=of_teacher))
+            rows.append(replace(spans, student=own, teacher=other))
         by_pair.append(rows)
     return list(zip(*by_pair, strict=True))
 

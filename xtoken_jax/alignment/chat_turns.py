@@ -43,8 +43,7 @@ class Markers:
         """The markers of one tokenizer."""
         id_of = tokenizer.backend.token_to_id
         spelled, turns = (
-            {number for text in texts if (number := id_of(text)) is not None}
-            for texts in (_ENDS, TURN_MARKERS)
+            {token for token in map(id_of, texts) if token is not None} for texts in (_ENDS, TURN_MARKERS)
         )
         roles = tokenizer.roles
         inside = frozenset(roles[role] for role in _INSIDE_ROLES if role in roles)
