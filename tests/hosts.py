@@ -53,7 +53,7 @@ def distill(words, name="distill"):
 
     def command(index, count, port):
         keys = [f"hosts.coordinator=127.0.0.1:{port}", f"hosts.count={count}", f"hosts.index={index}"]
-        return ["-m", "xtoken_jax.cli", name, *words, *(keys if count > 1 else [])]
+        return ["-m", "xtoken_jax", name, *words, *(keys if count > 1 else [])]
 
     return command
 

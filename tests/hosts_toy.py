@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from xtoken_jax.hosts import HostsConfig, from_first, gather, is_first, joined
+from xtoken_jax.distributed.processes import HostsConfig, from_first, gather, is_first, joined
 
 STEPS, ROWS = 12, 8
 
@@ -47,7 +47,7 @@ def run(folder, stop, seconds=0.0, bad=0):
     from rich.console import Console
 
     from xtoken_jax.data.encode import Record
-    from xtoken_jax.mesh import MeshConfig, make_mesh, place, replicated, rows_here
+    from xtoken_jax.distributed.mesh import MeshConfig, make_mesh, place, replicated, rows_here
     from xtoken_jax.train.loop import TrainConfig, train
     from xtoken_jax.train.step import TrainState
 

@@ -10,7 +10,7 @@ from full_disk import files_of_at_most
 from rich.table import Table
 from rich.text import Text
 
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
 from xtoken_jax.display.terminal import Terminal
 from xtoken_jax.errors import printable
 from xtoken_jax.evaluate.completions import chat_prompt
@@ -320,7 +320,9 @@ def test_audit_project_align(capsys, pair_folders, tmp_path):
 
 @pytest.mark.parametrize(("kind", "name", "code"), [("SIGTERM", "SIGTERM", 0), ("SIGINT", "Ctrl-C", 130)])
 def test_a_signal_outside_of_training_is_a_word_and_no_traceback(capsys, monkeypatch, run, kind, name, code):
-    monkeypatch.setattr("xtoken_jax.distill.distill", lambda *_: signal.raise_signal(getattr(signal, kind)))
+    monkeypatch.setattr(
+        "xtoken_jax.run.distill.distill", lambda *_: signal.raise_signal(getattr(signal, kind))
+    )
     before = signal.getsignal(signal.SIGINT)
     assert main(run) == code
     assert capsys.readouterr().err == (
@@ -336,7 +338,7 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(monkeypatch, capsys):
     def fail(*_):
         raise PanicException("index out of bounds\nat line 3")
 
-    monkeypatch.setattr("xtoken_jax.cli._report", fail)
+    monkeypatch.setattr("xtoken_jax.cli.parser._report", fail)
     assert main(["report", "runs/x"]) == 2
     assert capsys.readouterr().err == (
         "xtoken: a tokenizer fails on this text (index out of bounds); use another\n"
@@ -376,7 +378,7 @@ def test_a_traceback_hides_secrets(monkeypatch, capsys, run):
     def fail(*_):
         raise RuntimeError("401 for hf_AbCdEfGhIjKlMnOp/x \x1b[31m")
 
-    monkeypatch.setattr("xtoken_jax.report.runs_and_sweeps", fail)
+    monkeypatch.setattr("xtoken_jax.run.report.runs_and_sweeps", fail)
     with pytest.raises(RuntimeError) as error:
         main(["report", "x"])
     sys.excepthook(error.type, error.value, error.tb)

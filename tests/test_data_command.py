@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
 from xtoken_jax.data import documents, encode
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from documented import blocks
 
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
+from xtoken_jax.distributed.mesh import single_device_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import single_device_mesh
-from xtoken_jax.sweep import run_sweep
+from xtoken_jax.run.sweep import run_sweep
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
@@ -189,7 +189,7 @@ def run_xtoken(words, pair, monkeypatch):
         return
     with monkeypatch.context() as patch:
         if "-m" in words:  # each job is a run, as the plain command's; its training is not repeated here
-            patch.setattr("xtoken_jax.distill.distill", leave_result)
+            patch.setattr("xtoken_jax.run.distill.distill", leave_result)
         if words not in TRAINED:
             assert main(words) == 0, shlex.join(words)
     if any(word.startswith("experiment=") for word in words):
@@ -207,7 +207,7 @@ def placeholder(command, pair):
 
 def leave_result(experiment, console, stop):
     """Leave what a run leaves, without training."""
-    from xtoken_jax.runs import claim
+    from xtoken_jax.run.folder import claim
 
     run = Path(experiment.run_dir)
     claim(run, experiment, {})

@@ -14,11 +14,11 @@ from full_disk import files_of_at_most
 from kills import killed
 from models import tiny
 
-from xtoken_jax import export
 from xtoken_jax.errors import UserError
-from xtoken_jax.export import check_replaceable, export_hf
 from xtoken_jax.files.new_files import new_folder
 from xtoken_jax.models import load_model
+from xtoken_jax.models.hf import export
+from xtoken_jax.models.hf.export import check_replaceable, export_hf
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 

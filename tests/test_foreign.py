@@ -10,7 +10,7 @@ from models import tiny
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.models.config import read_config
-from xtoken_jax.models.hf_weights import load_model
+from xtoken_jax.models.hf.loading import load_model
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 # Files of a folder without config.json and tokenizer.json -> what it is, what to do.

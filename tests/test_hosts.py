@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from xtoken_jax.distributed.heartbeat import LOST
+from xtoken_jax.distributed.processes import HostsConfig
 from xtoken_jax.errors import UserError
-from xtoken_jax.hosts import HostsConfig
-from xtoken_jax.lifeline import LOST
 
 RELATIVE = 1e-5  # of the loss: collectives of other processes add up in another order
 
@@ -335,7 +335,7 @@ def test_a_cache_goes_on_from_kill_to_kill_on_either_number_of_processes(words, 
 @pytest.mark.slow
 def test_under_slurm_the_processes_find_one_another(tmp_path):
     code = (
-        "import jax; from xtoken_jax.hosts import *\n"
+        "import jax; from xtoken_jax.distributed.processes import *\n"
         "with joined(HostsConfig(auto=True, wait=60)): print(gather(jax.process_index()), jax.device_count())"
     )
     slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from xtoken_jax.data.hugging_face import HubRows
+from xtoken_jax.data.formats.hugging_face import HubRows
 from xtoken_jax.data.sources import SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder

@@ -9,8 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import (
+from xtoken_jax.distributed.mesh import (
     PARTITION_SPECS,
     MeshConfig,
     batch_sharding,
@@ -25,6 +24,7 @@ from xtoken_jax.mesh import (
     rows_here,
     single_device_mesh,
 )
+from xtoken_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_row_is_of_the_first_process_that_holds_it(tensor, own, monkeypatch):
 
     held = {Device(n): (slice(n // tensor * tensor, (n // tensor + 1) * tensor),) for n in range(8)}
     sharding = SimpleNamespace(devices_indices_map=lambda shape: held)
-    monkeypatch.setattr("xtoken_jax.mesh.batch_sharding", lambda mesh: sharding)
+    monkeypatch.setattr("xtoken_jax.distributed.mesh.batch_sharding", lambda mesh: sharding)
     found = []
     for process in range(4):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
 
 # Words after `xtoken`, and what the line has to hold. S and T stand for the two models, BASE for the
 # settings of a run of them; the other files are those of `place`.

@@ -5,11 +5,11 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import to_json
-from xtoken_jax.ranking import Job, read_jobs, write_ranking
-from xtoken_jax.report import draw_curves, draw_sweep, runs_and_sweeps
+from xtoken_jax.run.ranking import Job, read_jobs, write_ranking
+from xtoken_jax.run.report import draw_curves, draw_sweep, runs_and_sweeps
 
 
 @pytest.fixture

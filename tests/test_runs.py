@@ -11,15 +11,16 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data.sources import read_sources
+from xtoken_jax.distributed.mesh import single_device_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models import load_model
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
-from xtoken_jax.report import draw_curves
-from xtoken_jax.runs import claim, contents, export_checkpoint, export_student, finished
+from xtoken_jax.run.experiment import load_experiment
+from xtoken_jax.run.folder import claim, contents, finished
+from xtoken_jax.run.report import draw_curves
+from xtoken_jax.run.student import export_checkpoint, export_student
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 WEIGHTS = "model.safetensors"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xtoken_jax.cli import main
-from xtoken_jax.config import load_experiment
+from xtoken_jax.cli.parser import main
 from xtoken_jax.errors import UserError
+from xtoken_jax.run.experiment import load_experiment
 from xtoken_jax.train.signals import Stopped
 
 PNG = b"\x89PNG"
@@ -20,7 +20,7 @@ PNG = b"\x89PNG"
 @pytest.fixture
 def ran(monkeypatch):
     """Runs of `distill` without training: it notes which, and leaves what a run leaves."""
-    from xtoken_jax.runs import claim
+    from xtoken_jax.run.folder import claim
 
     found = []
 
@@ -44,7 +44,7 @@ def ran(monkeypatch):
         result = {"loss": kind, "figures": {"student, untouched": {}, "distilled": figures}}
         (run / "result.json").write_text(json.dumps(result))
 
-    monkeypatch.setattr("xtoken_jax.distill.distill", distill)
+    monkeypatch.setattr("xtoken_jax.run.distill.distill", distill)
     return found
 
 
@@ -138,7 +138,7 @@ def test_a_mistake_is_one_line(sweep, ran, capsys, more, expected):
 
 
 def test_a_plugin_that_is_missing_is_named_with_its_extra(sweep, ran, capsys, monkeypatch):
-    monkeypatch.setattr("xtoken_jax.sweep._installed", lambda _: False)
+    monkeypatch.setattr("xtoken_jax.run.sweep._installed", lambda _: False)
     for word, extra in (("hydra/launcher=submitit_slurm", "submitit"), ("hydra/sweeper=optuna", "optuna")):
         assert main([*sweep, word]) == 2
         assert f"not installed; pip install 'xtoken-jax[{extra}]'" in capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_texts_are_swept_too_and_functions_are_hydras(sweep, ran, pair_folders, 
 
 
 def test_a_sweep_does_not_take_the_place_of_a_run(sweep, ran, tmp_path):
-    from xtoken_jax.runs import claim
+    from xtoken_jax.run.folder import claim
 
     assert main([*sweep, "loss=p_kl,h_kl"]) == 0
     words = [word for word in sweep if "=" in word]

@@ -10,7 +10,7 @@ from tokenizers import models as token_models
 
 from xtoken_jax.models.config import read_config
 from xtoken_jax.models.decoder import Model
-from xtoken_jax.models.hf_saving import save_weights
+from xtoken_jax.models.hf.saving import save_weights
 
 TEXT = "The sum of the numbers is written behind the sign of equality, as in 12+30=42 or 7+5=12.\n"
 

@@ -13,7 +13,7 @@ def main() -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, end_at_once)
-    from xtoken_jax.cli import main as run
+    from xtoken_jax.cli.parser import main as run
 
     return run()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.foreign import foreign_format
+from xtoken_jax.files.foreign import foreign_format
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w./-]*))?")
 _PREPARED = re.compile(r"(experiments/[\w-]+)/files/")

@@ -22,10 +22,10 @@ import numpy as np
 from xtoken_jax.alignment.batch import Alignment, TokenRows
 from xtoken_jax.data.batches import Batch, TeacherBatch
 from xtoken_jax.losses import LossConfig, LossKind
-from xtoken_jax.losses.objective import VocabularySizes
+from xtoken_jax.losses.total import VocabularySizes
 from xtoken_jax.models import DecoderConfig, Model
-from xtoken_jax.train.accumulate import gradient_of
-from xtoken_jax.train.objective import Objective, Teacher
+from xtoken_jax.train.batch_loss import Objective, Teacher
+from xtoken_jax.train.gradient import gradient_of
 
 CONFIGS = Path(__file__).parents[2] / "tests" / "data" / "hf_configs"
 

@@ -38,7 +38,7 @@ from xtoken_jax.losses import (
     total_loss,
     valid_chunks,
 )
-from xtoken_jax.losses.blockwise import blockwise_loss
+from xtoken_jax.losses.blockwise.loss import blockwise_loss
 
 KINDS = ("p_kl", "gold", "h_kl", "uld", "alm", "prefix_kl", "none")
 WAYS = ("plain", "blockwise", "plain, fixed weights", "blockwise, fixed weights")

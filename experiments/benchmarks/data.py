@@ -26,11 +26,11 @@ from dataclasses import dataclass
 import numpy as np
 import tokenizer_folders
 
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data import encode
 from xtoken_jax.data.batches import Batch, Batches, training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.sources import SourceConfig, SourceKind, read_sources
+from xtoken_jax.run.experiment import load_experiment
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 WARM = 8  # batches before anything is timed: more than run ahead

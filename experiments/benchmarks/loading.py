@@ -62,7 +62,7 @@ def child(what: str, folder: str, dtype: str, devices: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from xtoken_jax.mesh import MeshConfig, make_mesh
+    from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
     from xtoken_jax.models import load_model
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=devices))

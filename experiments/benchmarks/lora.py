@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.data.batches import Batch
+from xtoken_jax.distributed.mesh import single_device_mesh
 from xtoken_jax.losses import LossConfig
-from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models import DecoderConfig, LoraConfig, Model, split_lora
 from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer
 from xtoken_jax.train.step import abstract_state, make_step

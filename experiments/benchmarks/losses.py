@@ -35,8 +35,8 @@ from xtoken_jax.losses import (
     rank_l1,
     valid_chunks,
 )
-from xtoken_jax.losses.chunks import Merging
-from xtoken_jax.losses.projection_kl import chunk_values, top_columns
+from xtoken_jax.losses.math.chunks import Merging
+from xtoken_jax.losses.terms.projection_kl import chunk_values, top_columns
 from xtoken_jax.projection.cache import cached_projection
 from xtoken_jax.projection.events import PrefixTables
 from xtoken_jax.projection.matrix import LearnableProjection, Partition, Projection

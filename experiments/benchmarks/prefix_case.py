@@ -11,7 +11,7 @@ import numpy as np
 
 from xtoken_jax import TokenizerPair, align, prefix_tables
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.data.python_docs import topics
+from xtoken_jax.data.formats.python_docs import topics
 from xtoken_jax.hub import cache_folder
 
 

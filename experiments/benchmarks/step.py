@@ -33,13 +33,13 @@ from models import SMOLLM2
 
 from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.data.batches import Batch, TeacherBatch
+from xtoken_jax.distributed.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables, masked_mean, next_token_cross_entropy
-from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from xtoken_jax.models import Model, logits
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.projection.matrix import LearnableProjection
-from xtoken_jax.train.accumulate import gradient_of
-from xtoken_jax.train.objective import Objective, Teacher
+from xtoken_jax.train.batch_loss import Objective, Teacher
+from xtoken_jax.train.gradient import gradient_of
 from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 

@@ -29,22 +29,22 @@ import optax
 from safetensors.numpy import load_file
 
 from xtoken_jax.alignment.batch import Alignment, StoredRows, TokenRows
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import Batch, TeacherBatch, training_batches
-from xtoken_jax.data.cache_shards import unpacked
 from xtoken_jax.data.sources import read_sources
-from xtoken_jax.data.teacher_cache import TeacherCache
-from xtoken_jax.evaluate.distributions import Keep, Kept, distributions
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables
-from xtoken_jax.losses.objective import VocabularySizes
-from xtoken_jax.mesh import MeshConfig, make_mesh
+from xtoken_jax.losses.total import VocabularySizes
 from xtoken_jax.models import DecoderConfig, Model
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.prefixes import prefix_tables
+from xtoken_jax.run.experiment import load_experiment
+from xtoken_jax.teacher_cache.distributions import Keep, Kept, distributions
+from xtoken_jax.teacher_cache.reader import TeacherCache
+from xtoken_jax.teacher_cache.shards import unpacked
 from xtoken_jax.tokens.tokenizer import TokenizerPair
-from xtoken_jax.train.accumulate import gradient_of
-from xtoken_jax.train.objective import Objective, Teacher
+from xtoken_jax.train.batch_loss import Objective, Teacher
+from xtoken_jax.train.gradient import gradient_of
 
 CONFIGS = Path(__file__).parents[2] / "tests" / "data" / "hf_configs"
 KINDS = ("p_kl", "h_kl", "gold", "uld", "alm", "prefix_kl")

@@ -13,7 +13,7 @@ import optax
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from xtoken_jax import TokenizerPair, align
-from xtoken_jax.data.python_docs import docstrings, split_of, topics
+from xtoken_jax.data.formats.python_docs import docstrings, split_of, topics
 from xtoken_jax.losses import masked_mean, next_token_cross_entropy
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, Params, logits

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import alignment as benchmark_texts
 
 from xtoken_jax.alignment.spans import Side, Spans, align_texts
-from xtoken_jax.data import python_docs
+from xtoken_jax.data.formats import python_docs
 from xtoken_jax.hub import cache_folder
 from xtoken_jax.projection.events import Continuations, PrefixTables
 from xtoken_jax.projection.prefixes import prefix_tables

@@ -27,8 +27,8 @@ from make_tokenizers import (
 )
 from rich.console import Console
 
-from xtoken_jax.config import PACKAGE, load_experiment
-from xtoken_jax.distill import distill
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import PACKAGE, load_experiment
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

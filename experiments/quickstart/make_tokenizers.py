@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from xtoken_jax.data.python_docs import docstrings, split_of, topics
+from xtoken_jax.data.formats.python_docs import docstrings, split_of, topics
 
 STUDENT_SIZE, TEACHER_SIZE, ENGLISH_SIZE = 2304, 1280, 2560
 NUMBERS = 1110  # 10 + 100 + 1000 numerals of one to three digits, leading zeros included

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtoken_jax.data.python_docs import docstrings, topics
+from xtoken_jax.data.formats.python_docs import docstrings, topics
 
 SHORTEST, TARGET, LONGEST = 500, 2000, 4000  # characters a document
 SHARED = 200  # a paragraph this long in both parts would make validation easier than it is

@@ -7,9 +7,9 @@ import sys
 import pytest
 from argcomplete import CompletionFinder
 
-from xtoken_jax import cli
-from xtoken_jax.command_line.completion import SHELLS, of_settings
-from xtoken_jax.config import Experiment
+from xtoken_jax.cli import parser as cli
+from xtoken_jax.cli.completion import SHELLS, of_settings
+from xtoken_jax.run.experiment import Experiment
 
 
 def offered(word):

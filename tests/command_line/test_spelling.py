@@ -2,12 +2,12 @@
 
 import pytest
 
-from xtoken_jax import cli
-from xtoken_jax.command_line.groups import groups
-from xtoken_jax.command_line.spelling import advice, as_settings
-from xtoken_jax.command_line.words import keys
-from xtoken_jax.config import Experiment, load_experiment
+from xtoken_jax.cli import parser as cli
 from xtoken_jax.errors import UserError
+from xtoken_jax.run.config_groups import groups
+from xtoken_jax.run.experiment import Experiment, load_experiment
+from xtoken_jax.run.spelling import advice, as_settings
+from xtoken_jax.run.words import keys
 
 NAMES = keys(Experiment)
 
@@ -36,7 +36,7 @@ def test_options_become_settings(words, instead):
 
 
 def test_what_other_programs_say_is_a_key_that_exists():
-    from xtoken_jax.command_line.spelling import KEYS
+    from xtoken_jax.run.spelling import KEYS
 
     known = {*NAMES, *groups()}
     assert [key for key in KEYS.values() if key.replace(".text.", ".NAME.") not in known] == []

@@ -8,9 +8,9 @@ import pytest
 from data_tests.test_teacher_cache import write
 from safetensors.numpy import load_file, save
 
-from xtoken_jax.data.cache_shards import Form, unpacked
-from xtoken_jax.data.teacher_cache import INDEX_FILE, TeacherCache
 from xtoken_jax.errors import UserError
+from xtoken_jax.teacher_cache.reader import INDEX_FILE, TeacherCache
+from xtoken_jax.teacher_cache.shards import Form, unpacked
 
 
 @pytest.fixture

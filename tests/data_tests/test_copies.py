@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from xtoken_jax.cli import main
-from xtoken_jax.data import record_files
-from xtoken_jax.data.copies import clear, copies, keep
-from xtoken_jax.data.data_file import DataFile
+from xtoken_jax.cli.parser import main
+from xtoken_jax.data.formats import record_files
+from xtoken_jax.data.formats.data_file import DataFile
+from xtoken_jax.data.formats.derived_files import clear, copies, keep
 from xtoken_jax.data.sources import SourceConfig, read_documents
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
@@ -86,7 +86,7 @@ def test_what_a_killed_process_left_goes_when_the_next_copy_is_made(cache, tmp_p
     """As the kernel does it: the lock of a process ends with it, whatever ends it."""
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from xtoken_jax.data.copies import keep; from xtoken_jax.data.data_file import DataFile\n"
+        "from xtoken_jax.data.formats.derived_files import keep; from xtoken_jax.data.formats.data_file import DataFile\n"
         "def write(out):\n"
         "    out.write(b'half'); out.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "keep(DataFile(Path(sys.argv[1])), '.jsonl', write)"

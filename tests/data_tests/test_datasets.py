@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from xtoken_jax.data.shapes import Conversation
+from xtoken_jax.data.records import Conversation
 from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
 from xtoken_jax.errors import UserError
 

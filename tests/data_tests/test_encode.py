@@ -12,7 +12,7 @@ from xtoken_jax.alignment.prompts import align_completions
 from xtoken_jax.alignment.rows import with_document_marks
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import cut_little, cut_parts, encode, read_parts, student_of
-from xtoken_jax.data.shapes import Conversation, Exchange
+from xtoken_jax.data.records import Conversation, Exchange
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 

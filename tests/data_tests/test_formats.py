@@ -11,7 +11,8 @@ import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from xtoken_jax.data import data_file, documents, jsonl, parquet, record_files
+from xtoken_jax.data import documents
+from xtoken_jax.data.formats import data_file, jsonl, parquet, record_files
 from xtoken_jax.data.sources import SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 

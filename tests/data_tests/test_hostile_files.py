@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from xtoken_jax.data import limits
-from xtoken_jax.data.limits import Limits
-from xtoken_jax.data.shapes import Conversation, Targets
+from xtoken_jax.data.formats import limits
+from xtoken_jax.data.formats.limits import Limits
+from xtoken_jax.data.records import Conversation, Targets
 from xtoken_jax.data.sources import Markers, SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 

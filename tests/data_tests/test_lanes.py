@@ -9,7 +9,7 @@ import pytest
 from xtoken_jax.alignment.rows import cut_together
 from xtoken_jax.alignment.spans import Side, Spans
 from xtoken_jax.data.config import DataConfig
-from xtoken_jax.data.lanes import Lane, spread, streams_of
+from xtoken_jax.data.row_streams import Lane, spread, streams_of
 
 PACKED = DataConfig(student_length=32, teacher_length=40, teacher_lengths={"other": 24}, batch_size=3, seed=4)
 

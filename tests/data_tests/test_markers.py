@@ -8,7 +8,7 @@ from tokens import trained
 from xtoken_jax.data.encode import encode
 from xtoken_jax.data.ends import learnt_ends
 from xtoken_jax.data.markers import spelled_markers
-from xtoken_jax.data.shapes import Conversation, Exchange, Marked
+from xtoken_jax.data.records import Conversation, Exchange, Marked
 from xtoken_jax.data.sources import Markers, SourceConfig, read_documents
 from xtoken_jax.errors import UserError
 

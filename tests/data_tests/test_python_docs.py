@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xtoken_jax.data import python_docs
+from xtoken_jax.data.formats import python_docs
 
 EXPERIMENT = Path(__file__).resolve().parents[2] / "experiments" / "quickstart"
 SHIPPED = {  # file -> SHA-256 of its JSON, texts

@@ -13,12 +13,12 @@ import zstandard
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from xtoken_jax.data import record_files
-from xtoken_jax.data.csv_files import CsvRows
-from xtoken_jax.data.jsonl import JsonObjects
-from xtoken_jax.data.limits import Limits
+from xtoken_jax.data.formats import record_files
+from xtoken_jax.data.formats.csv_files import CsvRows
+from xtoken_jax.data.formats.jsonl import JsonObjects
+from xtoken_jax.data.formats.limits import Limits
+from xtoken_jax.data.formats.text import TextLines
 from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
-from xtoken_jax.data.text_files import TextLines
 from xtoken_jax.errors import UserError
 
 BOM = b"\xef\xbb\xbf"

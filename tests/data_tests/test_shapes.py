@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from xtoken_jax.data.find_shape import find_shape
-from xtoken_jax.data.shapes import (
+from xtoken_jax.data.detect import find_shape
+from xtoken_jax.data.records import (
     Conversation,
     Exchange,
     Shape,

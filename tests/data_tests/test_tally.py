@@ -8,7 +8,7 @@ from tokens import trained
 
 from xtoken_jax.alignment.spans import Side, Spans
 from xtoken_jax.data.encode import cut_little, cut_parts, encode, read_parts, student_of
-from xtoken_jax.data.shapes import Conversation, Exchange
+from xtoken_jax.data.records import Conversation, Exchange
 from xtoken_jax.data.tally import BLANK, CUT_OFF, NOTHING_TO_LEARN, Tally, count_unguided
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 

@@ -7,11 +7,11 @@ import pytest
 from kills import killed
 
 from xtoken_jax.alignment.spans import Side, Spans
-from xtoken_jax.data.cache_shards import DTYPES, Entry, Form, PartRows, packed, unpacked
 from xtoken_jax.data.encode import Record
-from xtoken_jax.data.lanes import Row
-from xtoken_jax.data.teacher_cache import INDEX_FILE, Index, TeacherCache, add_shard, is_whole, read_index
+from xtoken_jax.data.row_streams import Row
 from xtoken_jax.errors import UserError
+from xtoken_jax.teacher_cache.reader import INDEX_FILE, Index, TeacherCache, add_shard, is_whole, read_index
+from xtoken_jax.teacher_cache.shards import DTYPES, Entry, Form, PartRows, packed, unpacked
 
 SIZE, TAUS = 40, (1.0, 2.0)
 RNG = np.random.default_rng(3)

@@ -10,7 +10,7 @@ from tokens import trained
 
 from xtoken_jax.alignment.rows import with_document_marks
 from xtoken_jax.alignment.spans import align_texts
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
 from xtoken_jax.display.alignment_table import columns, show_alignment
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from tokens import trained
 
 import xtoken_jax
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
 from xtoken_jax.display.audit_pictures import draw_audit, draw_row
 from xtoken_jax.display.audit_table import show_audit
 from xtoken_jax.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from xtoken_jax.errors import UserError
 from xtoken_jax.evaluate.completions import complete, end_tokens
 from xtoken_jax.models.generate import generate
-from xtoken_jax.models.hf_weights import load_model
+from xtoken_jax.models.hf.loading import load_model
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 PROMPTS = ["12+30=", "The sum of the numbers", "é"]

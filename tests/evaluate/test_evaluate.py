@@ -14,7 +14,7 @@ from xtoken_jax.evaluate.bits_per_byte import bits_per_byte
 from xtoken_jax.evaluate.rows import in_batches
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, logits
-from xtoken_jax.models.hf_weights import load_model
+from xtoken_jax.models.hf.loading import load_model
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 

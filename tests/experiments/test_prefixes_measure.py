@@ -9,7 +9,7 @@ import pytest
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.alignment.spans import Side, Spans, align_texts
-from xtoken_jax.losses.prefix_steps import PrefixPlan
+from xtoken_jax.losses.terms.prefix_steps import PrefixPlan
 from xtoken_jax.projection.prefixes import prefix_tables, tables_of_pieces
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 

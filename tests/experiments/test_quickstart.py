@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from xtoken_jax.config import PACKAGE, load_experiment
-from xtoken_jax.distill import distill
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import PACKAGE, load_experiment
 from xtoken_jax.train.metrics import read_metrics
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "quickstart"

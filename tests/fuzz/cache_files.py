@@ -12,9 +12,9 @@ from tokens import trained
 
 from fuzz.frame import Parser
 from fuzz.mutations import spoil_json, spoil_presence, spoil_safetensors
-from xtoken_jax.data.teacher_cache import INDEX_FILE, TeacherCache
 from xtoken_jax.projection.build import ProjectionOptions, build_projection
 from xtoken_jax.projection.files import _content_hash, load_projection, save_projection
+from xtoken_jax.teacher_cache.reader import INDEX_FILE, TeacherCache
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 IDS = "ids.npz"

@@ -22,9 +22,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from fuzz.frame import Parser
 from fuzz.mutations import odd_document, spoil_json, spoil_presence, spoiled_bytes, spoiled_value
-from xtoken_jax.data import record_files
-from xtoken_jax.data.jsonl import JsonObjects
-from xtoken_jax.data.limits import Limits
+from xtoken_jax.data.formats import record_files
+from xtoken_jax.data.formats.jsonl import JsonObjects
+from xtoken_jax.data.formats.limits import Limits
 from xtoken_jax.data.sources import SourceConfig, SourceKind, read_documents
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2, {"c": None}]}}}

@@ -11,8 +11,8 @@ from fuzz.frame import Parser
 from fuzz.mutations import spoil_json, spoil_presence, spoil_safetensors
 from xtoken_jax.evaluate.completions import end_tokens
 from xtoken_jax.models.config import read_config
-from xtoken_jax.models.hf_side_files import side_files
-from xtoken_jax.models.hf_weights import load_model
+from xtoken_jax.models.hf.loading import load_model
+from xtoken_jax.models.hf.side_files import side_files
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 
 from fuzz.frame import Parser
 from fuzz.mutations import spoil_json, spoil_presence, spoiled_bytes, spoiled_value
-from xtoken_jax.cli import main
-from xtoken_jax.config import load_experiment
+from xtoken_jax.cli.parser import main
 from xtoken_jax.errors import UserError
-from xtoken_jax.ranking import Job
-from xtoken_jax.runs.folder import claim, day_of, finished
-from xtoken_jax.runs.run_file import read_run
+from xtoken_jax.run.experiment import load_experiment
+from xtoken_jax.run.folder import claim, day_of, finished
+from xtoken_jax.run.ranking import Job
+from xtoken_jax.run.run_file import read_run
 
 WORDS = (
     "student.path=models/student", "teacher.path=models/teacher", "data.train.text.path=text.jsonl",

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables
 from xtoken_jax.losses.agreement import top_token_agreement
-from xtoken_jax.losses.objective import distillation_parts
+from xtoken_jax.losses.total import distillation_parts
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.projection.partners import partners_of_teacher

@@ -12,10 +12,10 @@ from projection.random_w import random_w
 
 from xtoken_jax import losses
 from xtoken_jax.alignment.batch import Alignment, StoredRows
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.losses import LossConfig, LossKind
 from xtoken_jax.losses.config import Direction, Merge
-from xtoken_jax.losses.objective import VocabularySizes
-from xtoken_jax.mesh import MeshConfig, make_mesh
+from xtoken_jax.losses.total import VocabularySizes
 from xtoken_jax.projection.matrix import Partition, Projection
 from xtoken_jax.projection.prefixes import tables_of_pieces
 

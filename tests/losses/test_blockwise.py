@@ -22,9 +22,9 @@ from xtoken_jax.losses import (
     total_loss,
     valid_chunks,
 )
-from xtoken_jax.losses.blockwise import blockwise_loss
+from xtoken_jax.losses.blockwise.loss import blockwise_loss
 from xtoken_jax.losses.config import Direction, Merge
-from xtoken_jax.losses.objective import PARTS, distillation_parts
+from xtoken_jax.losses.total import PARTS, distillation_parts
 from xtoken_jax.projection.matrix import Projection
 from xtoken_jax.projection.prefixes import tables_of_pieces
 
@@ -356,7 +356,7 @@ def test_bfloat16_is_as_exact_as_the_plain_way(name):
 
 def test_slices_of_a_large_unembedding(monkeypatch):
     """Whole slices and a rest, in both dtypes."""
-    monkeypatch.setattr("xtoken_jax.losses.blockwise_plan._SLICE", 4 * D_S)
+    monkeypatch.setattr("xtoken_jax.losses.blockwise.plan._SLICE", 4 * D_S)
     config = CASES["p_kl"]
     tables = tables_of(config.kind)
     expected = expected_of("p_kl")

@@ -9,7 +9,7 @@ import pytest
 from reference import gradient as reference_gradient
 from reference import losses as reference
 
-from xtoken_jax.losses.divergence import kl_terms
+from xtoken_jax.losses.math.divergence import kl_terms
 
 RNG = np.random.default_rng(0)
 TEACHER = (RNG.normal(-2, 1.5, (6, 9)) - 0.5).astype(np.float32)

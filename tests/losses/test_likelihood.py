@@ -9,8 +9,8 @@ from reference import likelihood as reference
 
 from xtoken_jax.alignment.batch import Alignment
 from xtoken_jax.losses import likelihood_matching, masked_mean, valid_chunks
-from xtoken_jax.losses.likelihood import FLOOR, likelihood_kl
-from xtoken_jax.losses.softmax import actual_log_softmax
+from xtoken_jax.losses.math.softmax import actual_log_softmax
+from xtoken_jax.losses.terms.alm import FLOOR, likelihood_kl
 
 B, T_S, T_T, C = 4, 6, 8, 5
 V_S, V_T = 11, 14

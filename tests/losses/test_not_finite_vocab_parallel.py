@@ -9,6 +9,7 @@ import pytest
 from test_vocab_parallel import ALIGNMENT, IDS, LOGITS, PADDED, V_S, V_T, B, W, on
 from test_vocab_parallel_prefix import cases
 
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.losses import (
     valid_chunks,
     vocab_parallel_cross_entropy,
@@ -17,7 +18,6 @@ from xtoken_jax.losses import (
     vocab_parallel_prefix_kl,
     vocab_parallel_projection_kl,
 )
-from xtoken_jax.mesh import MeshConfig, make_mesh
 from xtoken_jax.projection.matrix import Partition
 
 IDS = {"student_ids": IDS[0], "teacher_ids": IDS[1]}

@@ -10,9 +10,9 @@ from reference import losses as reference
 from reference import merging as reference_merging
 from reference import projection as reference_projection
 
-from xtoken_jax.losses.chunks import MERGES, Merging, next_tokens
-from xtoken_jax.losses.projection_kl import highest, projected_softmax, top_columns
-from xtoken_jax.losses.sorting import largest, largest_with_places
+from xtoken_jax.losses.math.chunks import MERGES, Merging, next_tokens
+from xtoken_jax.losses.math.sorting import largest, largest_with_places
+from xtoken_jax.losses.terms.projection_kl import highest, projected_softmax, top_columns
 from xtoken_jax.projection.matrix import Projection, SplitProjection
 
 B, T, C, N = 3, 9, 6, 5

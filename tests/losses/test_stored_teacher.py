@@ -27,6 +27,7 @@ from test_blockwise import (
 )
 
 from xtoken_jax.alignment.batch import StoredRows
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.losses import (
     LossKind,
     distillation_loss,
@@ -35,9 +36,8 @@ from xtoken_jax.losses import (
     total_loss,
     valid_chunks,
 )
-from xtoken_jax.losses.blockwise import blockwise_loss
-from xtoken_jax.losses.blockwise_teacher import stored_logits
-from xtoken_jax.mesh import MeshConfig, make_mesh
+from xtoken_jax.losses.blockwise.loss import blockwise_loss
+from xtoken_jax.losses.blockwise.teacher import stored_logits
 
 KINDS = [
     name if name in ("p_kl", "alm") else pytest.param(name, marks=pytest.mark.slow)

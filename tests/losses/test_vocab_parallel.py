@@ -15,6 +15,7 @@ from reference import losses as reference
 from reference import projection as reference_projection
 
 from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.losses import (
     hybrid_kl,
     hybrid_terms,
@@ -22,14 +23,13 @@ from xtoken_jax.losses import (
     next_token_cross_entropy,
     projection_kl,
 )
-from xtoken_jax.losses.vocab_parallel import (
+from xtoken_jax.losses.vocab_parallel.losses import (
     vocab_parallel_cross_entropy,
     vocab_parallel_hybrid_kl,
     vocab_parallel_hybrid_terms,
     vocab_parallel_likelihood_matching,
     vocab_parallel_projection_kl,
 )
-from xtoken_jax.mesh import MeshConfig, make_mesh
 from xtoken_jax.projection.matrix import Partition
 from xtoken_jax.projection.sharded import shard_projection
 

@@ -17,10 +17,10 @@ from test_vocab_parallel import FACTORS, MESHES, on, value_and_gradient
 from test_vocab_parallel_programs import SIZES, WIDTHS, sent_in
 
 from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.losses import prefix_kl, valid_chunks
-from xtoken_jax.losses.prefix_steps import PrefixPlan, Slots
-from xtoken_jax.losses.vocab_parallel import vocab_parallel_prefix_kl
-from xtoken_jax.mesh import MeshConfig, make_mesh
+from xtoken_jax.losses.terms.prefix_steps import PrefixPlan, Slots
+from xtoken_jax.losses.vocab_parallel.losses import vocab_parallel_prefix_kl
 from xtoken_jax.projection.prefixes import tables_of_pieces
 
 

@@ -11,14 +11,14 @@ from programs import AS_OUTSIDE
 from projection.random_w import random_w
 
 from xtoken_jax.alignment.batch import Alignment
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.losses import hybrid_kl, projection_kl
-from xtoken_jax.losses.vocab_parallel import (
+from xtoken_jax.losses.vocab_parallel.losses import (
     vocab_parallel_cross_entropy,
     vocab_parallel_hybrid_kl,
     vocab_parallel_likelihood_matching,
     vocab_parallel_projection_kl,
 )
-from xtoken_jax.mesh import MeshConfig, make_mesh
 from xtoken_jax.projection.matrix import Partition
 from xtoken_jax.projection.sharded import shard_projection
 

@@ -13,8 +13,8 @@ from reference import attention as reference
 from reference.gradient import differences
 
 from models import tiny
+from xtoken_jax.distributed.mesh import AXES, MeshConfig, make_mesh, single_device_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import AXES, MeshConfig, make_mesh, single_device_mesh
 from xtoken_jax.models import Model, attention, load_model, network, read_config
 from xtoken_jax.models.attention import AttentionSetting, attend
 from xtoken_jax.models.load import AttentionKind, ModelConfig, open_model

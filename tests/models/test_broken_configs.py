@@ -7,8 +7,8 @@ import pytest
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.models.config import DecoderConfig, read_config
-from xtoken_jax.models.hf_side_files import side_files
-from xtoken_jax.models.hf_weights import load_model
+from xtoken_jax.models.hf.loading import load_model
+from xtoken_jax.models.hf.side_files import side_files
 
 from . import tiny
 

@@ -10,8 +10,8 @@ import pytest
 from programs import AS_OUTSIDE
 
 from models import tiny
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import MeshConfig, make_mesh
 from xtoken_jax.models import LoraConfig, Model, load_model, logits, read_config
 from xtoken_jax.models.lora import TARGETS
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import MeshConfig, make_mesh
 from xtoken_jax.models import DecoderConfig, load_model, logits, read_config, save_weights
-from xtoken_jax.models.families import FAMILIES
 from xtoken_jax.models.generate import generate
+from xtoken_jax.models.hf.families import FAMILIES
 
 DATA = Path(__file__).parents[1] / "data" / "tiny_families"
 NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())

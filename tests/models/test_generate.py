@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import MeshConfig, make_mesh
 from xtoken_jax.models import DecoderConfig, LongRope, Model, logits
 from xtoken_jax.models.generate import _empty, _read, check_settings, cut_at_stop, generate
 from xtoken_jax.models.sampling import nucleus

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.export import export_hf
-from xtoken_jax.mesh import MeshConfig, make_mesh
-from xtoken_jax.models import hf_weights, load_model, read_config
-from xtoken_jax.models.families import FAMILIES
+from xtoken_jax.models import load_model, read_config
+from xtoken_jax.models.hf import loading as hf_weights
+from xtoken_jax.models.hf.export import export_hf
+from xtoken_jax.models.hf.families import FAMILIES
 
 DATA = Path(__file__).parents[1] / "data"
 FOLDERS = {path.parent.name: path.parent for path in sorted(DATA.glob("tiny_*/*/config.json"))}

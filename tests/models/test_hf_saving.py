@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from models import tiny
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import MeshConfig, make_mesh
-from xtoken_jax.models import hf_saving, load_model, save_weights
-from xtoken_jax.models.hf_saving import stored_dtypes
+from xtoken_jax.models import load_model, save_weights
+from xtoken_jax.models.hf import saving as hf_saving
+from xtoken_jax.models.hf.saving import stored_dtypes
 
 INDEX = "model.safetensors.index.json"
 

@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from models import tiny
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import MeshConfig, make_mesh
-from xtoken_jax.models import Model, hf_layout, init_model, load_model, loading_bar, read_config, save_weights
+from xtoken_jax.models import Model, init_model, load_model, read_config, save_weights
+from xtoken_jax.models.hf import layout as hf_layout
+from xtoken_jax.models.hf import loading_bar
 
 STORED = {"tied": "float32", "untied": "bfloat16", "llama3": "float16"}
 

@@ -11,9 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from models import tiny
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.export import export_hf
-from xtoken_jax.mesh import MeshConfig, make_mesh
 from xtoken_jax.models import (
     LoraConfig,
     Model,
@@ -25,6 +24,7 @@ from xtoken_jax.models import (
     read_config,
     split_lora,
 )
+from xtoken_jax.models.hf.export import export_hf
 from xtoken_jax.models.lora import TARGETS
 
 FAMILIES = Path(__file__).parents[1] / "data" / "tiny_families"

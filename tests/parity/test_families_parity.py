@@ -13,9 +13,9 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from xtoken_jax.export import export_hf  # noqa: E402
 from xtoken_jax.models import load_model, logits  # noqa: E402
 from xtoken_jax.models.generate import generate  # noqa: E402
+from xtoken_jax.models.hf.export import export_hf  # noqa: E402
 
 MAKE = Path(__file__).parents[1] / "data" / "tiny_families" / "make.py"
 spec = importlib.util.spec_from_file_location("make_families", MAKE)

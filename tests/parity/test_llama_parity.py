@@ -12,9 +12,9 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from xtoken_jax.export import export_hf  # noqa: E402
-from xtoken_jax.mesh import MeshConfig, make_mesh  # noqa: E402
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh  # noqa: E402
 from xtoken_jax.models import DecoderConfig, Llama3Scaling, Model, load_model, logits  # noqa: E402
+from xtoken_jax.models.hf.export import export_hf  # noqa: E402
 
 LENGTH = 40
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from xtoken_jax.config import PACKAGE, load_experiment
-from xtoken_jax.distill import distill
 from xtoken_jax.models.decoder import logits
-from xtoken_jax.models.hf_weights import load_model
+from xtoken_jax.models.hf.loading import load_model
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import PACKAGE, load_experiment
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.parity

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
 from xtoken_jax.projection.build import ProjectionOptions, build_projection
 from xtoken_jax.projection.files import load_projection
 from xtoken_jax.tokens.tokenizer import TokenizerPair

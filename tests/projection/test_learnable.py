@@ -10,7 +10,7 @@ import pytest
 from projection.random_w import random_w, rows_of
 from reference import projection as reference
 
-from xtoken_jax.losses.projection_kl import projected_softmax
+from xtoken_jax.losses.terms.projection_kl import projected_softmax
 from xtoken_jax.projection.matrix import Projection, row_softmax
 
 V_S, V_T = 23, 17

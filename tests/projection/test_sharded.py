@@ -12,8 +12,8 @@ from programs import AS_OUTSIDE
 from projection.random_w import random_w
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.projection_kl import projection_kl
-from xtoken_jax.mesh import MeshConfig, make_mesh
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
+from xtoken_jax.losses.terms.projection_kl import projection_kl
 from xtoken_jax.projection.sharded import shard_projection
 
 V_T, COLUMNS = 37, jnp.asarray([5, 0, 36, 11, 20], jnp.int32)

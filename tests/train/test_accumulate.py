@@ -10,20 +10,20 @@ import pytest
 from programs import AS_OUTSIDE
 
 from xtoken_jax.alignment.batch import TokenRows
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import Batch, training_batches
 from xtoken_jax.data.sources import read_sources
-from xtoken_jax.distill import distill
+from xtoken_jax.distributed.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables, valid_chunks
-from xtoken_jax.losses.objective import VocabularySizes
-from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated
+from xtoken_jax.losses.total import VocabularySizes
 from xtoken_jax.models import DecoderConfig, Model
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import load_experiment
 from xtoken_jax.tokens.tokenizer import TokenizerPair
-from xtoken_jax.train.accumulate import gradient_of, split
-from xtoken_jax.train.objective import Objective, Teacher
+from xtoken_jax.train.batch_loss import Objective, Teacher
+from xtoken_jax.train.gradient import gradient_of, split
 
 ONE, FOUR = (1, 1, 1), (2, 2, 1)
 

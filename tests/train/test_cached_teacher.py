@@ -12,18 +12,18 @@ from full_disk import files_of_at_most
 from kills import killed
 from rich.console import Console
 
-from xtoken_jax import distill as distill_module
 from xtoken_jax.alignment.batch import StoredRows
-from xtoken_jax.cache_teacher import cache_teacher
-from xtoken_jax.cli import main
-from xtoken_jax.config import load_experiment
-from xtoken_jax.data.teacher_cache import INDEX_FILE, read_index
-from xtoken_jax.distill import distill
+from xtoken_jax.cli.parser import main
 from xtoken_jax.errors import UserError
-from xtoken_jax.evaluate.distributions import Keep, _of_logits
 from xtoken_jax.files.folders import locked
-from xtoken_jax.losses.blockwise_teacher import stored_likeliest
+from xtoken_jax.losses.blockwise.teacher import stored_likeliest
 from xtoken_jax.models.load import open_model
+from xtoken_jax.run import distill as distill_module
+from xtoken_jax.run.cache_teacher import cache_teacher
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import load_experiment
+from xtoken_jax.teacher_cache.distributions import Keep, _of_logits
+from xtoken_jax.teacher_cache.reader import INDEX_FILE, read_index
 from xtoken_jax.train.metrics import read_metrics
 
 ALL = Keep(None, 1.0, "float32", (1.0,))

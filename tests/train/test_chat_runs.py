@@ -7,13 +7,13 @@ import json
 import pytest
 from rich.console import Console
 
-from xtoken_jax.cache_teacher import cache_teacher
-from xtoken_jax.cli import main
-from xtoken_jax.config import load_experiment
-from xtoken_jax.data.teacher_cache import INDEX_FILE
-from xtoken_jax.distill import distill
+from xtoken_jax.cli.parser import main
 from xtoken_jax.errors import UserError
-from xtoken_jax.evaluate.distributions import Keep
+from xtoken_jax.run.cache_teacher import cache_teacher
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import load_experiment
+from xtoken_jax.teacher_cache.distributions import Keep
+from xtoken_jax.teacher_cache.reader import INDEX_FILE
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 # The year alone: tests may then write another day of it into a cache.

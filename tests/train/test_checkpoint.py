@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from full_disk import files_of_at_most
 
-from xtoken_jax.checksum import checksum
+from xtoken_jax.distributed.checksum import checksum
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh, named_sharding
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import MeshConfig, make_mesh, named_sharding
 from xtoken_jax.train.checkpoint import Checkpoints, UnusableCheckpointError
-from xtoken_jax.train.learnt import Learnt
 from xtoken_jax.train.step import TrainState
+from xtoken_jax.train.trained_projection import Learnt
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import json
 
 from tokens import trained
 
-from xtoken_jax.teachers import different_ends
+from xtoken_jax.run.teachers import different_ends
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 

@@ -14,25 +14,25 @@ import pytest
 from reference import losses as reference
 from rich.console import Console
 
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.sources import read_sources
-from xtoken_jax.distill import distill
+from xtoken_jax.distributed.mesh import MeshConfig, batch_sharding, make_mesh, replicated, single_device_mesh
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables
-from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated, single_device_mesh
 from xtoken_jax.models.decoder import logits
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.files import load_projection
-from xtoken_jax.runs import export_checkpoint
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import load_experiment
+from xtoken_jax.run.student import export_checkpoint
 from xtoken_jax.tokens.tokenizer import TokenizerPair
-from xtoken_jax.train.accumulate import gradient_of
-from xtoken_jax.train.learnt import make_projection_optimizer, projection_of, start_learning
+from xtoken_jax.train.batch_loss import Objective, Teacher
+from xtoken_jax.train.gradient import gradient_of
 from xtoken_jax.train.metrics import read_metrics
-from xtoken_jax.train.objective import Objective, Teacher
 from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer
 from xtoken_jax.train.step import abstract_state, init_state, make_step
+from xtoken_jax.train.trained_projection import make_projection_optimizer, projection_of, start_learning
 
 RATE = 1e-2
 WORDS = ["loss=p_kl", "loss.top_k=100", "loss.learn_projection=true"]

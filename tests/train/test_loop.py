@@ -23,15 +23,15 @@ from rich.console import Console
 from xtoken_jax.alignment.batch import Alignment, TokenRows
 from xtoken_jax.data.batches import Batch, TeacherBatch
 from xtoken_jax.data.encode import Record
+from xtoken_jax.distributed.mesh import single_device_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.train import checkpoint
-from xtoken_jax.train.learnt import Learnt
 from xtoken_jax.train.loop import TrainConfig, train
 from xtoken_jax.train.metrics import MetricsLog, read_metrics
 from xtoken_jax.train.non_finite import NonFinite, NonFiniteLossError
 from xtoken_jax.train.signals import Stopped, StopSignals
 from xtoken_jax.train.step import TrainState
+from xtoken_jax.train.trained_projection import Learnt
 
 BAD = {4, 5, 9}  # the batches that make a loss of NaN, where there are such
 STEPS = 12

@@ -13,16 +13,22 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from xtoken_jax.alignment.batch import TokenRows
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import Batch, training_batches
 from xtoken_jax.data.sources import read_sources
-from xtoken_jax.distill import distill
+from xtoken_jax.distributed.mesh import (
+    MeshConfig,
+    batch_sharding,
+    make_mesh,
+    named_sharding,
+    single_device_mesh,
+)
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, masked_mean, next_token_cross_entropy
-from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, named_sharding, single_device_mesh
 from xtoken_jax.models import DecoderConfig, LoraConfig, Model, logits, split_lora
 from xtoken_jax.models.load import open_model
-from xtoken_jax.runs import export_checkpoint
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import load_experiment
+from xtoken_jax.run.student import export_checkpoint
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 from xtoken_jax.train.checkpoint import Checkpoints
 from xtoken_jax.train.metrics import MetricsLog, read_metrics

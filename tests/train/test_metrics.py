@@ -10,11 +10,11 @@ import pytest
 
 from xtoken_jax.alignment.batch import Alignment, TokenRows
 from xtoken_jax.data.batches import Batch, TeacherBatch
+from xtoken_jax.distributed.mesh import single_device_mesh
 from xtoken_jax.losses import LossConfig, LossKind
-from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models import DecoderConfig, LoraConfig, Model
 from xtoken_jax.train import flops
-from xtoken_jax.train.objective import Means, Objective, Teacher
+from xtoken_jax.train.batch_loss import Means, Objective, Teacher
 from xtoken_jax.train.optimizer import OptimizerConfig, OptimizerKind, make_optimizer, make_schedule
 from xtoken_jax.train.step import init_state, make_step
 

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from xtoken_jax.distributed.mesh import single_device_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import single_device_mesh
 from xtoken_jax.models import DecoderConfig, Model
 from xtoken_jax.train.optimizer import (
     OptimizerConfig,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
 from xtoken_jax.tokens.tokenizer import Tokenizer
 from xtoken_jax.train.metrics import read_metrics
 
@@ -56,7 +56,7 @@ def at_token(folder, text):
 @pytest.fixture
 def unchecked(monkeypatch):
     """NaN in the weights is not noticed on loading: a stand-in for outputs that overflow at some token."""
-    monkeypatch.setattr("xtoken_jax.models.hf_weights._Reader._check_finite", lambda *_: None)
+    monkeypatch.setattr("xtoken_jax.models.hf.loading._Reader._check_finite", lambda *_: None)
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_a_cache_of_such_a_teacher(run, pair_folders, tmp_path, capsys):
 
 
 def test_a_cache_that_holds_nan(run, tmp_path, capsys, monkeypatch):
-    from xtoken_jax import cache_run
+    from xtoken_jax.teacher_cache import writer as cache_run
 
     assert run("cache-teacher", "--out", str(tmp_path / "cache")) == 0
     capsys.readouterr()

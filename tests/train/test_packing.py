@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from xtoken_jax.alignment.rows import join_together
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import make_batch
 from xtoken_jax.data.encode import read_parts
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables
-from xtoken_jax.losses.objective import Merge, VocabularySizes
-from xtoken_jax.mesh import MeshConfig, make_mesh
+from xtoken_jax.losses.total import Merge, VocabularySizes
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.prefixes import prefix_tables
+from xtoken_jax.run.experiment import load_experiment
 from xtoken_jax.tokens.tokenizer import TokenizerPair
-from xtoken_jax.train.accumulate import gradient_of
-from xtoken_jax.train.objective import Objective, Teacher
+from xtoken_jax.train.batch_loss import Objective, Teacher
+from xtoken_jax.train.gradient import gradient_of
 
 TERMS = {
     # Fewer columns than there are: the best of the whole batch, however it is laid out.

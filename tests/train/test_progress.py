@@ -5,9 +5,9 @@ import io
 from rich.console import Console
 from test_loop import run
 
-from xtoken_jax.cache_teacher import cache_teacher
-from xtoken_jax.config import load_experiment
-from xtoken_jax.evaluate.distributions import Keep
+from xtoken_jax.run.cache_teacher import cache_teacher
+from xtoken_jax.run.experiment import load_experiment
+from xtoken_jax.teacher_cache.distributions import Keep
 from xtoken_jax.train import progress
 from xtoken_jax.train.progress import Bar
 

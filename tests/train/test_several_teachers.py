@@ -12,11 +12,10 @@ import pytest
 from jax.sharding import Mesh
 from rich.console import Console
 
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import Batch, training_batches
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.sources import SourceConfig, read_sources
-from xtoken_jax.distill import distill
+from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import (
     LossConfig,
@@ -34,15 +33,16 @@ from xtoken_jax.losses import (
     valid_chunks,
 )
 from xtoken_jax.losses.config import Score, TeachersMode
-from xtoken_jax.losses.objective import Direction, VocabularySizes
-from xtoken_jax.mesh import MeshConfig, make_mesh
+from xtoken_jax.losses.total import Direction, VocabularySizes
 from xtoken_jax.models.decoder import logits
 from xtoken_jax.models.load import ModelConfig, Start, open_model
 from xtoken_jax.projection.build import build_projection
-from xtoken_jax.runs import export_checkpoint
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import load_experiment
+from xtoken_jax.run.student import export_checkpoint
 from xtoken_jax.tokens.tokenizer import TokenizerPair
+from xtoken_jax.train.batch_loss import Objective, Teacher
 from xtoken_jax.train.metrics import read_metrics
-from xtoken_jax.train.objective import Objective, Teacher
 
 WEIGHTS = {"teacher": 0.8, "twin": 0.2}
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from xtoken_jax import __main__, cli
+from xtoken_jax import __main__
+from xtoken_jax.cli import parser as cli
 from xtoken_jax.errors import UserError
 
 
@@ -40,7 +41,7 @@ def fail(*_):
     ],
 )
 def test_a_command_that_is_ended_exits_without_the_shutdown(ends, code, said, codes, monkeypatch, capsys):
-    monkeypatch.setattr("xtoken_jax.distill.distill", ends)
+    monkeypatch.setattr("xtoken_jax.run.distill.distill", ends)
     words = ["distill", "experiment=quickstart"]
     monkeypatch.setattr(sys, "argv", ["xtoken", *words])
     with pytest.raises(ExitedError):

@@ -8,10 +8,10 @@ import shutil
 import pytest
 from rich.console import Console
 
-from xtoken_jax import distill as distill_module
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data.sources import SourceConfig, read_sources
-from xtoken_jax.distill import distill
+from xtoken_jax.run import distill as distill_module
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import load_experiment
 
 
 class ReachedError(Exception):
@@ -26,7 +26,7 @@ def warned(words, tmp_path, monkeypatch):
         raise ReachedError
 
     monkeypatch.setattr(distill_module, "train", reached)
-    monkeypatch.setattr("xtoken_jax.held_out.HeldOut.of_teacher", lambda *_: {})
+    monkeypatch.setattr("xtoken_jax.run.held_out.HeldOut.of_teacher", lambda *_: {})
 
     runs = itertools.count()
 

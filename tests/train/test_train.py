@@ -9,20 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from xtoken_jax.config import load_experiment
 from xtoken_jax.data.batches import training_batches
 from xtoken_jax.data.sources import read_sources
-from xtoken_jax.distill import distill
+from xtoken_jax.distributed.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses import LossConfig, LossKind, loss_tables, projection_kl, valid_chunks
-from xtoken_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 from xtoken_jax.models.decoder import logits
 from xtoken_jax.models.load import open_model
 from xtoken_jax.projection.build import build_projection
 from xtoken_jax.projection.prefixes import prefix_tables
+from xtoken_jax.run.distill import distill
+from xtoken_jax.run.experiment import load_experiment
 from xtoken_jax.tokens.tokenizer import TokenizerPair
+from xtoken_jax.train.batch_loss import Teacher
 from xtoken_jax.train.metrics import read_metrics
-from xtoken_jax.train.objective import Teacher
 from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer
 from xtoken_jax.train.step import abstract_state, init_state, make_step
 

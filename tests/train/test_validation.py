@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from xtoken_jax.cli import main
+from xtoken_jax.cli.parser import main
 from xtoken_jax.train.metrics import read_metrics
 
 

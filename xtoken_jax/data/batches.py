@@ -17,12 +17,12 @@ import jax
 
 from xtoken_jax.alignment.align import collate, token_rows
 from xtoken_jax.alignment.batch import Alignment, StoredRows, TokenRows
-from xtoken_jax.data.cache_shards import PartRows
 from xtoken_jax.data.config import DataConfig
 from xtoken_jax.data.encode import Document, Part, Record, cut_little, encode, student_of
-from xtoken_jax.data.lanes import Lane, Row, State, spread, streams_of
+from xtoken_jax.data.row_streams import Lane, Row, State, spread, streams_of
 from xtoken_jax.data.tally import Tally
-from xtoken_jax.data.teacher_cache import TeacherCache
+from xtoken_jax.teacher_cache.reader import TeacherCache
+from xtoken_jax.teacher_cache.shards import PartRows
 from xtoken_jax.tokens.tokenizer import TokenizerPair
 
 _AHEAD = 4  # rows of each lane that are ready or being made

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Protocol, overload
 
-from xtoken_jax.data.shapes import Conversation, Document, Marked, Shape, document_of, says_nothing
+from xtoken_jax.data.records import Conversation, Document, Marked, Shape, document_of, says_nothing
 from xtoken_jax.errors import UserError
 
 # What is read when a source is opened, so that most mistakes end a run before it begins.

@@ -14,7 +14,7 @@ from xtoken_jax.alignment.prompts import align_completions_together
 from xtoken_jax.alignment.rows import cut_together, with_document_marks
 from xtoken_jax.alignment.spans import Side, Spans, align_texts_together
 from xtoken_jax.data.config import DataConfig
-from xtoken_jax.data.shapes import Conversation, Document, Exchange, Marked, says_nothing, text_of
+from xtoken_jax.data.records import Conversation, Document, Exchange, Marked, says_nothing, text_of
 from xtoken_jax.data.tally import Tally, count_unguided
 from xtoken_jax.errors import UserError
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair

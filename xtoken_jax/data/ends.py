@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from xtoken_jax.data.encode import Document, encode, student_of
-from xtoken_jax.data.shapes import Marked
+from xtoken_jax.data.records import Marked
 from xtoken_jax.tokens.roles import TURN_ENDS
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 

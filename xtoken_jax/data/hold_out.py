@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from xtoken_jax.data.documents import Documents, Records
-from xtoken_jax.data.shapes import says_nothing
+from xtoken_jax.data.records import says_nothing
 from xtoken_jax.errors import UserError
 
 FEWEST = 10  # documents of a source that some are held out of

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from xtoken_jax.data.shapes import Document, Exchange, Marked, text_of
+from xtoken_jax.data.records import Document, Exchange, Marked, text_of
 from xtoken_jax.tokens.roles import TURN_MARKERS, is_reserved
 from xtoken_jax.tokens.tokenizer import Tokenizer
 

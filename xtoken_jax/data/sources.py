@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from xtoken_jax.data import arithmetic, python_docs
-from xtoken_jax.data.array_record import ArrayRecords
-from xtoken_jax.data.compressed import ENDINGS
-from xtoken_jax.data.csv_files import CsvRows
+from xtoken_jax.data import arithmetic
+from xtoken_jax.data.detect import find_shape
 from xtoken_jax.data.documents import Documents, Records
-from xtoken_jax.data.find_shape import find_shape
-from xtoken_jax.data.hugging_face import HubRows, is_saved
-from xtoken_jax.data.jsonl import JsonObjects
-from xtoken_jax.data.limits import MAX_RATIO, MAX_RECORD, Limits
-from xtoken_jax.data.parquet import ParquetFiles
-from xtoken_jax.data.shapes import Shape, Targets
-from xtoken_jax.data.text_files import TextFiles, TextLines
-from xtoken_jax.data.tfds import TfdsExamples, is_prepared
+from xtoken_jax.data.formats import python_docs
+from xtoken_jax.data.formats.array_record import ArrayRecords
+from xtoken_jax.data.formats.compressed import ENDINGS
+from xtoken_jax.data.formats.csv_files import CsvRows
+from xtoken_jax.data.formats.hugging_face import HubRows, is_saved
+from xtoken_jax.data.formats.jsonl import JsonObjects
+from xtoken_jax.data.formats.limits import MAX_RATIO, MAX_RECORD, Limits
+from xtoken_jax.data.formats.parquet import ParquetFiles
+from xtoken_jax.data.formats.text import TextFiles, TextLines
+from xtoken_jax.data.formats.tfds import TfdsExamples, is_prepared
+from xtoken_jax.data.records import Shape, Targets
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import how_to_prepare
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xtoken_jax.alignment.spans import Side, Spans
-from xtoken_jax.data.shapes import Document, says_nothing, text_of
+from xtoken_jax.data.records import Document, says_nothing, text_of
 
 BLANK = "blank"
 NOTHING_TO_LEARN = "with nothing to learn"

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from xtoken_jax.alignment.align import pad
+from xtoken_jax.distributed.mesh import whole
 from xtoken_jax.errors import NonFiniteOutputsError
 from xtoken_jax.evaluate.rows import in_batches
 from xtoken_jax.losses import next_token_cross_entropy
-from xtoken_jax.mesh import whole
 from xtoken_jax.models.decoder import Model, Params, logits
 from xtoken_jax.tokens.tokenizer import Tokenizer
 

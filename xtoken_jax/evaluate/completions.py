@@ -15,7 +15,7 @@ from xtoken_jax.errors import NonFiniteOutputsError, UserError
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.generate import cut_at_stop, generate
-from xtoken_jax.models.hf_types import check_generation
+from xtoken_jax.models.hf.types import check_generation
 from xtoken_jax.tokens.roles import read_json_object
 from xtoken_jax.tokens.tokenizer import Tokenizer
 

@@ -1,26 +1,9 @@
 """Distillation losses as pure functions of arrays; they need nothing but jax."""
 
-from xtoken_jax.losses.blockwise import BlockwiseLoss, blockwise_loss
-from xtoken_jax.losses.chunks import valid_chunks
+from xtoken_jax.losses.blockwise.loss import BlockwiseLoss, blockwise_loss
 from xtoken_jax.losses.config import LossConfig, LossKind, Score, TeachersConfig, TeachersMode
-from xtoken_jax.losses.hybrid_kl import HybridTerms, hybrid_kl, hybrid_terms
-from xtoken_jax.losses.likelihood import likelihood_matching
-from xtoken_jax.losses.objective import (
-    distillation_loss,
-    dynamic_scale,
-    kd_scale_capped,
-    loss_tables,
-    total_loss,
-)
-from xtoken_jax.losses.prefix_kl import prefix_kl
-from xtoken_jax.losses.projection_kl import projection_kl
-from xtoken_jax.losses.rank import rank_l1
-from xtoken_jax.losses.reduce import masked_mean
-from xtoken_jax.losses.same_vocabulary import (
-    next_token_cross_entropy,
-    same_vocabulary_kl,
-    same_vocabulary_kl_by_chunk,
-)
+from xtoken_jax.losses.math.chunks import valid_chunks
+from xtoken_jax.losses.math.reduce import masked_mean
 from xtoken_jax.losses.teachers import (
     TeacherScores,
     TeacherTerm,
@@ -29,7 +12,24 @@ from xtoken_jax.losses.teachers import (
     combine_teachers,
     teacher_scores,
 )
-from xtoken_jax.losses.vocab_parallel import (
+from xtoken_jax.losses.terms.alm import likelihood_matching
+from xtoken_jax.losses.terms.hybrid_kl import HybridTerms, hybrid_kl, hybrid_terms
+from xtoken_jax.losses.terms.prefix_kl import prefix_kl
+from xtoken_jax.losses.terms.projection_kl import projection_kl
+from xtoken_jax.losses.terms.same_vocabulary import (
+    next_token_cross_entropy,
+    same_vocabulary_kl,
+    same_vocabulary_kl_by_chunk,
+)
+from xtoken_jax.losses.terms.uld import rank_l1
+from xtoken_jax.losses.total import (
+    distillation_loss,
+    dynamic_scale,
+    kd_scale_capped,
+    loss_tables,
+    total_loss,
+)
+from xtoken_jax.losses.vocab_parallel.losses import (
     vocab_parallel_cross_entropy,
     vocab_parallel_hybrid_kl,
     vocab_parallel_hybrid_terms,

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from xtoken_jax.alignment.batch import Alignment
-from xtoken_jax.losses.blockwise_plan import logits_of, rows_at
-from xtoken_jax.losses.chunks import single_positions
-from xtoken_jax.losses.softmax import not_finite
-from xtoken_jax.mesh import BATCH
+from xtoken_jax.distributed.mesh import BATCH
+from xtoken_jax.losses.blockwise.plan import logits_of, rows_at
+from xtoken_jax.losses.math.chunks import single_positions
+from xtoken_jax.losses.math.softmax import not_finite
 
 
 def top_token_agreement(

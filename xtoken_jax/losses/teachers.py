@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from xtoken_jax.alignment.batch import StoredRows
+from xtoken_jax.distributed.mesh import BATCH
 from xtoken_jax.errors import KindError
-from xtoken_jax.losses.blockwise_checks import check_stored
-from xtoken_jax.losses.blockwise_teacher import HiddenStates, Stored
+from xtoken_jax.losses.blockwise.checks import check_stored
+from xtoken_jax.losses.blockwise.teacher import HiddenStates, Stored
 from xtoken_jax.losses.checks import (
     check_array,
     check_choice,
@@ -26,9 +27,8 @@ from xtoken_jax.losses.checks import (
     check_sizes,
     check_width,
 )
-from xtoken_jax.losses.reduce import masked_mean
-from xtoken_jax.losses.same_vocabulary import check_labels
-from xtoken_jax.mesh import BATCH
+from xtoken_jax.losses.math.reduce import masked_mean
+from xtoken_jax.losses.terms.same_vocabulary import check_labels
 from xtoken_jax.projection.readable import described
 
 SCORES = ("negative_ce", "negative_entropy", "max_probability")

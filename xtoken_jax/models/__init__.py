@@ -2,8 +2,8 @@
 
 from xtoken_jax.models.config import DecoderConfig, read_config
 from xtoken_jax.models.decoder import Model, logits
-from xtoken_jax.models.hf_saving import save_weights
-from xtoken_jax.models.hf_weights import init_model, load_model
+from xtoken_jax.models.hf.loading import init_model, load_model
+from xtoken_jax.models.hf.saving import save_weights
 from xtoken_jax.models.lora import LoraConfig, add_lora, join_lora, merge_lora, split_lora
 from xtoken_jax.models.rope import LinearScaling, Llama3Scaling, LongRope, Yarn
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_backend
 
+from xtoken_jax.distributed.mesh import context_specs
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import context_specs
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "auto")
 # Where a kernel runs, as `platform` and as the user calls it.

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.fields import shown
 from xtoken_jax.files import read_json
-from xtoken_jax.foreign import foreign_format
-from xtoken_jax.models import hf_settings, hf_types
-from xtoken_jax.models.families import FAMILIES, MULTIMODAL
-from xtoken_jax.models.hf_keys import refuse_unknown
-from xtoken_jax.models.hf_rope import read_rope, written_rope
-from xtoken_jax.models.hf_settings import FULL, SLIDING
+from xtoken_jax.files.fields import shown
+from xtoken_jax.files.foreign import foreign_format
+from xtoken_jax.models.hf import settings as hf_settings
+from xtoken_jax.models.hf import types as hf_types
+from xtoken_jax.models.hf.families import FAMILIES, MULTIMODAL
+from xtoken_jax.models.hf.keys import refuse_unknown
+from xtoken_jax.models.hf.rope import read_rope, written_rope
+from xtoken_jax.models.hf.settings import FULL, SLIDING
 from xtoken_jax.models.rope import LongRope, RopeScaling
 
 

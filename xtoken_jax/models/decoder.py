@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from xtoken_jax.distributed.mesh import named_sharding
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import named_sharding
 from xtoken_jax.models.attention import IMPLEMENTATIONS, cudnn_lacks
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.lora import LoraConfig

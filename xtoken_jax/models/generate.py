@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xtoken_jax.distributed.mesh import BATCH, constrain, whole
 from xtoken_jax.errors import NonFiniteOutputsError, UserError
-from xtoken_jax.mesh import BATCH, constrain, whole
 from xtoken_jax.models.decoder import Model, Params, logits
 from xtoken_jax.models.network import Cache
 from xtoken_jax.models.rope import LongRope

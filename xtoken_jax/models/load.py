@@ -15,7 +15,7 @@ from xtoken_jax.hub import resolve_folder
 from xtoken_jax.models.attention import require_device
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.decoder import Model, Params
-from xtoken_jax.models.hf_weights import init_model, load_model
+from xtoken_jax.models.hf.loading import init_model, load_model
 from xtoken_jax.models.lora import TARGETS, LoraConfig, add_lora
 from xtoken_jax.tokens.tokenizer import Tokenizer
 

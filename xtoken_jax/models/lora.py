@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 
+from xtoken_jax.distributed.mesh import single_device_mesh
 from xtoken_jax.errors import UserError
-from xtoken_jax.mesh import single_device_mesh
 
 if TYPE_CHECKING:
     from xtoken_jax.models.decoder import Model, Params

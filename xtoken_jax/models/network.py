@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from xtoken_jax.mesh import constrain
+from xtoken_jax.distributed.mesh import constrain
 from xtoken_jax.models.attention import AttentionSetting, attend, attend_cached
 from xtoken_jax.models.config import DecoderConfig
 from xtoken_jax.models.lora import LoraConfig

@@ -14,7 +14,8 @@ from typing import Any
 import tokenizers
 
 from xtoken_jax.errors import UserError, first_line, is_panic
-from xtoken_jax.fields import (
+from xtoken_jax.files import MAX_JSON_BYTES, parse_json, read_bytes
+from xtoken_jax.files.fields import (
     FLAG,
     OBJECT,
     TEXT,
@@ -27,7 +28,6 @@ from xtoken_jax.fields import (
     shown,
     whole,
 )
-from xtoken_jax.files import MAX_JSON_BYTES, parse_json, read_bytes
 
 REMEDY = "get the tokenizer's files again"
 # Published vocabularies end below 1,100,000. A table has an entry for each id up to the highest.

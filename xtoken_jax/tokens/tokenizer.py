@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from xtoken_jax.errors import UserError
-from xtoken_jax.foreign import foreign_format
+from xtoken_jax.files.foreign import foreign_format
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.tokens.auto_tokenizer import compare_auto_tokenizer
 from xtoken_jax.tokens.backend import check_settings, make_backend, panics_are_errors, read_definition

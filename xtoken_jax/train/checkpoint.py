@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from xtoken_jax.checksum import checksum
+from xtoken_jax.distributed.checksum import checksum
+from xtoken_jax.distributed.processes import from_first, gather, is_first
 from xtoken_jax.errors import UserError
-from xtoken_jax.fields import OBJECT, check_fields, optional, whole
+from xtoken_jax.files.fields import OBJECT, check_fields, optional, whole
 from xtoken_jax.files.folders import lock_folder
-from xtoken_jax.hosts import from_first, gather, is_first
 from xtoken_jax.models.decoder import Params
-from xtoken_jax.train.quiet import without_orbax_reports
+from xtoken_jax.train.orbax_logging import without_orbax_reports
 from xtoken_jax.train.step import TrainState
 
 # What `save` writes next to the state.

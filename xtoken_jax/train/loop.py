@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from xtoken_jax.data.batches import Batch, Batches, join_states
+from xtoken_jax.distributed.mesh import place_rows
+from xtoken_jax.distributed.processes import from_first, gather
 from xtoken_jax.errors import NonFiniteOutputsError, UserError
-from xtoken_jax.hosts import from_first, gather
-from xtoken_jax.losses.objective import LossTables
-from xtoken_jax.mesh import place_rows
+from xtoken_jax.losses.total import LossTables
 from xtoken_jax.models.decoder import Params
 from xtoken_jax.models.lora import join_lora
 from xtoken_jax.train.checkpoint import Checkpoints

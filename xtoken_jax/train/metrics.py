@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xtoken_jax.distributed.processes import is_first
 from xtoken_jax.errors import UserError
-from xtoken_jax.fields import whole
 from xtoken_jax.files import MAX_JSON_BYTES, parse_json, to_json, write_whole
+from xtoken_jax.files.fields import whole
 from xtoken_jax.files.new_files import open_to_append
-from xtoken_jax.hosts import is_first
 
 METRICS_FILE = "metrics.jsonl"
 _STEP = whole(0, 2**53)

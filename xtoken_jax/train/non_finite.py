@@ -9,8 +9,8 @@ from enum import Enum
 from pathlib import Path
 
 from xtoken_jax.data.encode import Record
+from xtoken_jax.distributed.processes import gather
 from xtoken_jax.errors import UserError
-from xtoken_jax.hosts import gather
 from xtoken_jax.models.decoder import Model
 from xtoken_jax.train.metrics import MetricsLog
 from xtoken_jax.train.outputs import BadRows, Models

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from xtoken_jax.alignment.batch import TokenRows
 from xtoken_jax.data.batches import Batch
-from xtoken_jax.mesh import whole
+from xtoken_jax.distributed.mesh import whole
 from xtoken_jax.models.decoder import Model, Params, logits
 from xtoken_jax.models.lora import join_lora
 

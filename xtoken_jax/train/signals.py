@@ -98,7 +98,7 @@ class StopSignals:
         """
         if not _several():
             return self.requested
-        from xtoken_jax.hosts import largest
+        from xtoken_jax.distributed.processes import largest
 
         before, self._asked = self._asked, largest(_SIGNALS.index(self.requested))
         found = self._asked if now else before

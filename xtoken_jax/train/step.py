@@ -12,14 +12,14 @@ import optax
 from jax.sharding import Mesh
 
 from xtoken_jax.data.batches import Batch
+from xtoken_jax.distributed.mesh import replicated
 from xtoken_jax.losses import LossConfig, TeachersConfig
-from xtoken_jax.losses.objective import LossTables
-from xtoken_jax.mesh import replicated
+from xtoken_jax.losses.total import LossTables
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.lora import split_lora
-from xtoken_jax.train.accumulate import gradient_of
-from xtoken_jax.train.learnt import Learnt, learn, moved
-from xtoken_jax.train.objective import Metrics, Objective, Teacher
+from xtoken_jax.train.batch_loss import Metrics, Objective, Teacher
+from xtoken_jax.train.gradient import gradient_of
+from xtoken_jax.train.trained_projection import Learnt, learn, moved
 
 
 @jax.tree_util.register_dataclass

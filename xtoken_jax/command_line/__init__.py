@@ -1,1 +1,0 @@
-"""How `xtoken` reads a command line: its parser, advice on misspelt words, and shell completion."""

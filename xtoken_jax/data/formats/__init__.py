@@ -1,0 +1,1 @@
+"""Files and datasets of one format each, any record of which can be read."""

@@ -1,0 +1,1 @@
+"""Several processes and devices as one run: meshes, agreement, heartbeats, checksums."""

@@ -1,0 +1,1 @@
+"""One file a loss: its formula on logits."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders: families, config.json and safetensors, read and written."""

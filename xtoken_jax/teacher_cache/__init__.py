@@ -1,0 +1,1 @@
+"""A teacher's outputs on disk: written once, read while training."""
