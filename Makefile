@@ -8,9 +8,9 @@ SEED ?= 0
 MINUTES ?= 60
 CONSTRAINTS := constraints.txt
 # What most changes touch, in seconds: imports, tokens, alignment, W, losses against the official values, data, config.
-CORE := tests/test_architecture.py tests/test_dependencies.py tests/test_config.py tests/tokens tests/alignment/test_alignment.py \
+CORE := tests/test_architecture.py tests/test_dependencies.py tests/run/test_experiment.py tests/tokens tests/alignment/test_alignment.py \
   tests/alignment/test_prompts.py tests/projection/test_build.py tests/losses/test_golden.py \
-  tests/data_tests/test_shapes.py tests/data_tests/test_sources.py
+  tests/data/test_records.py tests/data/test_sources.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help

@@ -7,9 +7,13 @@ base needs jax alone.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from xtoken_jax._moved import OldPaths
+
 __version__ = "0.1.0"
+sys.meta_path.append(OldPaths())
 
 if TYPE_CHECKING:
     from xtoken_jax import losses

@@ -27,7 +27,7 @@ from xtoken_jax.models import DecoderConfig, Model
 from xtoken_jax.train.batch_loss import Objective, Teacher
 from xtoken_jax.train.gradient import gradient_of
 
-CONFIGS = Path(__file__).parents[2] / "tests" / "data" / "hf_configs"
+CONFIGS = Path(__file__).parents[2] / "tests" / "fixtures" / "hf_configs"
 
 
 def rows(config: DecoderConfig, batch: int, length: int) -> Batch:
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="compile only, a model of tests/data/hf_configs")
+    parser.add_argument("--model", help="compile only, a model of tests/fixtures/hf_configs")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16)

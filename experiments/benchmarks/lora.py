@@ -23,7 +23,7 @@ from xtoken_jax.models import DecoderConfig, LoraConfig, Model, split_lora
 from xtoken_jax.train.optimizer import OptimizerConfig, make_optimizer
 from xtoken_jax.train.step import abstract_state, make_step
 
-CONFIGS = Path(__file__).parents[2] / "tests" / "data" / "hf_configs"
+CONFIGS = Path(__file__).parents[2] / "tests" / "fixtures" / "hf_configs"
 
 
 def memory(config: DecoderConfig, lora: LoraConfig | None, batch: int, length: int) -> tuple[int, int, int]:

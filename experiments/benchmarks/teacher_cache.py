@@ -46,7 +46,7 @@ from xtoken_jax.tokens.tokenizer import TokenizerPair
 from xtoken_jax.train.batch_loss import Objective, Teacher
 from xtoken_jax.train.gradient import gradient_of
 
-CONFIGS = Path(__file__).parents[2] / "tests" / "data" / "hf_configs"
+CONFIGS = Path(__file__).parents[2] / "tests" / "fixtures" / "hf_configs"
 KINDS = ("p_kl", "h_kl", "gold", "uld", "alm", "prefix_kl")
 
 

@@ -15,7 +15,7 @@ from xtoken_jax.models.hf.loading import load_model
 from xtoken_jax.models.hf.side_files import side_files
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "fixtures"
 CONFIGS = sorted([*(DATA / "hf_configs").glob("*.json"), *(DATA / "tiny_families").glob("*/config.json")])
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"

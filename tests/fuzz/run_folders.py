@@ -86,7 +86,7 @@ def _spoil_settings(rng: random.Random, folder: Path) -> None:
 
 
 def _report(folder: Path) -> None:
-    """Run the command, but draw nothing, which takes half a second; tests/test_report.py has odd names."""
+    """Run the command, but draw nothing, which takes half a second; test_report.py has odd names."""
     said = io.StringIO()
     with (
         contextlib.redirect_stdout(io.StringIO()),

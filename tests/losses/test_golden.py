@@ -19,7 +19,7 @@ from xtoken_jax.losses import (
 )
 from xtoken_jax.projection.matrix import Partition, Projection
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 
 

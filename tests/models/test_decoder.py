@@ -13,7 +13,7 @@ from models import tiny
 from xtoken_jax.distributed.mesh import MeshConfig, make_mesh
 from xtoken_jax.errors import UserError
 from xtoken_jax.models import LoraConfig, Model, load_model, logits, read_config
-from xtoken_jax.models.lora import TARGETS
+from xtoken_jax.models.config import LORA_TARGETS
 
 # jitted once for all tests: a Model is hashable, so it can be static
 forward = jax.jit(lambda model, *args, **kwargs: model(*args, **kwargs), static_argnums=0)
@@ -310,7 +310,7 @@ def test_an_adapter_adds_its_product():
     kernels = {
         name: (part, name) for part in ("attention", "feed_forward") for name in params["layers"][part]
     }
-    assert set(kernels) == set(TARGETS)
+    assert set(kernels) == set(LORA_TARGETS)
     joined = jax.tree.map(lambda x: x, params)
     for part, name in kernels.values():
         first, second = (fresh["layers"][part][f"{name}_lora_{x}"] for x in "ab")

@@ -16,7 +16,7 @@ from xtoken_jax.models import DecoderConfig, load_model, logits, read_config, sa
 from xtoken_jax.models.generate import generate
 from xtoken_jax.models.hf.families import FAMILIES
 
-DATA = Path(__file__).parents[1] / "data" / "tiny_families"
+DATA = Path(__file__).parents[1] / "fixtures" / "tiny_families"
 NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
 WINDOWED = ["mistral", "ministral", "cwm", "qwen2_window", "phi3", "gemma2", "gemma3"]
 

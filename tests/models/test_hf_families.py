@@ -17,7 +17,7 @@ from xtoken_jax.models.hf import loading as hf_weights
 from xtoken_jax.models.hf.export import export_hf
 from xtoken_jax.models.hf.families import FAMILIES
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "fixtures"
 FOLDERS = {path.parent.name: path.parent for path in sorted(DATA.glob("tiny_*/*/config.json"))}
 MESHES = [(8, 1, 1), (1, 2, 4), (1, 4, 2)]
 

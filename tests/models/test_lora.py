@@ -24,10 +24,10 @@ from xtoken_jax.models import (
     read_config,
     split_lora,
 )
+from xtoken_jax.models.config import LORA_TARGETS
 from xtoken_jax.models.hf.export import export_hf
-from xtoken_jax.models.lora import TARGETS
 
-FAMILIES = Path(__file__).parents[1] / "data" / "tiny_families"
+FAMILIES = Path(__file__).parents[1] / "fixtures" / "tiny_families"
 # in phi3 three kernels share one tensor, and two another
 NAMES = ["llama_biases", "phi3"]
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12)
@@ -92,7 +92,7 @@ def test_every_kernel_of_a_layer_is_a_target(name):
     plain = paths(Model(config).abstract())
     adapters, others = map(paths, split_lora(Model(config, lora=LoraConfig(rank=2)).abstract()))
     matrices = {p for p in plain if p.startswith("layers/") and "norm" not in p and "bias" not in p}
-    assert len(matrices) == len(TARGETS)
+    assert len(matrices) == len(LORA_TARGETS)
     assert set(adapters) == {f"{path}_lora_{part}" for path in matrices for part in "ab"}
     assert others == plain
 
@@ -204,7 +204,7 @@ def test_mistakes_are_refused():
         with pytest.raises(UserError, match="must be above zero"):
             LoraConfig(**wrong)
     for targets in ((), ("query", "embedding")):
-        with pytest.raises(UserError, match=f"choose among {', '.join(TARGETS)}"):
+        with pytest.raises(UserError, match=f"choose among {', '.join(LORA_TARGETS)}"):
             LoraConfig(targets=targets)
     model, params = load_model(tiny.DATA / "untied")
     with pytest.raises(ValueError, match="no adapters to merge"):

@@ -9,7 +9,7 @@ import pytest
 
 from xtoken_jax.models import DecoderConfig, Model
 
-FOLDER = Path(__file__).parents[1] / "data" / "hf_configs"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "hf_configs"
 
 # Elements of the published safetensors, tied embeddings counted once. Gemma 3 4B's text half is its
 # 4,300,079,472 less the vision tower's 416,866,032 and the projector's 2,950,272.

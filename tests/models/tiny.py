@@ -1,4 +1,4 @@
-"""The tiny Llamas of tests/data, and copies of them to spoil."""
+"""The tiny Llamas of tests/fixtures, and copies of them to spoil."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-DATA = Path(__file__).parents[1] / "data" / "tiny_llama"
+DATA = Path(__file__).parents[1] / "fixtures" / "tiny_llama"
 NAMES = ("tied", "untied", "llama3")
 
 

@@ -17,7 +17,7 @@ from xtoken_jax.models import load_model, logits  # noqa: E402
 from xtoken_jax.models.generate import generate  # noqa: E402
 from xtoken_jax.models.hf.export import export_hf  # noqa: E402
 
-MAKE = Path(__file__).parents[1] / "data" / "tiny_families" / "make.py"
+MAKE = Path(__file__).parents[1] / "fixtures" / "tiny_families" / "make.py"
 spec = importlib.util.spec_from_file_location("make_families", MAKE)
 make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)

@@ -128,7 +128,7 @@ def test_transformers_loads_an_export_with_the_same_logits(seed, tmp_path):
 
 
 def test_transformers_saves_an_export_back_to_the_bit(tmp_path):
-    data = Path(__file__).parents[1] / "data" / "tiny_llama" / "llama3"
+    data = Path(__file__).parents[1] / "fixtures" / "tiny_llama" / "llama3"
     model, params = load_model(data)
     out = export_hf(tmp_path / "out", model, params, data, dtype="bfloat16")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)

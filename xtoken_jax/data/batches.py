@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from xtoken_jax.alignment.align import collate, token_rows
 from xtoken_jax.alignment.batch import Alignment, StoredRows, TokenRows
@@ -280,6 +281,17 @@ class _Ahead:
 _Ready = tuple[Row, dict[str, list[PartRows]], State]
 
 
+def stored_parts(cache: TeacherCache, row: Row, teacher: str) -> list[PartRows]:
+    """The cached distributions of each part of a row, as the teacher of this name reads it."""
+    side = row.tokens[teacher].teacher
+    # Each part is a segment; a part may have no token on this side.
+    ends = np.searchsorted(side.segments, np.arange(len(row.records) + 1))
+    return [
+        cache.part(record.source, record.document, record.part, side.ids[begin:end])
+        for record, begin, end in zip(row.records, ends[:-1], ends[1:], strict=True)
+    ]
+
+
 class _LaneQueue:
     """Rows of one lane that are ready, in its order, whichever thread made them."""
 
@@ -297,7 +309,7 @@ class _LaneQueue:
                     self._lane.set_state(self._state)
                     self._begun = True
                 row = next(self._lane)
-                stored = {name: cache.parts(row, name) for name, cache in self._caches.items()}
+                stored = {name: stored_parts(cache, row, name) for name, cache in self._caches.items()}
                 made: Any = row, stored, self._lane.get_state()
             except BaseException as error:
                 made = error

@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 from xtoken_jax.distributed.mesh import named_sharding
 from xtoken_jax.errors import UserError
 from xtoken_jax.models.attention import IMPLEMENTATIONS, cudnn_lacks
-from xtoken_jax.models.config import DecoderConfig
-from xtoken_jax.models.lora import LoraConfig
+from xtoken_jax.models.config import DecoderConfig, LoraConfig
 from xtoken_jax.models.network import REMAT, Cache, Decoder
 
 Params = dict[str, Any]  # nested dict of arrays, the same keys as the modules' attributes

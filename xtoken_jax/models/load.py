@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from xtoken_jax.errors import UserError
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.models.attention import require_device
-from xtoken_jax.models.config import DecoderConfig
+from xtoken_jax.models.config import LORA_TARGETS, DecoderConfig, LoraConfig
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf.loading import init_model, load_model
-from xtoken_jax.models.lora import TARGETS, LoraConfig, add_lora
+from xtoken_jax.models.lora import add_lora
 from xtoken_jax.tokens.tokenizer import Tokenizer
 
 # Published embeddings have rows to spare, so that devices share them evenly: at most 2.3% of them.
@@ -66,7 +66,7 @@ class AdapterConfig:
 
     rank: int = 0
     alpha: float = 32.0
-    targets: list[str] = field(default_factory=lambda: list(TARGETS))
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
 
     def validate(self, name: str) -> None:
         """Raise UserError for values that make no sense; `name` is the config's own key."""
@@ -74,10 +74,10 @@ class AdapterConfig:
             raise UserError(f"{name}.rank={self.rank}: must be at least 1, or 0 for no adapters")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise UserError(f"{name}.alpha={self.alpha}: must be above 0")
-        unknown = [target for target in self.targets if target not in TARGETS]
+        unknown = [target for target in self.targets if target not in LORA_TARGETS]
         if unknown or not self.targets:
             what = f"no such kernel as {unknown[0]}" if unknown else "no kernel"
-            raise UserError(f"{name}.targets: {what}; choose among {', '.join(TARGETS)}")
+            raise UserError(f"{name}.targets: {what}; choose among {', '.join(LORA_TARGETS)}")
 
     def settled(self) -> LoraConfig | None:
         """What a model takes."""

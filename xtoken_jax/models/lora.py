@@ -5,45 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 
 from xtoken_jax.distributed.mesh import single_device_mesh
-from xtoken_jax.errors import UserError
+from xtoken_jax.models.config import LoraConfig
+from xtoken_jax.models.decoder import Model, Params
 
-if TYPE_CHECKING:
-    from xtoken_jax.models.decoder import Model, Params
-
-TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 _A, _B = "_lora_a", "_lora_b"  # behind the name of the kernel that they belong to
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """W + alpha / rank * A B, with A and B trained and W frozen.
-
-    Args:
-        rank: R, columns of A.
-        alpha: strength.
-        targets: kernels that get an adapter.
-
-    Raises:
-        UserError: a rank or alpha that is not above zero, no target or an unknown one.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = TARGETS
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0:
-            raise UserError(f"lora rank={self.rank} and alpha={self.alpha} must be above zero")
-        unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets:
-            raise UserError(f"lora targets={list(self.targets)}; choose among {', '.join(TARGETS)}")
 
 
 def split_lora(params: Params) -> tuple[Params, Params]:

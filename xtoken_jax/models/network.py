@@ -19,8 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from xtoken_jax.distributed.mesh import constrain
 from xtoken_jax.models.attention import AttentionSetting, attend, attend_cached
-from xtoken_jax.models.config import DecoderConfig
-from xtoken_jax.models.lora import LoraConfig
+from xtoken_jax.models.config import DecoderConfig, LoraConfig
 from xtoken_jax.models.rope import Angles, angles, rotate
 
 # What the forward pass keeps of a layer for the backward one.

@@ -26,10 +26,11 @@ from xtoken_jax.distributed.processes import from_first
 from xtoken_jax.files import to_json, write_whole, writing
 from xtoken_jax.hub import resolve_folder
 from xtoken_jax.losses import LossKind
+from xtoken_jax.models.config import LoraConfig
 from xtoken_jax.models.decoder import Model, Params
 from xtoken_jax.models.hf.export import check_replaceable
 from xtoken_jax.models.load import Start, open_model
-from xtoken_jax.models.lora import LoraConfig, join_lora, split_lora
+from xtoken_jax.models.lora import join_lora, split_lora
 from xtoken_jax.projection.files import save_projection
 from xtoken_jax.run.agreement import agree, agree_on
 from xtoken_jax.run.experiment import FIRST_TEACHER, Experiment

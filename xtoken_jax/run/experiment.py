@@ -30,7 +30,7 @@ from xtoken_jax.run.words import checked, nearest
 from xtoken_jax.train.loop import TrainConfig
 from xtoken_jax.train.optimizer import OptimizerConfig
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 _DEFAULT_LOSS = LossConfig()
 _PROJECTION_RATE = OptimizerConfig.projection_learning_rate
 OmegaConf.register_new_resolver("embedded", lambda path: str(PACKAGE / "assets" / path), replace=True)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from xtoken_jax.alignment.batch import StoredRows
-from xtoken_jax.data.row_streams import Row
 from xtoken_jax.errors import UserError
 from xtoken_jax.files import read_json, to_json, write_whole, writing
 from xtoken_jax.files.fields import shown
@@ -268,16 +267,6 @@ class TeacherCache:
                 "again, with another checkpoint or teacher.compute_dtype=float32"
             )
         return rows
-
-    def parts(self, row: Row, teacher: str) -> list[PartRows]:
-        """The rows of each part of a row, as a teacher of this name reads it."""
-        side = row.tokens[teacher].teacher
-        # Each part is a segment; one may have no token on this side.
-        ends = np.searchsorted(side.segments, np.arange(len(row.records) + 1))
-        return [
-            self.part(record.source, record.document, record.part, side.ids[begin:end])
-            for record, begin, end in zip(row.records, ends[:-1], ends[1:], strict=True)
-        ]
 
     def rows(self, rows: Sequence[Sequence[PartRows]], length: int) -> StoredRows:
         """What a batch of B rows holds, each of one or more parts behind one another.

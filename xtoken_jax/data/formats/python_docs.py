@@ -10,7 +10,7 @@ from pathlib import Path
 
 _SHORTEST = 40  # characters; a shorter paragraph, such as a heading, can be in two texts by chance
 # Texts and licence of Python 3.11.7; experiments/quickstart/freeze_text.py wrote them.
-FOLDER = Path(__file__).resolve().parents[1] / "assets" / "python_docs"
+FOLDER = Path(__file__).resolve().parents[2] / "assets" / "python_docs"
 
 
 def topics() -> dict[str, str]:

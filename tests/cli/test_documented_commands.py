@@ -24,7 +24,7 @@ from xtoken_jax.distributed.mesh import single_device_mesh
 from xtoken_jax.errors import UserError
 from xtoken_jax.run.sweep import run_sweep
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 FILES += sorted(ROOT.glob("experiments/*/README.md"))
 BLOCKS = [block for file in FILES for block in blocks(file) if block.is_shell]
@@ -40,7 +40,7 @@ COMPOSED = {
     "microsoft/Phi-4-mini-instruct": "its weights are on a hub",
     "experiment=smollm2": "prepare.py downloads its files",
     "hydra/launcher=submitit_slurm": "needs Slurm",
-    "hydra/sweeper=optuna": "searches for hours; tests/test_sweep.py searches where Optuna is installed",
+    "hydra/sweeper=optuna": "searches for hours; tests/run/test_sweep.py searches where Optuna is installed",
 }
 # Words of a command -> the extra that they need, and its package.
 PLUGINS = {

@@ -5,8 +5,8 @@ from omegaconf import OmegaConf
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.losses.total import Direction, LossKind
+from xtoken_jax.models.config import LoraConfig
 from xtoken_jax.models.load import Dtype, Start
-from xtoken_jax.models.lora import LoraConfig
 from xtoken_jax.run.experiment import CONFIG_FOLDER, load_experiment, options_of
 
 PAIR = [

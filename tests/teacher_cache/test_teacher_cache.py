@@ -7,6 +7,7 @@ import pytest
 from kills import killed
 
 from xtoken_jax.alignment.spans import Side, Spans
+from xtoken_jax.data.batches import stored_parts
 from xtoken_jax.data.encode import Record
 from xtoken_jax.data.row_streams import Row
 from xtoken_jax.errors import UserError
@@ -138,7 +139,7 @@ def test_the_parts_of_a_row_are_found_by_its_records(cache):
         {"teacher": Spans(side, side, np.ones(1, bool), np.ones(1, bool))},
         (Record("b", 0, 0), Record("a", 1, 0)),
     )
-    found = TeacherCache(folder).parts(row, "teacher")
+    found = stored_parts(TeacherCache(folder), row, "teacher")
     assert [len(part.normalizers) for part in found] == [7, 3]
     np.testing.assert_array_equal(found[1].ids, held["a", 1][1].ids)
 

@@ -338,7 +338,7 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(monkeypatch, capsys):
     def fail(*_):
         raise PanicException("index out of bounds\nat line 3")
 
-    monkeypatch.setattr("xtoken_jax.cli.parser._report", fail)
+    monkeypatch.setattr("xtoken_jax.cli.report.run", fail)
     assert main(["report", "runs/x"]) == 2
     assert capsys.readouterr().err == (
         "xtoken: a tokenizer fails on this text (index out of bounds); use another\n"

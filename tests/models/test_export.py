@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from full_disk import files_of_at_most
 from kills import killed
-from models import tiny
 
+from models import tiny
 from xtoken_jax.errors import UserError
 from xtoken_jax.files.new_files import new_folder
 from xtoken_jax.models import load_model

@@ -86,7 +86,8 @@ def test_what_a_killed_process_left_goes_when_the_next_copy_is_made(cache, tmp_p
     """As the kernel does it: the lock of a process ends with it, whatever ends it."""
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from xtoken_jax.data.formats.derived_files import keep; from xtoken_jax.data.formats.data_file import DataFile\n"
+        "from xtoken_jax.data.formats.derived_files import keep\n"
+        "from xtoken_jax.data.formats.data_file import DataFile\n"
         "def write(out):\n"
         "    out.write(b'half'); out.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "keep(DataFile(Path(sys.argv[1])), '.jsonl', write)"
