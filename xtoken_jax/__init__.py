@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xtoken_jax.alignment.align import align, collate, to_batch, token_rows
     from xtoken_jax.alignment.batch import AlignedBatch, Alignment, TokenRows
     from xtoken_jax.alignment.chat import align_chats
+    from xtoken_jax.alignment.dynamic import TokenAlignment, align_tokens, chunks_of_ids
     from xtoken_jax.alignment.prompts import align_completions
     from xtoken_jax.alignment.rows import pack
     from xtoken_jax.coverage.audit import Audit, audit
@@ -40,6 +41,7 @@ _MODULES = {
     "Partition": "projection.matrix",
     "Projection": "projection.matrix",
     "ProjectionOptions": "projection.build",
+    "TokenAlignment": "alignment.dynamic",
     "TokenRows": "alignment.batch",
     "Tokenizer": "tokens.tokenizer",
     "TokenizerPair": "tokens.tokenizer",
@@ -47,9 +49,11 @@ _MODULES = {
     "align": "alignment.align",
     "align_chats": "alignment.chat",
     "align_completions": "alignment.prompts",
+    "align_tokens": "alignment.dynamic",
     "audit": "coverage.audit",
     "build_projection": "projection.build",
     "cached_projection": "projection.cache",
+    "chunks_of_ids": "alignment.dynamic",
     "collate": "alignment.align",
     "load_projection": "projection.files",
     "losses": "losses",
@@ -69,6 +73,7 @@ __all__ = [
     "Partition",
     "Projection",
     "ProjectionOptions",
+    "TokenAlignment",
     "TokenRows",
     "Tokenizer",
     "TokenizerPair",
@@ -76,9 +81,11 @@ __all__ = [
     "align",
     "align_chats",
     "align_completions",
+    "align_tokens",
     "audit",
     "build_projection",
     "cached_projection",
+    "chunks_of_ids",
     "collate",
     "load_projection",
     "losses",

@@ -23,12 +23,6 @@ def pad(rows: Sequence[np.ndarray], length: int, fill: int, *, side: str = "righ
     return out
 
 
-def row_mask(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """bool [B, length]: True where a row has a token."""
-    lengths = np.array([[len(row)] for row in rows])
-    return np.arange(length)[None, :] < lengths
-
-
 def token_rows(sides: Sequence[Side], length: int, pad_id: int, *, padding_side: str = "right") -> TokenRows:
     """One side of a batch as arrays.
 

@@ -95,7 +95,8 @@ def align_tokens(
         UserError: `longest` is out of range.
 
     Example:
-        align_tokens([b"201", b"+"], [b"2", b"0", b"1", b"+"]).teacher_chunks  # [0, 0, 0, 1]
+        >>> align_tokens([b"201", b"+"], [b"2", b"0", b"1", b"+"]).teacher_chunks.tolist()
+        [0, 0, 0, 1]
     """
     return _best_path(student, teacher, _text_rules(student, teacher, longest))
 

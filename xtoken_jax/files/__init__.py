@@ -244,8 +244,6 @@ def writing(place: Path) -> Iterator[None]:
 
 def to_disk(path: Path) -> None:
     """Wait until a file's content, or the names in a folder, would survive a loss of power."""
-    if os.name != "posix":  # elsewhere neither folders nor files opened for reading can be flushed
-        return
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

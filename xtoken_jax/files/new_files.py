@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -15,7 +16,6 @@ from typing import IO, BinaryIO
 from xtoken_jax.errors import UserError
 
 _HIDDEN = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(partial|old)", re.DOTALL)
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
 class NewFile:
@@ -41,7 +41,7 @@ class NewFile:
         remove_partials(path.parent, lambda name: name == path.name)
         while True:
             self.partial = hidden(path)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK | getattr(os, "O_BINARY", 0)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             self._file: BinaryIO = os.fdopen(os.open(self.partial, flags, mode), "r+b")
             lock(self._file.fileno())
             if self.partial.exists():
@@ -94,7 +94,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     while True:
         partial = hidden(path)
         partial.mkdir()
-        number = os.open(partial, os.O_RDONLY | _NO_LINK)
+        number = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
         lock(number)
         if partial.exists():
             break
@@ -151,7 +151,7 @@ def _remove_unlocked(path: Path) -> None:
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or not _mine(status):
             return
         access = os.O_RDONLY if stat.S_ISDIR(status.st_mode) else os.O_RDWR  # NFS locks what can be written
-        number = os.open(path, access | _NO_LINK)
+        number = os.open(path, access | os.O_NOFOLLOW)
     except OSError:  # gone, or not to be opened
         return
     try:
@@ -177,7 +177,7 @@ def _removing(path: Path) -> Iterator[None]:
 
 
 def _mine(status: os.stat_result) -> bool:
-    return os.name != "posix" or status.st_uid == os.getuid()
+    return status.st_uid == os.getuid()
 
 
 def lock(number: int, *, wait: bool = True) -> bool | None:
@@ -190,10 +190,6 @@ def lock(number: int, *, wait: bool = True) -> bool | None:
     Returns:
         True with the lock, False where another process holds it; None where there are no locks.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
     try:
         fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -211,5 +207,5 @@ def open_to_append(path: Path) -> IO[str]:
     """
     if path.is_symlink():
         raise OSError(f"it is a link to {os.readlink(path)}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
     return open(path, "a", encoding="utf-8", opener=lambda name, _: os.open(name, flags, 0o666))

@@ -181,5 +181,5 @@ def _exchange(a: Path, b: Path) -> bool:
             return bool(libc.renamex_np(os.fsencode(a), os.fsencode(b), 2) == 0)  # RENAME_SWAP
         here = -100  # AT_FDCWD
         return bool(libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), 2) == 0)  # RENAME_EXCHANGE
-    except (AttributeError, TypeError):  # a C library without it, and Windows
+    except (AttributeError, TypeError):  # a C library without it
         return False

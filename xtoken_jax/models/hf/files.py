@@ -70,7 +70,7 @@ class TensorFiles:
     def release(self) -> None:
         """Give the pages read so far back to the kernel, which keeps them in its own cache or not."""
         for mapped in self._maps:
-            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on every POSIX system
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def _open(self, path: Path) -> dict[str, Tensor]:
