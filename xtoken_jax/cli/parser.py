@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Without `arguments` the process is the command's: an error or a signal ends it here, since XLA's threads
     may still be busy, which the interpreter's shutdown does not survive.
     """
-    parser, commands = _parser()
+    parser, commands = make_parser()
     complete(parser)
     options, rest = parser.parse_known_args(arguments)
     if options.command is None:
@@ -105,7 +105,7 @@ def _show_warning(
         _python_warning(message, category, filename, lineno, file, line)
 
 
-def _parser() -> tuple[Parser, dict[str, Parser]]:
+def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and that of each command by its name."""
     parser = Parser(
         prog="xtoken",
