@@ -14,7 +14,7 @@ CORE := tests/test_architecture.py tests/test_dependencies.py tests/run/test_exp
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tokenizers test test-newest test-parity fuzz check lint format bench clean
+.PHONY: help quickstart tokenizers test test-newest test-parity fuzz check lint format docs docs-serve bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,13 @@ check: lint ## lint and a core of the tests, within 90 seconds on 2 cores
 format: $(VENV)/installed-dev ## rewrite the code in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed-docs ## the documentation as a site in build/site; fails on a broken link
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/installed-docs ## the documentation at http://127.0.0.1:8000, rebuilt when a page changes
+	$(BIN)/mkdocs serve
 
 bench: $(VENV)/installed ## compiled memory and relative speed: losses, and on fetched tokenizers alignment and W
 	$(BIN)/python experiments/benchmarks/losses.py

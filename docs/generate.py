@@ -1,6 +1,8 @@
 """Write the generated pages of the documentation: every configuration key, every command.
 
-MkDocs runs this as a hook before each build; `python docs/generate.py` writes the same pages by hand.
+Run `python docs/generate.py` after a change of a configuration dataclass, a file in `configs/` or a parser. The pages
+are committed, because readers of a clone or of the repository's pages have no site to look at, and
+`tests/docs/test_reference.py` holds them to the code. `mkdocs build` therefore needs neither jax nor this package.
 """
 
 from __future__ import annotations
@@ -10,16 +12,18 @@ import dataclasses
 import enum
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-REFERENCE = Path(__file__).parent / "reference"
+DOCS = Path(__file__).parent
+REFERENCE = DOCS / "reference"
 
 
 class Key(typing.NamedTuple):
-    """One configuration key."""
+    """One row of a table of keys."""
 
     name: str
     type: str
@@ -28,8 +32,8 @@ class Key(typing.NamedTuple):
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Field -> its text in the `Attributes:` section of a dataclass's docstring, bases included."""
-    found: dict[str, str] = {}
+    """Map each field to its text in the `Attributes:` section of a dataclass's docstring, bases included."""
+    texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         doc = inspect.cleandoc(base.__doc__ or "")
         _, marker, section = doc.partition("Attributes:\n")
@@ -39,25 +43,59 @@ def meanings(cls: type) -> dict[str, str]:
         for entry in re.split(r"\n(?=    \S)", section):
             names, colon, text = entry.strip().partition(": ")
             if colon:
-                found |= dict.fromkeys(re.split(r", ", names), " ".join(text.split()))
-    return found
+                texts |= dict.fromkeys(re.split(r", ", names), " ".join(text.split()))
+    return texts
 
 
-def keys(cls: type, prefix: str = "") -> Iterator[Key]:
-    """Every key below a dataclass, in the order of its fields."""
-    hints, said = typing.get_type_hints(cls), meanings(cls)
-    for field in dataclasses.fields(cls):
-        name, kind = f"{prefix}{field.name}", hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            yield from keys(typing.cast(type, kind), f"{name}.")
-        elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1]):
-            yield from keys(typing.get_args(kind)[1], f"{name}.NAME.")
-        else:
-            yield Key(name, type_name(kind), default_of(field), said.get(field.name, ""))
+class Keys:
+    """The keys below a dataclass; a dataclass that was shown before is linked, not repeated."""
+
+    def __init__(self) -> None:
+        self._shown: dict[type, str] = {}  # dataclass -> the prefix under which its keys are listed
+
+    def of(self, cls: type, prefix: str) -> Iterator[Key]:
+        """Yield the keys of a dataclass in the order of its fields, below a prefix such as `train.`."""
+        base = next((base for base in cls.__mro__ if base in self._shown), None)
+        hidden: set[str] = set()
+        if base is not None:
+            hidden = {field.name for field in dataclasses.fields(base)}
+            shown = self._shown[base]
+            link = f"[`{shown}*`](#{anchor(shown)})"
+            yield Key(f"{prefix}*", "", "", f"The keys of {link}, with the same meaning and the same defaults.")
+        self._shown.setdefault(cls, prefix)
+        hints, texts = typing.get_type_hints(cls), meanings(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in hidden:
+                continue
+            name, kind = f"{prefix}{field.name}", hints[field.name]
+            if (inner := dataclass_in(kind)) is not None:
+                yield from self.of(inner, f"{name}." if inner is kind else f"{name}.NAME.")
+            elif field.name in texts:
+                yield Key(name, type_name(kind), default_of(field), sentence(texts[field.name]))
+            else:
+                raise ValueError(f"{name}: no meaning in the `Attributes:` of {cls.__module__}.{cls.__name__}")
+
+
+def dataclass_in(kind: Any) -> type | None:
+    """Return the dataclass that a field holds, or holds by name; else None."""
+    if typing.get_origin(kind) is dict:
+        kind = typing.get_args(kind)[1]
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+
+
+def anchor(prefix: str) -> str:
+    """Return the heading under which a prefix is listed."""
+    return prefix.split(".")[0]
+
+
+def sentence(text: str) -> str:
+    """Return a docstring's entry with a capital letter, unless it begins with code or a value."""
+    word = text.split()[0]
+    return text if not word.isalpha() or not word.islower() else text[0].upper() + text[1:]
 
 
 def type_name(kind: Any) -> str:
-    """A type as a user writes its values."""
+    """Return a type as a user writes its values."""
     options = [option for option in typing.get_args(kind) if option is not type(None)]
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return ", ".join(f"`{member.value}`" for member in kind)
@@ -72,7 +110,7 @@ def type_name(kind: Any) -> str:
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
-    """A field's default as a user writes it."""
+    """Return a field's default as a user writes it."""
     value = field.default
     if value is dataclasses.MISSING:
         assert field.default_factory is not dataclasses.MISSING
@@ -85,58 +123,153 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 
 
 def configuration() -> str:
-    """The page of all configuration keys."""
+    """Return the page of all configuration keys."""
     from xtoken_jax.run.experiment import Experiment
 
     lines = [
         "# Configuration keys",
         "",
-        "Every key that `xtoken distill` and `xtoken cache-teacher` take as `key=value`. `NAME` stands for a "
-        "name of your choice. `xtoken distill ... --cfg job` prints the settings of a run.",
+        "`xtoken distill` and `xtoken cache-teacher` take these keys as `key=value`. `NAME` stands for a name of your "
+        "choice. A key or value that does not exist is refused, with the nearest one that does. "
+        "`xtoken distill ... --cfg job` prints the settings of a run without starting it.",
         "",
+        "Values use Hydra's grammar: `null` for nothing, `[a,b]` for a list, quotes around texts with commas "
+        "or equals signs. All keys exist since version 0.1.0. Generated by `docs/generate.py` from the dataclasses.",
+        "",
+        "## Groups",
+        "",
+        "A group selects a file of defaults from the folder `configs/`; single keys go on top of it.",
+        "",
+        "| group | choices |",
+        "|---|---|",
     ]
-    group = None
-    for key in keys(Experiment):
-        first = key.name.split(".")[0] if "." in key.name else ""
-        if first != group:
-            group = first
-            lines += ["", f"## `{first}`" if first else "## Run", ""]
-            lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
-        cells = (f"`{key.name}`", key.type, key.default, key.meaning)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for group, choices in groups().items():
+        lines.append(f"| `{group}=` | {', '.join(f'`{choice}`' for choice in choices)} |")
+    hints, texts, keys = typing.get_type_hints(Experiment), meanings(Experiment), Keys()
+    fields = dataclasses.fields(Experiment)
+    run = [
+        Key(field.name, type_name(hints[field.name]), default_of(field), sentence(texts[field.name]))
+        for field in fields
+        if dataclass_in(hints[field.name]) is None
+    ]
+    lines += section("Run", run)
+    nested = [field.name for field in fields if dataclass_in(hints[field.name]) is hints[field.name]]
+    by_name = [field.name for field in fields if typing.get_origin(hints[field.name]) is dict]
+    for name in [*nested, *by_name]:  # further teachers last: they have the keys of `teacher` and of `loss`
+        inner = dataclass_in(hints[name])
+        assert inner is not None
+        lines += section(f"`{name}`", keys.of(inner, f"{name}." if name in nested else f"{name}.NAME."))
     return "\n".join(lines) + "\n"
 
 
+def section(title: str, rows: typing.Iterable[Key]) -> list[str]:
+    """Return the lines of one table of keys."""
+    lines = ["", f"## {title}", "", "| key | values | default | meaning |", "|---|---|---|---|"]
+    for key in rows:
+        cells = (f"`{key.name}`", key.type, key.default, key.meaning)
+        lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
+    return lines
+
+
+def escaped(cell: str) -> str:
+    """Return a text that does not end its cell of a table."""
+    return cell.replace("|", "\\|")
+
+
+def groups() -> dict[str, list[str]]:
+    """Map each configuration group to its choices."""
+    from xtoken_jax.run.experiment import CONFIG_FOLDER
+
+    folders = sorted(path for path in CONFIG_FOLDER.iterdir() if path.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
 def commands() -> str:
-    """The page of all commands, from their parsers."""
+    """Return the page of all commands, from their parsers."""
     from xtoken_jax.cli.parser import make_parser
 
-    parser = make_parser()
-    lines = ["# Commands", "", "What `xtoken COMMAND --help` prints.", ""]
-    (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for name, sub in subparsers.choices.items():
-        sub.formatter_class = _Wide if sub.formatter_class is argparse.HelpFormatter else sub.formatter_class
-        lines += [f"## `xtoken {name}`", "", "```text", sub.format_help().rstrip(), "```", ""]
+    lines = [
+        "# Commands",
+        "",
+        "`xtoken COMMAND --help` prints the same in the terminal. Every command exits with 0 when it succeeds and with 2 "
+        "after a wrong input, with one line that names it. Generated by `docs/generate.py` from the parsers.",
+        "",
+    ]
+    for name, parser in parsers(make_parser()).items():
+        lines += [f"## `xtoken {name}`", "", sentence(parser.description or "").rstrip(".") + ".", ""]
+        lines += ["```text", usage(parser), "```", "", "| argument | meaning |", "|---|---|"]
+        for action in arguments(parser):
+            lines.append(f"| {escaped(shown(action))} | {escaped(meaning(action, name))} |")
+        if parser.epilog:
+            lines += ["", "```text", parser.epilog.strip("\n"), "```"]
+        lines.append("")
     return "\n".join(lines)
 
 
-class _Wide(argparse.HelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, width=100)
+def parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Map each command to its parser."""
+    (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(subparsers.choices)
+
+
+def arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the arguments of a command: positional ones first, --help left out."""
+    actions = [action for action in parser._actions if action.dest != "help"]
+    return sorted(actions, key=lambda action: bool(action.option_strings))
+
+
+def value(action: argparse.Action) -> str:
+    """Return the placeholder of an argument's value; empty for a switch."""
+    if action.nargs == 0:
+        return ""
+    if action.choices is not None:
+        return "{" + ",".join(map(str, action.choices)) + "}"
+    name = str(action.metavar or action.dest.upper())
+    return {"+": f"{name} ...", "*": f"[{name} ...]"}.get(str(action.nargs), name)
+
+
+def shown(action: argparse.Action) -> str:
+    """Return an argument with its spellings and its value, as code."""
+    names = ", ".join(f"`{option}`" for option in action.option_strings)
+    return f"{names} `{value(action)}`" if names and value(action) else names or f"`{value(action)}`"
+
+
+def meaning(action: argparse.Action, command: str) -> str:
+    """Return an argument's help, and whether it is required."""
+    if action.help is None and action.metavar == "KEY=VALUE":
+        return "Settings: [all keys](configuration.md)."
+    if not action.help:
+        raise ValueError(f"xtoken {command}: {action.dest} has no help")
+    required = " Required." if action.required and action.option_strings else ""
+    return sentence(action.help).rstrip(".") + "." + required
+
+
+def usage(parser: argparse.ArgumentParser) -> str:
+    """Return one line on how to call a command; argparse's own differs between versions of Python."""
+    parts = []
+    for action in arguments(parser):
+        name = action.option_strings[-1] if action.option_strings else ""
+        text = " ".join(filter(None, (name, value(action))))
+        parts.append(text if action.required or text.startswith("[") else f"[{text}]")
+    lines, width = [parser.prog], 100
+    for part in parts:
+        if len(lines[-1]) + len(part) >= width:
+            lines.append(" " * len(parser.prog))
+        lines[-1] += f" {part}"
+    return "\n".join(lines)
+
+
+PAGES = {"configuration.md": configuration, "commands.md": commands}
 
 
 def write() -> None:
-    """Write the pages where they changed."""
+    """Write the pages that changed."""
     REFERENCE.mkdir(exist_ok=True)
-    for name, text in (("configuration.md", configuration()), ("commands.md", commands())):
-        path = REFERENCE / name
+    for name, make in PAGES.items():
+        path, text = REFERENCE / name, make()
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
-
-
-def on_pre_build(config: object) -> None:
-    """Hook of MkDocs."""
-    write()
+            print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,13 @@ PARTITION_SPECS: dict[str, PartitionSpec] = {
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Sizes of the three mesh axes; -1 (at most once) means the remaining devices."""
+    """Sizes of the three mesh axes; -1 (at most once) means the remaining devices.
+
+    Attributes:
+        data: devices with a whole copy of the parameters each; the batch is split over them.
+        fsdp: devices that split the parameters, the optimizer state and the batch.
+        tensor: devices that split heads, feed-forward columns and the vocabulary; not the batch.
+    """
 
     data: int = -1
     fsdp: int = 1
