@@ -61,7 +61,9 @@ class Keys:
             hidden = {field.name for field in dataclasses.fields(base)}
             shown = self._shown[base]
             link = f"[`{shown}*`](#{anchor(shown)})"
-            yield Key(f"{prefix}*", "", "", f"The keys of {link}, with the same meaning and the same defaults.")
+            yield Key(
+                f"{prefix}*", "", "", f"The keys of {link}, with the same meaning and the same defaults."
+            )
         self._shown.setdefault(cls, prefix)
         hints, texts = typing.get_type_hints(cls), meanings(cls)
         for field in dataclasses.fields(cls):
@@ -73,7 +75,9 @@ class Keys:
             elif field.name in texts:
                 yield Key(name, type_name(kind), default_of(field), sentence(texts[field.name]))
             else:
-                raise ValueError(f"{name}: no meaning in the `Attributes:` of {cls.__module__}.{cls.__name__}")
+                raise ValueError(
+                    f"{name}: no meaning in the `Attributes:` of {cls.__module__}.{cls.__name__}"
+                )
 
 
 def dataclass_in(kind: Any) -> type | None:
