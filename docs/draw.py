@@ -1,10 +1,11 @@
 """Draw the pictures of docs/concepts.md as SVG files, from the package's own code.
 
-Run `python docs/draw.py` after a change; `tests/docs/test_pictures.py` holds the committed files to it. The alignment, the
-rows of W and the audit are those of the quickstart's bundled tokenizers. The three losses are computed on the small
-vocabularies of docs/prefix_kl.md, section 4, where every number can be checked by hand.
+Run `python docs/draw.py` after a change; `tests/docs/test_pictures.py` compares the committed files with it.
+The alignment, the rows of W and the audit are those of the quickstart's bundled tokenizers. The three losses
+are computed on the small vocabularies of docs/prefix_kl.md, section 4, where every number can be checked by
+hand.
 
-The pictures are drawn on a light ground, 480 units wide with letters of at least 13, so they can be read on a phone.
+The pictures are 480 units wide with letters of at least 13, so they can be read on a phone.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def bars_picture(title: str, groups: list[Bars], notes: list[str]) -> Picture:
             ):
                 left = middle - 30 + 31 * side
                 if value is None:
-                    picture.text(left + 14, base - 4, "–", color=GRAY)
+                    picture.text(left + 14, base - 4, "-", color=GRAY)
                     continue
                 picture.box(left, base - 86 * value, 28, max(86 * value, 1), color, rx=1)
                 picture.text(left + 14, base - 86 * value - 4, f"{value:.2f}", size=13)
