@@ -133,8 +133,8 @@ def configuration() -> str:
     lines = [
         "# Configuration keys",
         "",
-        "`xtoken distill` and `xtoken cache-teacher` take these keys as `key=value`. `NAME` stands for a name "
-        "of your choice. A key or value that does not exist is refused, with the nearest one that does. "
+        "`xtoken distill` and `xtoken cache-teacher` take these keys as `key=value`. `NAME` stands for a "
+        "name of your choice. A key or value that does not exist is refused, with the nearest one that does. "
         "`xtoken distill ... --cfg job` prints the settings of a run without starting it.",
         "",
         "Values use Hydra's grammar: `null` for nothing, `[a,b]` for a list, quotes around texts with commas "
