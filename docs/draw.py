@@ -259,8 +259,8 @@ def h_kl_picture() -> Picture:
 
 
 def prefix_kl_picture() -> Picture:
-    # Sums of the example's probabilities: compiling `prefix_kl` for four tokens takes longer than all the rest.
-    # tests/losses/test_prefix_kl.py holds it to the same value.
+    # Sums of probabilities, since compiling `prefix_kl` takes longer than all the rest; the tests compare the
+    # result with the loss's float64 version.
     student = STUDENT_ROWS[0]
     number = student[[2, 3, 4]].sum()
     after_2, after_20 = student[[3, 4]].sum() / number, student[4] / student[[3, 4]].sum()
