@@ -69,10 +69,10 @@ format: $(VENV)/installed-dev ## rewrite the code in ruff's format
 
 docs: $(VENV)/installed-docs ## the documentation as a site in build/site; fails on a broken link
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs-serve: $(VENV)/installed-docs ## the documentation at http://127.0.0.1:8000, rebuilt when a page changes
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: $(VENV)/installed ## compiled memory and relative speed: losses, and on fetched tokenizers alignment and W
 	$(BIN)/python experiments/benchmarks/losses.py
