@@ -1,8 +1,9 @@
-"""Write the generated pages of the documentation: every configuration key, every command.
+"""Write the generated pages of the documentation: configuration keys, commands, public names.
 
-Run `python docs/generate.py` after a change of a configuration dataclass, a file in `configs/` or a parser.
-The pages are committed: readers of a clone have no site to look at. `tests/docs/test_reference.py` compares
-them with the code, so `mkdocs build` needs neither jax nor this package.
+Run `python docs/generate.py` after a change of a configuration dataclass, a file in `configs/`, a parser or a
+public name. The pages are committed: readers of a clone have no site to look at.
+`tests/docs/test_reference.py` compares them with the code, so `mkdocs build` needs neither jax nor this
+package.
 """
 
 from __future__ import annotations
@@ -264,7 +265,75 @@ def usage(parser: argparse.ArgumentParser) -> str:
     return "\n".join(lines)
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands}
+# Public names by topic, in the order of the page. A name of `losses` has its prefix.
+API = {
+    "Tokenizers": "Tokenizer TokenizerPair",
+    "Alignment": (
+        "align align_completions align_chats pack to_batch AlignedBatch token_rows collate "
+        "Alignment TokenRows"
+    ),
+    "Projection W": (
+        "build_projection cached_projection ProjectionOptions Projection LearnableProjection "
+        "Partition prefix_tables shard_projection save_projection load_projection"
+    ),
+    "Audit": "audit Audit",
+    "Errors": "UserError",
+    "Losses of a chunk": (
+        "losses.projection_kl losses.hybrid_kl losses.hybrid_terms losses.HybridTerms "
+        "losses.prefix_kl losses.rank_l1 losses.likelihood_matching losses.same_vocabulary_kl "
+        "losses.same_vocabulary_kl_by_chunk"
+    ),
+    "From chunks to the objective": (
+        "losses.valid_chunks losses.masked_mean losses.next_token_cross_entropy losses.total_loss "
+        "losses.dynamic_scale losses.kd_scale_capped"
+    ),
+    "By configuration": "losses.LossConfig losses.LossKind losses.loss_tables losses.distillation_loss",
+    "Several teachers": (
+        "losses.combine_teachers losses.TeacherTerm losses.teacher_scores "
+        "losses.blockwise_teacher_scores losses.TeacherScores losses.average_logits "
+        "losses.TeachersConfig losses.TeachersMode losses.Score"
+    ),
+    "From hidden states": "losses.blockwise_loss losses.BlockwiseLoss",
+    "Split vocabularies": (
+        "losses.vocab_parallel_cross_entropy losses.vocab_parallel_hybrid_kl "
+        "losses.vocab_parallel_hybrid_terms losses.vocab_parallel_likelihood_matching "
+        "losses.vocab_parallel_prefix_kl losses.vocab_parallel_projection_kl"
+    ),
+}
+
+
+def public_names() -> list[str]:
+    """Return the public names of the package; those of `losses` have its prefix."""
+    import xtoken_jax
+
+    names = [name for name in xtoken_jax.__all__ if name != "losses"]
+    return names + [f"losses.{name}" for name in xtoken_jax.losses.__all__]
+
+
+def api() -> str:
+    """Return the page of the Python API, whose entries mkdocstrings fills in."""
+    public, placed = set(public_names()), " ".join(API.values()).split()
+    if forgotten := sorted(public - set(placed)):
+        raise ValueError(f"name a topic in API for the public names {', '.join(forgotten)}")
+    lines = [
+        "# Python API",
+        "",
+        "The public names of `xtoken_jax` and `xtoken_jax.losses`. Everything else may change without "
+        "notice. Names are loaded on first use, so `import xtoken_jax` is fast, and the losses need only jax "
+        "and numpy.",
+        "",
+        "Shapes are given in [letters](../concepts.md#shape-letters). [The losses in your "
+        "code](../guides/python.md) shows how the parts fit together.",
+    ]
+    for topic, names in API.items():
+        lines += ["", f"## {topic}"]
+        for name in names.split():
+            if name in public:
+                lines += ["", f"::: xtoken_jax.{name}"]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"configuration.md": configuration, "commands.md": commands, "api.md": api}
 
 
 def write() -> None:
