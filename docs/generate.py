@@ -74,7 +74,8 @@ class Keys:
             if (inner := dataclass_in(kind)) is not None:
                 yield from self.of(inner, f"{name}." if inner is kind else f"{name}.NAME.")
             elif field.name in texts:
-                yield Key(name, type_name(kind), default_of(field), sentence(texts[field.name]))
+                values = type_name(kind)
+                yield Key(name, values, default_of(field), sentence(texts[field.name], values))
             else:
                 raise ValueError(
                     f"{name}: no meaning in the `Attributes:` of {cls.__module__}.{cls.__name__}"
@@ -93,10 +94,13 @@ def anchor(prefix: str) -> str:
     return prefix.split(".")[0]
 
 
-def sentence(text: str) -> str:
-    """Return a docstring's entry with a capital letter, unless it begins with code or a value."""
-    word = text.split()[0]
-    return text if not word.isalpha() or not word.islower() else text[0].upper() + text[1:]
+def sentence(text: str, values: str = "") -> str:
+    """Return a docstring's entry with a capital letter, unless it begins with code, a symbol or a value."""
+    word = text.split()[0].rstrip(",:;")
+    as_it_is = (
+        not word.isalpha() or not word.islower() or f"`{word}`" in values or re.match("[a-z] [<>=]", text)
+    )
+    return text if as_it_is else text[0].upper() + text[1:]
 
 
 def type_name(kind: Any) -> str:
