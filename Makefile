@@ -14,7 +14,7 @@ CORE := tests/test_architecture.py tests/test_dependencies.py tests/run/test_exp
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tokenizers test test-newest test-parity fuzz check lint format docs docs-serve bench clean
+.PHONY: help quickstart tokenizers test test-newest test-parity fuzz check lint format docs docs-serve tour bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ docs: $(VENV)/installed-docs ## the documentation as a site in build/site; fails
 
 docs-serve: $(VENV)/installed-docs ## the documentation at http://127.0.0.1:8000, rebuilt when a page changes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+tour: $(VENV)/installed-docs ## run the notebook docs/tour.ipynb, about a minute on 2 cores
+	JAX_PLATFORMS=cpu $(BIN)/jupyter execute docs/tour.ipynb
 
 bench: $(VENV)/installed ## compiled memory and relative speed: losses, and on fetched tokenizers alignment and W
 	$(BIN)/python experiments/benchmarks/losses.py

@@ -1,5 +1,6 @@
 """Links, pictures and anchors of the pages, without MkDocs; every page is in the navigation."""
 
+import json
 import re
 import unicodedata
 from pathlib import Path
@@ -67,6 +68,16 @@ def test_a_broken_link_is_found(tmp_path):
     page.write_text("# One\n\n[ok](#one) [no](#two)\n")
     with pytest.raises(AssertionError, match="#two"):
         test_links_of_a_page_resolve(page)
+
+
+def test_the_notebook_is_python_and_has_its_outputs():
+    notebook = json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    for cell in cells:
+        compile("".join(cell["source"]), "tour.ipynb", "exec")
+        assert not [o for o in cell["outputs"] if o["output_type"] == "error"]
+    assert "image/png" in cells[-1]["outputs"][0]["data"]
 
 
 def test_commands_of_the_pages_are_ones_that_exist():
