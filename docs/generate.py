@@ -205,7 +205,7 @@ def commands() -> str:
         "`docs/generate.py`.",
         "",
     ]
-    for name, parser in parsers(make_parser()).items():
+    for name, parser in make_parser()[1].items():
         lines += [f"## `xtoken {name}`", "", sentence(parser.description or "").rstrip(".") + ".", ""]
         lines += ["```text", usage(parser), "```", "", "| argument | meaning |", "|---|---|"]
         for action in arguments(parser):
@@ -214,12 +214,6 @@ def commands() -> str:
             lines += ["", "```text", parser.epilog.strip("\n"), "```"]
         lines.append("")
     return "\n".join(lines)
-
-
-def parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Map each command to its parser."""
-    (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(subparsers.choices)
 
 
 def arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -274,7 +268,7 @@ API = {
     "Tokenizers": "Tokenizer TokenizerPair",
     "Alignment": (
         "align align_completions align_chats pack to_batch AlignedBatch token_rows collate "
-        "Alignment TokenRows"
+        "Alignment TokenRows align_tokens chunks_of_ids TokenAlignment"
     ),
     "Projection W": (
         "build_projection cached_projection ProjectionOptions Projection LearnableProjection "

@@ -39,7 +39,7 @@ def piece(request, monkeypatch):
     """Bytes that are searched at a time: everything lies across a border, or nothing does."""
     monkeypatch.setattr(record_files, "PIECE", request.param)
     for module in ("json_array", "csv_files"):
-        monkeypatch.setattr(f"xtoken_jax.data.{module}.PIECE", request.param)
+        monkeypatch.setattr(f"xtoken_jax.data.formats.{module}.PIECE", request.param)
 
 
 def at_random(records):

@@ -279,16 +279,17 @@ def everything_in_float64(monkeypatch):
     """The losses as they are, with float64 where they say float32."""
     wide = SimpleNamespace(**{**vars(jnp), "float32": jnp.float64})
     names = (
-        "chunks",
-        "divergence",
-        "hybrid_kl",
-        "likelihood",
-        "prefix_kl",
-        "projection_kl",
-        "rank",
-        "reduce",
-        "same_vocabulary",
-        "softmax",
+        "math.chunks",
+        "math.divergence",
+        "math.reduce",
+        "math.softmax",
+        "terms.alm",
+        "terms.hybrid_kl",
+        "terms.prefix_kl",
+        "terms.prefix_steps",
+        "terms.projection_kl",
+        "terms.same_vocabulary",
+        "terms.uld",
     )
     modules = [importlib.import_module(f"xtoken_jax.losses.{name}") for name in names]
     for module in modules:
