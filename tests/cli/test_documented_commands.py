@@ -11,12 +11,14 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
+import zstandard
 from documented import blocks
 
 from xtoken_jax.cli.parser import main
@@ -30,6 +32,10 @@ FILES += sorted(ROOT.glob("experiments/*/README.md"))
 BLOCKS = [block for file in FILES for block in blocks(file) if block.is_shell]
 # Blocks that show what a command prints, and the tree of files, by their first words.
 OUTPUTS = ("student", "pyproject.toml")
+PUBLISHED = (
+    "meta-llama/Llama-3.2-1B",
+    "Qwen/Qwen3-4B",
+)  # a student and a teacher; the tiny pair stands for them
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Words of a command -> why only its settings are composed (--cfg job).
@@ -92,6 +98,16 @@ def folder(tmp_path, monkeypatch, pair_folders):
     for name in ("train", "valid"):
         texts = [f"{a}+{b}={a + b}, as everybody € knows.\n" * 4 for a in range(8) for b in range(8)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    shutil.copyfile(tmp_path / "train.jsonl", tmp_path / "more.jsonl")
+    shutil.copyfile(tmp_path / "valid.jsonl", tmp_path / "held_out.jsonl")
+    for name in ("books", "web", "code"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            (tmp_path / name / f"{number}.txt").write_text(
+                f"{name} {number}: 1+1=2, as everybody knows.\n" * 40
+            )
+    compressed = zstandard.compress((tmp_path / "train.jsonl").read_bytes())
+    (tmp_path / "chats.jsonl.zst").write_bytes(compressed)
     monkeypatch.chdir(tmp_path)
     for module in ("distill", "cache_teacher"):
         monkeypatch.setattr(f"xtoken_jax.run.{module}.make_mesh", lambda config: single_device_mesh())
@@ -168,8 +184,9 @@ def run_script(words, monkeypatch):
 
 def run_xtoken(words, pair, monkeypatch):
     command = words[0]
-    words = [part for word in words for part in (placeholder(command, pair) if word == "..." else [word])]
-    for side, path in zip(("student", "teacher"), pair, strict=True):
+    words = [part for word in words for part in (placeholder(words, pair) if word == "..." else [word])]
+    for side, hub_id, path in zip(("student", "teacher"), PUBLISHED, pair, strict=True):
+        words = [word.replace(hub_id, str(path)) for word in words]
         words = [f"{side}.path={path}" if word == f"{side}.path=DIR" else word for word in words]
         words = [
             str(path) if word == "DIR" and before == f"--{side}" else word
@@ -196,11 +213,13 @@ def run_xtoken(words, pair, monkeypatch):
         TRAINED.append(words)
 
 
-def placeholder(command, pair):
+def placeholder(words, pair):
     """What "..." stands for."""
     student, teacher = pair
-    if command in ("distill", "cache-teacher"):
-        data = ["data.train.text.path=train.jsonl", "data.validation.text.path=valid.jsonl"]
+    if words[0] in ("distill", "cache-teacher"):
+        data = ["data.validation.text.path=valid.jsonl"]
+        if not any(word.startswith("data.train.") for word in words):
+            data.append("data.train.text.path=train.jsonl")
         return [f"student.path={student}", f"teacher.path={teacher}", *data]
     return ["--student", str(student), "--teacher", str(teacher)]
 

@@ -13,7 +13,7 @@ import xtoken_jax.losses
 PACKAGE = xtoken_jax.losses
 MODULES = [
     PACKAGE.__name__,
-    *(f"{PACKAGE.__name__}.{m.name}" for m in pkgutil.iter_modules(PACKAGE.__path__)),
+    *(module.name for module in pkgutil.walk_packages(PACKAGE.__path__, f"{PACKAGE.__name__}.")),
 ]
 
 LOSSES = (
