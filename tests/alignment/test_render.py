@@ -36,6 +36,7 @@ def test_a_hostile_template_ends_with_one_line(kind, tokenizer, monkeypatch):
     monkeypatch.setattr(template_process, "SECONDS", 0.5)
     source, part = HOSTILE[kind]
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the highest of all tests before
     before = processor_seconds()
     line = ""
     try:
@@ -49,7 +50,7 @@ def test_a_hostile_template_ends_with_one_line(kind, tokenizer, monkeypatch):
         assert "\n" not in line
         assert len(line) < 600
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - own < 50_000  # KiB
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 500_000
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(500_000, children)
     assert processor_seconds() - before < 10
     assert render(tokenizer, "{{ messages[0].content }}!", CHAT, str) == "Hi!"
 

@@ -61,6 +61,7 @@ def test_a_record_that_is_reached_late_ends_the_run_with_its_line(capsys, monkey
     monkeypatch.setattr(encode, "LITTLE", 0)
     data = tmp_path / "text.jsonl"  # that of `words`
     lines = data.read_text().splitlines()
+    lines += lines[:5]  # the start of a run samples every few records, the middle one too
     data.write_text("\n".join([*lines, '{"text": 3}', *lines]) + "\n")
     valid = tmp_path / "valid.jsonl"
     valid.write_text(lines[0] + "\n")

@@ -169,6 +169,10 @@ def run_script(words, monkeypatch):
 
     parsed = argparse.ArgumentParser.parse_args
     with monkeypatch.context() as patch:
+        # Modules of the script's folder may have the names of packages of the tests.
+        for beside in (ROOT / script).parent.glob("*.py"):
+            for name in [n for n in sys.modules if n.partition(".")[0] == beside.stem]:
+                patch.delitem(sys.modules, name)
         patch.setattr(sys, "argv", [script, *arguments, *(small if isinstance(small, list) else [])])
         patch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
         if isinstance(small, str):

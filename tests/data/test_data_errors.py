@@ -151,7 +151,7 @@ def test_no_room_for_copies(tmp_path, monkeypatch):
     monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "file"))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
     assert refusal(lambda: read(tmp_path / "a.jsonl.gz"), tmp_path) == (
-        "DIR/file/data: no copy for random access can be kept there (Not a directory); XTOKEN_CACHE=FOLDER "
+        "DIR/file/data: no copy for random access can be kept there (File exists); XTOKEN_CACHE=FOLDER "
         "names another place"
     )
 

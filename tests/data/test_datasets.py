@@ -138,7 +138,11 @@ def test_what_is_wrong_with_a_hub_dataset(saved, monkeypatch):
         ),
         (saved / "one", {"split": "dev"}, "it was saved without splits; leave split out"),
         (saved / "one", {}, "could be read in several ways, as text and messages"),
-        ("org/name", {"kind": SourceKind.hub}, "org/name: no dataset that can be loaded: "),
+        (
+            "org/name",
+            {"kind": SourceKind.hub},
+            "org/name: the hub cannot be reached, and no copy is in the cache; check the network",
+        ),
     ):
         with pytest.raises(UserError) as error:
             read(path, **options)

@@ -180,7 +180,7 @@ def test_a_parquet_file_with_large_groups_is_read_through_a_copy(tmp_path, monke
     assert [found[n] for n in (3, 40, 0, 41)] == [TEXTS[n] for n in (3, 40, 0, 41)]
     chats = read(path, messages="messages")
     assert [chats[n].messages[0]["content"] for n in (40, 2)] == [TEXTS[n] for n in (40, 2)]
-    group = found._records._columns[("other/name",), ()]._files[0]
+    group = found.records._columns[("other/name",), ()]._files[0]
     assert group[0].path != path
     assert max(group[2][1:] - group[2][:-1]) == 4
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-from data_tests.test_encode import CONFIG, DOCUMENTS, MESSAGES, pairs
+from data.test_encode import CONFIG, DOCUMENTS, MESSAGES, pairs
 from tokens import trained
 
 from xtoken_jax.alignment.spans import Side, Spans

@@ -5,9 +5,9 @@ import random
 from pathlib import Path
 
 import numpy as np
-from data_tests.test_teacher_cache import DOCUMENTS, TAUS, write
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from teacher_cache.test_teacher_cache import DOCUMENTS, TAUS, write
 from tokens import trained
 
 from fuzz.frame import Parser

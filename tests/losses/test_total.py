@@ -25,7 +25,7 @@ from xtoken_jax.losses import (
     same_vocabulary_kl,
     valid_chunks,
 )
-from xtoken_jax.losses.config import Combine, Direction, Merge, Score
+from xtoken_jax.losses.config import Direction, Merge, Score, TeachersMode
 from xtoken_jax.projection.matrix import Partition, Projection
 from xtoken_jax.projection.prefixes import tables_of_pieces
 
@@ -130,51 +130,47 @@ def test_settings_that_make_sense_pass(settings):
 
 
 FULL = {"kind": SAME, "top_k": None}
+MODE = TeachersMode
 TEACHERS = [
-    ({}, [], "each needs a loss of its own"),
-    ({}, [{"kind": P_KL}, {"kind": NONE}], "each needs a loss of its own"),
-    ({}, [{"kind": P_KL, "temperature": 0.0}], r"loss\.temperature=0\.0"),
-    ({"weights": [1.0]}, [{}, {}], r"teachers\.weights=\[1\.0\]: 2 teachers need as many"),
-    ({"weights": [1.0, -1.0]}, [{}, {}], "must not be negative, nor all 0"),
-    ({"weights": [0.0, 0.0]}, [{}, {}], "must not be negative, nor all 0"),
     (
-        {"weights": [1.0, 1.0], "score": Score.negative_ce},
-        [{}, {}],
-        "teachers.score=negative_ce makes weights",
+        {"score": Score.max_probability},
+        "teachers_score=max_probability: only teachers_mode=adaptive reads it",
     ),
-    ({"weights": [1.0, 1.0], "combine": Combine.select_teacher}, [{}, {}], "select_teacher makes weights"),
-    (
-        {"score": Score.max_probability, "combine": Combine.select_teacher},
-        [{}],
-        r"only teachers\.combine=sum",
-    ),
-    ({"sharpness": 2.0}, [{}], r"teachers\.sharpness=2\.0: only a teachers\.score reads it"),
-    ({"sharpness": 0.0, "score": Score.negative_ce}, [{}], r"teachers\.sharpness=0\.0: must be above 0"),
-    ({"combine": Combine.averaged_logits}, [FULL, {"kind": P_KL}], r"teacher 1 has loss\.kind=p_kl"),
-    ({"combine": Combine.averaged_logits}, [FULL, {"kind": SAME}], "set teacher 1's top_k to null"),
-    (
-        {"combine": Combine.averaged_logits},
-        [FULL, FULL | {"temperature": 2.0}],
-        "whose settings must then be equal",
-    ),
-    ({"combine": Combine.averaged_logits, "scale_by_vocabulary": True}, [FULL, FULL], "has no meaning"),
+    ({"mode": MODE.select, "score": Score.negative_entropy}, "teachers_score=negative_entropy: only"),
+    ({"sharpness": 2.0}, "teachers_sharpness=2: only teachers_mode=adaptive reads it"),
+    ({"mode": MODE.adaptive, "sharpness": 0.0}, "teachers_sharpness=0: must be above 0"),
+    ({"mode": MODE.adaptive, "sharpness": float("inf")}, "teachers_sharpness=inf: must be above 0"),
+    ({"mode": MODE.averaged_logits, "scale_by_vocabulary": True}, "teachers_scale_by_vocabulary=true"),
 ]
 
 
-@pytest.mark.parametrize(("settings", "losses", "words"), TEACHERS)
-def test_teachers_that_do_not_go_together_are_refused(settings, losses, words):
+@pytest.mark.parametrize(("settings", "words"), TEACHERS)
+def test_a_mode_of_teachers_that_makes_no_sense_is_refused(settings, words):
     with pytest.raises(UserError, match=words) as error:
-        TeachersConfig(**settings).validate([LossConfig(**loss) for loss in losses])
+        TeachersConfig(**settings).validate()
     assert "\n" not in str(error.value)
 
 
-def test_teachers_that_go_together_pass():
-    several = [LossConfig(kind=P_KL), LossConfig(kind=H_KL), LossConfig(**FULL)]
-    TeachersConfig().validate(several)
-    TeachersConfig(weights=[0.8, 0.2, 0.0], scale_by_vocabulary=True).validate(several)
-    TeachersConfig(score=Score.negative_entropy, sharpness=3.0).validate(several)
-    TeachersConfig(combine=Combine.select_teacher, scale_by_vocabulary=True).validate(several)
-    TeachersConfig(combine=Combine.averaged_logits, weights=[0.5, 0.5]).validate([several[2]] * 2)
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ([FULL, {"kind": P_KL}], r"twin has loss\.kind=p_kl"),
+        ([FULL, {"kind": SAME}], r"twin has loss\.top_k=8192"),
+        ([FULL, FULL | {"temperature": 2.0}], "give teacher, twin the same loss settings"),
+    ],
+)
+def test_logits_that_cannot_be_averaged_are_refused(losses, words):
+    named = {n: LossConfig(**loss) for n, loss in zip(("teacher", "twin"), losses, strict=True)}
+    with pytest.raises(UserError, match=words):
+        TeachersConfig(MODE.averaged_logits).validate_averaged(named)
+
+
+def test_modes_of_teachers_that_make_sense_pass():
+    TeachersConfig().validate()
+    TeachersConfig(scale_by_vocabulary=True).validate()
+    TeachersConfig(MODE.adaptive, Score.negative_entropy, 3.0).validate()
+    TeachersConfig(MODE.select, scale_by_vocabulary=True).validate()
+    TeachersConfig(MODE.averaged_logits).validate_averaged(dict.fromkeys("ab", LossConfig(**FULL)))
 
 
 B, T, V_S, V_T = 3, 6, 9, 12

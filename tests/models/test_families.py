@@ -149,7 +149,7 @@ def test_a_changed_config_is_written_in_full(name):
         ("gemma3", {"use_bidirectional_attention": True}, ["use_bidirectional_attention=true"]),
         ("gemma3", {"layer_types": ["chunked_attention"] * 3}, ["chunked_attention", "sliding_attention"]),
         ("gemma3", {"layer_types": ["full_attention"] * 2}, ["2 entries for 3 layers"]),
-        ("gemma3", {"layer_types": "all"}, ["layer_types must be a list"]),
+        ("gemma3", {"layer_types": "all"}, ['layer_types="all" must be a list']),
         ("gemma3", {"sliding_window": None}, ["no sliding_window"]),
         ("gemma2", {"hidden_activation": "gelu"}, ['hidden_activation="gelu"', "gelu_pytorch_tanh"]),
         ("gemma2", {"final_logit_softcapping": 0}, ["logit_softcap=0"]),

@@ -5,8 +5,8 @@ import zlib
 
 import numpy as np
 import pytest
-from data_tests.test_teacher_cache import write
 from safetensors.numpy import load_file, save
+from teacher_cache.test_teacher_cache import write
 
 from xtoken_jax.errors import UserError
 from xtoken_jax.teacher_cache.reader import INDEX_FILE, TeacherCache
@@ -37,7 +37,7 @@ FAULTS = [
     (["width"], 0, "width=0, but it holds tokens"),
     (["width"], None, "width=null must be a whole number"),
     (["width"], "4", 'width="4" must be a whole number'),
-    (["width"], 5, "width=5 is more than the 4 tokens that are kept"),
+    (["width"], 6, "width=6 is more than the 5 tokens that are kept"),
     (["size"], 10**12, "size=1000000000000 must be a positive whole number"),
     (["size"], 2.0, "size=2.0 must be"),
     (["complete"], 1, "complete=1 must be true or false"),

@@ -307,7 +307,7 @@ def test_a_folders_own_padding_and_truncation_are_off(tmp_path):
 def test_a_broken_model_config_beside_it_does_not_matter(tmp_path):
     trained.save(tmp_path, trained.single_digits()[0], {"eos_token": "<|end|>"})
     (tmp_path / "config.json").write_bytes(b"\xff{")
-    assert Tokenizer.load(tmp_path).warning.startswith("AutoTokenizer cannot load it")
+    assert Tokenizer.load(tmp_path).warning is None  # loading the model says what is wrong
 
 
 def test_a_chat_template_that_is_no_text(tmp_path):

@@ -18,6 +18,7 @@ from xtoken_jax.alignment.locate import Located, by_characters, byte_offsets, to
 from xtoken_jax.alignment.render import Conversation, render
 from xtoken_jax.alignment.spans import Spans, align_located
 from xtoken_jax.errors import UserError
+from xtoken_jax.tokens.arguments import check_list, check_pair
 from xtoken_jax.tokens.tokenizer import Tokenizer, TokenizerPair
 
 
@@ -50,7 +51,8 @@ def align_chats(
             model has none.
 
     Returns:
-        One Spans a conversation. BOS is what the template makes of it; nothing is added.
+        One Spans a conversation. BOS is what the template makes of it; nothing is added. `to_batch`
+        makes ids, masks, targets and the alignment of them.
 
     Raises:
         UserError: no chat template; a template that refuses the conversation, exceeds the limits of a
@@ -61,7 +63,10 @@ def align_chats(
     Example:
         rows = align_chats(pair, [[{"role": "user", "content": "12 + 189?"},
                                    {"role": "assistant", "content": "201"}]])
+        batch = to_batch(pair, rows, student_length=64, teacher_length=64)
     """
+    check_pair(pair)
+    conversations = check_list("conversations", conversations, (list, tuple), "list of messages")
     pair = TokenizerPair(
         _with_template(pair.student, student_template, "student_template"),
         _with_template(pair.teacher, teacher_template, "teacher_template"),
