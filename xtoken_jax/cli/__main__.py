@@ -2,7 +2,7 @@
 
 import sys
 
-from xtoken_jax.__main__ import main
+from xtoken_jax.cli.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())
