@@ -21,7 +21,7 @@ def at_cursor(monkeypatch):
     """The completions of a line, as argcomplete gives them to a shell."""
 
     def complete(line):
-        parser, _ = cli._parser()
+        parser, _ = cli.make_parser()
         words = line.split(" ")
         return CompletionFinder(parser)._get_completions(words[:-1], words[-1], "", None)
 

@@ -5,6 +5,7 @@ of a kind that is not known fails, and so does a command that nothing here runs.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -168,11 +169,7 @@ def run_script(words, monkeypatch):
         raise ParsedError
 
     parsed = argparse.ArgumentParser.parse_args
-    with monkeypatch.context() as patch:
-        # Modules of the script's folder may have the names of packages of the tests.
-        for beside in (ROOT / script).parent.glob("*.py"):
-            for name in [n for n in sys.modules if n.partition(".")[0] == beside.stem]:
-                patch.delitem(sys.modules, name)
+    with without_modules_of_scripts(), monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [script, *arguments, *(small if isinstance(small, list) else [])])
         patch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
         if isinstance(small, str):
@@ -184,6 +181,22 @@ def run_script(words, monkeypatch):
         except SystemExit as end:
             if end.code:
                 pytest.fail(f"{shlex.join(words)}: {end.code}")
+
+
+@contextlib.contextmanager
+def without_modules_of_scripts():
+    """Hide packages of the tests that have the name of a module next to a script."""
+    stems = {path.stem for path in ROOT.glob("experiments/*/*.py")}
+
+    def taken():
+        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in stems}
+
+    hidden = taken()
+    try:
+        yield
+    finally:
+        taken()
+        sys.modules.update(hidden)
 
 
 def run_xtoken(words, pair, monkeypatch):

@@ -74,7 +74,9 @@ def test_the_three_modules_load_jax_and_numpy_alone():
     assert output[0] == "xtoken_jax"
     assert not {"flax", "optax", "transformers", "tokenizers", "safetensors", "equinox"} & set(output)
     parts = {name for name in output if name.startswith("xtoken_jax.")}
-    assert {name.split(".")[1] for name in parts} <= {"losses", "alignment", "projection", "errors", "mesh"}
+    allowed = {"losses", "alignment", "projection", "errors", "distributed", "_moved"}
+    assert {name.split(".")[1] for name in parts} <= allowed
+    assert {name for name in parts if ".distributed." in name} == {"xtoken_jax.distributed.mesh"}
     assert {name for name in parts if name.startswith("xtoken_jax.alignment.")} == {OURS[1]}
     assert "xtoken_jax.projection.build" not in parts
     assert "xtoken_jax.projection.files" not in parts
