@@ -299,7 +299,7 @@ def _in_sources(row: Sequence[Record], texts: Mapping[str, Documents]) -> list[R
 def _ends(folder: Path) -> tuple[Figures, Figures]:
     """The first and the last held-out figures of a run; empty without held-out text."""
     rows = read_metrics(folder / METRICS_FILE)
-    measured = [row["validation"] for row in rows if "validation" in row] or [{}]
+    measured = [row["validation"] for row in rows if isinstance(row.get("validation"), dict)] or [{}]
     return measured[0], measured[-1]
 
 

@@ -143,7 +143,9 @@ def _plain_text() -> Iterator[None]:
 
 def _cleaned(row: dict[str, Any]) -> dict[str, Any]:
     """A row of metrics with its figures alone, under names that can be drawn."""
-    figures: dict[str, Any] = {_name(name): value for name, value in row.items() if _FIGURE.holds(value)}
+    figures: dict[str, Any] = {
+        _name(name): value for name, value in row.items() if name != "validation" and _FIGURE.holds(value)
+    }
     validation = row.get("validation")
     if isinstance(validation, dict):
         figures["validation"] = {_name(name): v for name, v in validation.items() if _FIGURE.holds(v)}
