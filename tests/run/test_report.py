@@ -198,7 +198,8 @@ def test_a_spoiled_line_of_metrics_is_left_out_with_a_word(line, drawn, tmp_path
     "values",
     [
         {"ce": None}, {"ce": "low"}, {"ce": [1.0]}, {"ce": True}, {"ce": 1e200},
-        {"ce": {"x": 1}}, {"validation": None}, {"validation": 5}, {"validation": [1]}, {"validation": {"x": "y", "z": None}},
+        {"ce": {"x": 1}}, {"validation": None}, {"validation": 5}, {"validation": [1]},
+        {"validation": {"x": "y", "z": None}},
     ],
 )  # fmt: skip
 def test_values_that_are_no_figures_are_not_drawn(values, drawn, tmp_path):
