@@ -176,3 +176,12 @@ def test_a_config_out_of_proportion_is_not_given_to_transformers(tmp_path, monke
         settings if isinstance(settings, str) else json.dumps({"model_type": "qwen2", **settings})
     )
     assert Tokenizer.load(tmp_path).warning is None
+
+
+def test_a_normalizer_whose_type_the_library_infers_is_read(tmp_path):
+    """The library reads a step without a type by its fields; it proves nothing about lengths of texts."""
+    trained.save(tmp_path, trained.single_digits()[0], {"eos_token": "<|end|>"})
+    path = tmp_path / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    path.write_text(json.dumps(definition | {"normalizer": {"prepend": "x"}}))
+    assert Tokenizer.load(tmp_path).token_bytes.length_proves == "none"

@@ -151,7 +151,7 @@ def _length_proves(tokenizer_json: dict[str, Any], kind: str) -> str:
     dummies, proves = 0, "any"
     splitters = _steps(tokenizer_json.get("pre_tokenizer"), "pretokenizers")
     for step in splitters:
-        match step["type"]:
+        match step.get("type"):
             case "ByteLevel" if not step.get("add_prefix_space", True):
                 pass
             case "Metaspace":
@@ -160,20 +160,20 @@ def _length_proves(tokenizer_json: dict[str, Any], kind: str) -> str:
             case name if name not in _SPLITTERS:
                 return "none"
     for step in _steps(tokenizer_json.get("normalizer"), "normalizers"):
-        match step["type"]:
+        match step.get("type"):
             case "NFC" | "NFD" | "NFKC" | "NFKD":
                 proves = "ascii"
             # A written `▁` comes out as a blank, two bytes shorter, so that the length tells.
-            case "Replace" if kind == "sentencepiece" and step["pattern"] == {"String": " "}:
-                if step["content"] != _SENTENCEPIECE_SPACE:
+            case "Replace" if kind == "sentencepiece" and step.get("pattern") == {"String": " "}:
+                if step.get("content") != _SENTENCEPIECE_SPACE:
                     return "none"
-            case "Prepend" if kind == "sentencepiece" and step["prepend"] == _SENTENCEPIECE_SPACE:
+            case "Prepend" if kind == "sentencepiece" and step.get("prepend") == _SENTENCEPIECE_SPACE:
                 dummies += 1
             case _:
                 return "none"
     # Two bytes less for a `▁` cannot hide behind one dummy blank. A character left out could, and so
     # could a second blank, which parts of a text around an added token get.
-    added = any(not t["special"] for t in tokenizer_json.get("added_tokens") or [])
+    added = any(not t.get("special") for t in tokenizer_json.get("added_tokens") or [])
     every_byte = tokenizer_json["model"].get("byte_fallback") and len(_fallback_pieces(tokenizer_json)) == 256
     if dummies and (dummies > 1 or added or not every_byte):
         return "none"
