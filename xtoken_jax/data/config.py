@@ -11,19 +11,19 @@ from xtoken_jax.errors import UserError
 
 @dataclass
 class DataConfig:
-    """What is trained on and measured on, and the shape of a batch.
+    """Training and validation data, and the shape of a batch.
 
     Attributes:
-        train, validation: sources of text by name. Without a validation source, documents of the training
-            sources are held out.
-        validation_share: share of each training source's documents that are then held out, evenly spread,
-            at most 200 of each; 0, or data.validation=none, for no held-out figures.
-        student_length, teacher_length: T_s and T_t, tokens a row.
-        teacher_lengths: name of a teacher -> T_t of its own, such as a shorter one where its tokens are
-            longer.
+        train, validation: sources by name. Without a validation source, documents of the training sources are
+            held out.
+        validation_share: share of each training source's documents that are held out in that case, evenly
+            spread, at most 200 of each; 0, or data.validation=none, for no held-out figures.
+        student_length, teacher_length: T_s and T_t, tokens per row.
+        teacher_lengths: T_t of single teachers, by name, such as a shorter one where its tokens are longer.
         batch_size: B, rows of the global batch.
-        pack: several documents a row where they fit, each read as if it were alone; false for one a row.
-        seed: of the order of the documents.
+        pack: put several documents into a row where they fit; each is read as if it were the only one. false
+            puts one document into each row.
+        seed: seed of the order of the documents.
     """
 
     train: dict[str, SourceConfig] = field(default_factory=dict)

@@ -68,51 +68,50 @@ class SourceConfig:
     """One source of documents.
 
     Attributes:
-        kind: jsonl (one JSON object a line, or a list of objects), csv, text (a file is a document), lines (a
-            line of a text file is one), parquet, array_record (records of JSON objects or of text), tfds
-            (TensorFlow Datasets, without TensorFlow), hub (Hugging Face datasets), python_docs (bundled: the
-            topics of Python 3.11's `help()`), python_docstrings (its standard library's), arithmetic
-            (generated remainders); auto tells files by their endings, and the folders of tfds and hub by what
-            is in them. jsonl, csv, text and lines may be compressed: .gz, .zst, .bz2, .xz.
-        path: a file, a folder, or a pattern such as data/**/*.jsonl.zst, read in the order of their names;
-            for tfds a name such as wikipedia/20230601.en or a prepared folder; for hub org/name or
-            org/name@revision, or a folder that `save_to_disk` wrote.
-        subset: the configuration of a hub dataset that has several.
-        data_dir: where the datasets of TFDS lie; null for its default.
-        split: of tfds and hub in their own syntax, such as train[:10%]; "train" or "validation" of what is
-            generated. Files have none.
-        records: the key of the list of records, for JSON files that are one object which holds it.
-        delimiter: the character between the fields of a csv file, or "tab"; null for a comma, or a tab in
+        kind: jsonl (one JSON object per line, or a list of objects), csv, text (one document per file),
+            lines (one document per line), parquet, array_record (JSON objects or texts), tfds (TensorFlow Datasets,
+            without TensorFlow), hub (Hugging Face datasets), python_docs (bundled: the topics of Python 3.11's
+            `help()`), python_docstrings (bundled: its standard library), arithmetic (generated remainders).
+            auto infers the kind of files from their endings, and that of tfds and hub folders from what is in
+            them. jsonl, csv, text and lines may be compressed: .gz, .zst, .bz2, .xz.
+        path: a file, a folder, or a pattern such as data/**/*.jsonl.zst; files are read in the order of their
+            names. For tfds a name such as wikipedia/20230601.en, or the folder of a prepared dataset. For hub
+            org/name or org/name@revision, or a folder that `save_to_disk` wrote.
+        subset: configuration of a hub dataset that has several.
+        data_dir: folder of the TFDS datasets; null for the default of TFDS.
+        split: split of a tfds or hub dataset, in their syntax, such as train[:10%]; train or validation of
+            generated data. Files have no splits.
+        records: key of the list of records, for a JSON file that is one object with that list.
+        delimiter: character between the fields of a csv file, or "tab"; null for a comma, or a tab in
             .tsv files.
-        field: the key that holds a text, or the column.
-        prompt, completion: the keys of an exchange; one of them named, the other is that of its own name.
-            Texts continue one another as they stand; lists of messages are a conversation whose targets are
-            the completion's.
-        input: the key of a second part of the prompt, which records may lack. Blank lines separate the
+        field: key or column of a text.
+        prompt, completion: keys of a prompt and its completion. If only one is given, the other has its
+            default name. Texts are joined without anything in between. Lists of messages are a conversation
+            whose targets are in the completion.
+        input: key of a second part of the prompt, which may be missing in records. Blank lines separate the
             prompt, this part and the completion.
-        system: the key of a system prompt, which records may lack; null for "system".
-        chat: whether a prompt and its completion become the turns of a conversation, in each side's own
-            chat template.
-        messages: the key that holds the messages of a conversation: objects with role and content, or as
-            ShareGPT has them with from and value. Without any key named: a record with "messages",
-            "conversations" or "conversation" is a conversation, with "prompt" and "completion" an exchange,
-            with "instruction" and "output" (Alpaca, with "input") or "response" (Dolly, with "context") an
-            exchange in parts, with "text" a text.
-        targets: what the loss is on: completion, assistant, or all; auto for completions and the turns of
-            the assistant, and all of a text.
+        system: key of a system prompt, which may be missing in records; null for "system".
+        chat: read a prompt and its completion as turns of a conversation, in each side's chat template.
+        messages: key of the messages of a conversation: objects with role and content, or with from and
+            value (ShareGPT). Where no key is given, a record with "messages", "conversations" or "conversation" is a
+            conversation; with "prompt" and "completion", a prompt with its completion; with "instruction" and
+            "output" (Alpaca, with "input") or "response" (Dolly, with "context"), the same in parts; with
+            "text", a text.
+        targets: what the loss is on: completion, assistant or all. auto takes completions, the turns of the
+            assistant, and all of a text.
         markers: tokens reads special tokens that a text spells, such as <|im_start|>, as these tokens: for
             conversations that are already rendered in the chat template of both sides. text, the default,
-            reads them as any other characters.
-        limit: records taken at most, the first ones; null for all.
-        documents: for arithmetic, how many to generate, each of 18 lines; in the validation part, how
-            many single problems to measure accuracy on.
-        wrong_share: share of wrong results in [0, 1]; for arithmetic.
-        seed: for arithmetic.
-        weight: share of the training tokens that come from here, relative to the other sources'; the
-            documents then repeat at their own pace. null: all documents of all sources equally often.
-        max_record: size of the largest record in MiB; a larger one ends the run.
-        max_ratio: decompressed bytes that every compressed byte of a file may become, after a first
-            max_record; against files that were made to fill memory or disk.
+            reads them as ordinary characters.
+        limit: number of records to read, from the first one; null for all.
+        documents: for arithmetic: number of documents to generate, each of 18 lines; for validation, the
+            number of problems that accuracy is measured on.
+        wrong_share: for arithmetic: share of wrong results, in [0, 1].
+        seed: for arithmetic: seed of the generated problems.
+        weight: share of the training tokens from this source, relative to the weights of the others; each
+            source then repeats at its own pace. null: all documents of all sources equally often.
+        max_record: size in MiB of the largest record that is accepted; a larger one ends the run.
+        max_ratio: largest accepted ratio of decompressed to compressed bytes of a file, after a first
+            max_record; protects against files made to fill memory or disk.
     """
 
     kind: SourceKind = SourceKind.auto

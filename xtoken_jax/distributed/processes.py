@@ -34,16 +34,16 @@ T = TypeVar("T")
 
 @dataclass
 class HostsConfig:
-    """The processes of a run, one for each host or for each device; by default one alone.
+    """The processes of a run, one for each host or for each device; by default one process.
 
     Attributes:
-        auto: all is found out as `jax.distributed.initialize()` does it: on TPU slices, under Slurm, Open MPI
+        auto: find all processes as `jax.distributed.initialize()` does: on TPU slices, under Slurm, Open MPI
             and Kubernetes.
         coordinator: HOST:PORT of process 0, as the others reach it; null for $JAX_COORDINATOR_ADDRESS.
-        count: of processes.
-        index: of this one, from 0; the one key that differs between them.
-        wait: seconds in which all have to be there.
-        lost_after: seconds without a sign of life after which a process counts as lost, and the others end.
+        count: number of processes.
+        index: number of this process, from 0; the only key that differs between processes.
+        wait: seconds in which all processes must have started.
+        lost_after: seconds without a sign of life after which a process counts as lost and the others end.
     """
 
     auto: bool = False

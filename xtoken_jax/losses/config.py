@@ -53,22 +53,24 @@ class LossConfig:
 
     Attributes:
         kind: auto, p_kl, h_kl, gold, uld, alm, prefix_kl, same_vocabulary or none.
-        temperature: tau > 0, on both sides; the term is multiplied by tau^2. Not for ALM.
-        likelihood_temperature: tau > 0 of ALM, which takes the root of its chunks' probabilities. Term and
-            gradient are about tau times smaller than those of other kinds, for max_scale or kd_weight
-            to make up for.
-        top_k: teacher columns that P-KL and same_vocabulary compare; null for all.
-        uncommon_top_k: sorted entries that GOLD and H-KL compare.
-        direction: forward or reverse KL, or jsd; not for ULD and ALM.
-        beta: the teacher's share of jsd's mixture, 0 to 1; TRL's GOLD has 0.5.
-        merge: mean; first or last for P-KL, GOLD and H-KL; mean_normalized for P-KL.
-        common_weight, uncommon_weight: of the two parts of GOLD and H-KL; null for the matched
-            fraction of the teacher's vocabulary and its complement, as in TRL.
-        dynamic_scaling: scale the term to the size of cross-entropy; else the two weights hold.
-        max_scale: highest dynamic factor; null for the official, unbounded one.
-        kd_weight, ce_weight: without dynamic scaling.
-        learn_projection: train the weights of P-KL's W beside the student, on the entries that it has.
-        block: student positions whose logits exist at a time; null for those of the whole batch,
+        temperature: tau > 0, on both sides; the loss is multiplied by tau^2. Not for ALM.
+        likelihood_temperature: tau > 0 of ALM, which takes the tau-th root of the probability of a chunk.
+            Loss and gradient are about tau times smaller than those of other kinds; max_scale or kd_weight
+            can make up for it.
+        top_k: number of teacher columns that P-KL and same_vocabulary compare; null compares all.
+        uncommon_top_k: number of sorted entries that GOLD and H-KL compare.
+        direction: forward KL, reverse KL or jsd; not for ULD and ALM.
+        beta: weight of the teacher in the mixture of jsd, 0 to 1; TRL's GOLD uses 0.5.
+        merge: how the positions of a chunk are merged: mean; first or last for P-KL, GOLD and H-KL;
+            mean_normalized for P-KL.
+        common_weight, uncommon_weight: weights of the two parts of GOLD and H-KL; null takes the matched
+            fraction of the teacher's vocabulary and its complement, as TRL does.
+        dynamic_scaling: scale the distillation loss to the size of cross-entropy; false uses kd_weight and
+            ce_weight.
+        max_scale: upper bound of the dynamic factor; null for no bound, as in the official code.
+        kd_weight, ce_weight: weights of the two losses without dynamic scaling.
+        learn_projection: train the nonzero entries of P-KL's W together with the student.
+        block: student positions whose logits exist at a time; null computes the logits of the whole batch,
             which is faster for small vocabularies.
     """
 

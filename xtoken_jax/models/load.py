@@ -59,9 +59,9 @@ class AdapterConfig:
     """Low-rank adapters on a student (LoRA, arXiv 2106.09685), which train instead of its weights.
 
     Attributes:
-        rank: R of each adapter; 0 for none, so that all weights train.
-        alpha: strength: alpha / rank times what the adapter computes is added.
-        targets: kernels that get one, of query, key, value, output, gate, up and down.
+        rank: rank R of each adapter; 0 trains all weights and adds no adapters.
+        alpha: strength; the output of an adapter is multiplied by alpha / rank.
+        targets: kernels that get an adapter, among query, key, value, output, gate, up and down.
     """
 
     rank: int = 0
@@ -91,14 +91,16 @@ class ModelConfig:
     Attributes:
         path: a Hugging Face folder (config.json, safetensors, tokenizer.json), or a hub id: org/name or
             org/name@revision.
-        init: weights, or random for a student that starts from its config.json alone.
-        dtype: of the parameters; a student trains in float32, but for weights under adapters, which do not.
-        compute_dtype: of activations and matrix products.
-        remat: recompute activations in the backward pass, for memory: none, full (of a layer only its input
-            is kept) or dots (and its matrix products).
-        attention: xla, cudnn on NVIDIA GPUs in bfloat16, splash on TPUs, or auto, which chooses by device.
+        init: weights loads the folder's weights; random reads only config.json and starts a student from
+            random weights.
+        dtype: type of the parameters. A student trains in float32; only weights that adapters keep frozen may
+            be bfloat16.
+        compute_dtype: type of activations and matrix products.
+        remat: what the backward pass recomputes to save memory: none; full (only the input of each layer is
+            kept); dots (the results of matrix products are kept as well).
+        attention: xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto chooses by device.
         lora: adapters, for a student.
-        chat_template: a Jinja file, in place of the folder's own template; for conversations.
+        chat_template: a Jinja file that replaces the folder's chat template; for conversations.
     """
 
     path: str | None = None

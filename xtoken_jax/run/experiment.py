@@ -41,7 +41,7 @@ class TeacherConfig(ModelConfig):
     """A teacher.
 
     Attributes:
-        weight: alpha of its term in the sum of all teachers' terms.
+        weight: weight alpha of its loss in the sum over all teachers.
         cache: a folder that `xtoken cache-teacher` wrote; the model is then not loaded.
     """
 
@@ -51,11 +51,11 @@ class TeacherConfig(ModelConfig):
 
 @dataclass
 class FurtherTeacherConfig(TeacherConfig):
-    """A teacher beside the first, with what the experiment itself has for the first one.
+    """A teacher in addition to the first, with settings that the experiment itself has for the first one.
 
     Attributes:
-        projection: a W file of the student and this teacher; null builds it.
-        loss: its term. Scaling, weights of the two parts and block are the experiment's.
+        projection: a W file of the student and this teacher; null builds W.
+        loss: its loss. Scaling, the weights of the two losses and block are those of the experiment.
     """
 
     projection: str | None = None
@@ -69,11 +69,11 @@ _SHARED = ("dynamic_scaling", "max_scale", "kd_weight", "ce_weight", "block")
 
 @dataclass
 class SweepConfig:
-    """Of `xtoken distill -m`.
+    """Settings of `xtoken distill -m`.
 
     Attributes:
-        metric: the held-out figure that ranks the jobs and that a search is after, such as "text bits/byte"
-            or "arithmetic accuracy"; null for the first one.
+        metric: held-out figure that ranks the jobs and that a search optimizes, such as "text bits/byte" or
+            "arithmetic accuracy"; null for the first figure.
     """
 
     metric: str | None = None
@@ -84,21 +84,21 @@ class Experiment:
     """One run of `xtoken distill`.
 
     Attributes:
-        name: of the experiment; also of its folder under runs/.
-        run_dir: where the run is written.
+        name: name of the experiment, and of its folder in runs/.
+        run_dir: folder of the run.
         student, teacher: the two models.
-        teachers: further teachers by name, whose terms are added to that of the first.
-        teachers_mode: how the terms of several teachers make one: sum (fixed weights), adaptive (weights
+        teachers: further teachers by name, whose losses are added to that of the first.
+        teachers_mode: how the losses of several teachers are combined: sum (fixed weights), adaptive (weights
             from each batch), select (only the best teacher of each batch) or averaged_logits.
-        teachers_score: what adaptive weights compare: negative_ce, negative_entropy or max_probability.
+        teachers_score: score that adaptive weights compare: negative_ce, negative_entropy or max_probability.
         teachers_sharpness: a > 0; adaptive weights are the softmax over teachers of a * score.
-        teachers_scale_by_vocabulary: multiply each term by log V_t / log of the smallest V_t.
-        projection: a W file made by `xtoken project`; null builds it.
-        export_dtype: of the weights in the student's Hugging Face folder.
-        baseline: also train the same student for as long without a teacher, to compare with.
+        teachers_scale_by_vocabulary: multiply each loss by log V_t / log of the smallest V_t.
+        projection: a W file made by `xtoken project`; null builds W.
+        export_dtype: type of the weights in the student's Hugging Face folder.
+        baseline: also train the same student without a teacher for the same number of steps, for comparison.
         loss, data, optimizer, train, mesh, hosts: see the group of that name.
-        resume: what may differ where a run goes on.
-        sweep: of many runs.
+        resume: differences that are accepted when a run resumes.
+        sweep: settings of a sweep.
     """
 
     name: str = "distill"

@@ -17,10 +17,10 @@ FREE = (
 
 @dataclass
 class ResumeConfig:
-    """What may differ from what the run's folder was begun with.
+    """Differences from the beginning of a run that are accepted when it resumes.
 
     Attributes:
-        allow: keys or whole groups of them, such as data, loss.temperature or student.weights.
+        allow: keys or groups that may differ, such as data, loss.temperature or student.weights.
     """
 
     allow: list[str] = field(default_factory=list)

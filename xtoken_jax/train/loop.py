@@ -47,22 +47,22 @@ _ZERO = {
 
 @dataclass
 class TrainConfig:
-    """How long, and how often what happens.
+    """Length of a run, and how often it logs, evaluates and saves.
 
     Attributes:
         steps: optimizer steps.
-        accumulate: parts of a batch that go through the student one by one, for less memory; the loss and
-            its gradient stay those of the batch.
+        accumulate: micro-batches per step, to save memory; loss and gradient are those of the whole batch.
         log_every: steps between two lines of metrics.jsonl.
-        evaluate_every: steps between two evaluations on the validation text; 0 for start and end alone.
-        save_every: steps between two checkpoints; 0 for the end alone.
-        keep: checkpoints kept.
-        seed: of the student's random start, or of its adapters'.
-        non_finite: stop at a loss or gradient that is not finite, or skip: the step changes nothing, and
-            the next batch follows.
-        max_skips: steps that may be skipped in a row.
-        tensorboard: also write what metrics.jsonl holds for TensorBoard.
-        wandb: likewise, to Weights & Biases.
+        evaluate_every: steps between two evaluations on the held-out data; 0 evaluates only at the start and
+            at the end.
+        save_every: steps between two checkpoints; 0 saves only at the end.
+        keep: number of checkpoints to keep.
+        seed: seed of a student's random weights, or of its adapters.
+        non_finite: what follows a loss or gradient that is not finite: stop ends the run; skip leaves the
+            parameters unchanged and takes the next batch.
+        max_skips: steps in a row that may be skipped.
+        tensorboard: also write the metrics for TensorBoard.
+        wandb: also send the metrics to Weights & Biases.
     """
 
     steps: int = 5000

@@ -34,16 +34,17 @@ class OptimizerConfig:
     """An optimizer with linear warm-up. The defaults are those of the official recipe (NeMo-RL's example).
 
     Attributes:
-        kind: adamw, lamb, lion or sgd, whose momentum is beta1.
-        learning_rate: peak.
-        schedule: after warm-up, cosine or linear down to the end, constant, or wsd (warm-up, stable, decay:
-            constant but for the last steps, which fall linearly).
-        warmup_steps: rising linearly from 0.02 times the peak; at most the number of steps.
-        end_scale: of cosine, linear and wsd, where they end, times the peak.
-        decay_share: of wsd, the share of all steps that fall.
-        beta1, beta2, weight_decay: the optimizer's.
-        clip_norm: bound of the gradient's global norm; null for none.
-        projection_learning_rate: of W, where loss.learn_projection trains it; constant.
+        kind: adamw, lamb, lion or sgd (with momentum beta1).
+        learning_rate: peak of the learning rate.
+        schedule: after warm-up: cosine or linear decay, constant, or wsd (warm-up, stable, decay: constant,
+            then linear decay in the last steps).
+        warmup_steps: steps in which the learning rate rises linearly from 0.02 times the peak; at most the
+            number of steps.
+        end_scale: final learning rate of cosine, linear and wsd, relative to the peak.
+        decay_share: share of all steps in which wsd decays.
+        beta1, beta2, weight_decay: settings of the optimizer.
+        clip_norm: bound of the global gradient norm; null for no clipping.
+        projection_learning_rate: constant learning rate of W, with loss.learn_projection=true.
     """
 
     kind: OptimizerKind = OptimizerKind.adamw

@@ -25,10 +25,10 @@ _WANDB_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases, whose own variables say the rest: WANDB_API_KEY, WANDB_MODE=offline, ...
+    """Weights & Biases; its variables (WANDB_API_KEY, WANDB_MODE=offline, ...) set everything else.
 
     Attributes:
-        project: to write to; null for not at all.
+        project: Weights & Biases project to write to; null to write to none.
     """
 
     project: str | None = None
