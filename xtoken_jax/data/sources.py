@@ -68,12 +68,12 @@ class SourceConfig:
     """One source of documents.
 
     Attributes:
-        kind: jsonl (one JSON object per line, or a list of objects), csv, text (one document per file),
-            lines (one document per line), parquet, array_record (JSON objects or texts), tfds (TensorFlow Datasets,
-            without TensorFlow), hub (Hugging Face datasets), python_docs (bundled: the topics of Python 3.11's
-            `help()`), python_docstrings (bundled: its standard library), arithmetic (generated remainders).
-            auto infers the kind of files from their endings, and that of tfds and hub folders from what is in
-            them. jsonl, csv, text and lines may be compressed: .gz, .zst, .bz2, .xz.
+        kind: jsonl (one JSON object per line, or a list of objects), csv, text (one document per file), lines
+            (one document per line), parquet, array_record (JSON objects or texts), tfds (TensorFlow Datasets,
+            without TensorFlow), hub (Hugging Face datasets), python_docs (bundled: the topics of Python
+            3.11's `help()`), python_docstrings (bundled: its standard library), arithmetic (generated
+            remainders). auto infers the kind of files from their endings, and that of tfds and hub folders
+            from what is in them. jsonl, csv, text and lines may be compressed: .gz, .zst, .bz2, .xz.
         path: a file, a folder, or a pattern such as data/**/*.jsonl.zst; files are read in the order of their
             names. For tfds a name such as wikipedia/20230601.en, or the folder of a prepared dataset. For hub
             org/name or org/name@revision, or a folder that `save_to_disk` wrote.
@@ -82,8 +82,8 @@ class SourceConfig:
         split: split of a tfds or hub dataset, in their syntax, such as train[:10%]; train or validation of
             generated data. Files have no splits.
         records: key of the list of records, for a JSON file that is one object with that list.
-        delimiter: character between the fields of a csv file, or "tab"; null for a comma, or a tab in
-            .tsv files.
+        delimiter: character between the fields of a csv file, or "tab"; null for a comma, or a tab in .tsv
+            files.
         field: key or column of a text.
         prompt, completion: keys of a prompt and its completion. If only one is given, the other has its
             default name. Texts are joined without anything in between. Lists of messages are a conversation
@@ -92,10 +92,10 @@ class SourceConfig:
             prompt, this part and the completion.
         system: key of a system prompt, which may be missing in records; null for "system".
         chat: read a prompt and its completion as turns of a conversation, in each side's chat template.
-        messages: key of the messages of a conversation: objects with role and content, or with from and
-            value (ShareGPT). Where no key is given, a record with "messages", "conversations" or "conversation" is a
-            conversation; with "prompt" and "completion", a prompt with its completion; with "instruction" and
-            "output" (Alpaca, with "input") or "response" (Dolly, with "context"), the same in parts; with
+        messages: key of the messages of a conversation: objects with role and content, or with from and value
+            (ShareGPT). Where no key is given, a record with "messages", "conversations" or "conversation" is
+            a conversation; with "prompt" and "completion", a prompt with its completion; with "instruction"
+            and "output" (Alpaca, with "input") or "response" (Dolly, with "context"), the same in parts; with
             "text", a text.
         targets: what the loss is on: completion, assistant or all. auto takes completions, the turns of the
             assistant, and all of a text.
